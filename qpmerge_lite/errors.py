@@ -1,0 +1,32 @@
+"""The few ways a merge can be refused, each with its cause and its cure in the message."""
+
+
+class MergeError(ValueError):
+    """Anything this package refuses to do; the message names the place, what was expected and what was found."""
+
+
+class ShapeMismatch(MergeError):
+    """Two tensors that must agree do not."""
+
+    def __init__(self, where, expected, found, cure="pass tensors of one architecture"):
+        super().__init__(f"{where}: expected shape {tuple(expected)}, found {tuple(found)}; {cure}")
+
+
+class MissingLayer(MergeError):
+    """An expert lacks a parameter of the base, or has one that the base does not know."""
+
+
+class NonFinite(MergeError):
+    """NaN or infinity among weights or activations."""
+
+    def __init__(self, where, tensor, cure):
+        bad = int((~tensor.isfinite()).sum())
+        super().__init__(f"{where}: {bad} of {tensor.numel()} values are NaN or infinite; {cure}")
+
+
+class EmptyCalibration(MergeError):
+    """A task (or one of its folds) has no calibration tokens."""
+
+
+class Infeasible(MergeError):
+    """The constraints of a programme admit no point, or the solver found none."""

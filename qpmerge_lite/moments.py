@@ -1,0 +1,166 @@
+r"""Second moments of one layer, by task and fold: all the merge programme needs to know about its data.
+
+A layer is ``g`` independent copies of ``y = W x`` with ``x`` in R^n and ``y`` in R^m: ``g = 1`` for a dense layer, one
+copy per channel for the gain and bias of a norm. With residual outputs ``r_t = y_t - W0 x_t`` the sums
+
+    C_t = Σ x xᵀ      A_t = Σ r xᵀ      M_t = Σ r rᵀ      N_t
+
+stream over batches and add over shards. Everything here is a sum; division by ``N_t`` happens once, in :meth:`Moments.pool`.
+"""
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import EmptyCalibration, MergeError, NonFinite, ShapeMismatch
+
+WEIGHTS = ("tokens", "energy")
+
+
+@dataclass(frozen=True)
+class Pooled:
+    r"""Task-weighted moments ``C = Σ_t ω_t C_t`` (g, n, n), ``A`` (g, m, n), ``M`` (g, m, m), all float64, and
+    ``energy = E = ½ Σ_t ω_t ‖R_t‖²`` (output units squared, per token when ω_t = 1/N_t)."""
+
+    C: Tensor
+    A: Tensor
+    M: Tensor
+    energy: float
+
+    def loss(self, update: Tensor) -> float:
+        """``L(W) = ½ tr(D C Dᵀ) - tr(D Aᵀ) + E`` of any merge, ``D = W - W0`` of shape (g, m, n)."""
+        if update.shape != self.A.shape:
+            raise ShapeMismatch("merged update", self.A.shape, update.shape)
+        update = update.to(self.C)
+        return float(((update @ self.C) * update).sum() / 2 - (update * self.A).sum()) + self.energy
+
+    def captured(self, update: Tensor) -> float:
+        """``1 - L(W)/E``: at most 1, negative if the merge is worse than the base; 1 when there is nothing to capture (E = 0) and nothing was added."""
+        loss = self.loss(update)
+        if self.energy == 0:
+            return 1.0 if loss <= 0 else float("-inf")
+        return 1 - loss / self.energy
+
+
+@dataclass(frozen=True)
+class Moments:
+    r"""Sums over calibration samples of one layer.
+
+    ``C`` (T, F, g, n, n), ``A`` (T, F, g, m, n), ``M`` (T, F, g, m, m), ``count`` (T, F): float64, T tasks, F folds of
+    sequences. Immutable in shape; :meth:`update` adds in place, ``+`` returns a new object.
+    """
+
+    layer: str
+    tasks: tuple[str, ...]
+    C: Tensor
+    A: Tensor
+    M: Tensor
+    count: Tensor
+
+    @classmethod
+    def zeros(cls, tasks, n: int, m: int, *, g: int = 1, folds: int = 1, layer: str = "layer", device=None) -> Moments:
+        """Empty sums for ``tasks`` and a layer of shape (g, m, n)."""
+        new = lambda *shape: torch.zeros(len(tasks), folds, *shape, dtype=torch.float64, device=device)
+        return cls(layer, tuple(tasks), new(g, n, n), new(g, m, n), new(g, m, m), new())
+
+    @property
+    def folds(self) -> int:
+        return self.count.shape[1]
+
+    def update(self, task: str, inputs: Tensor, residuals: Tensor, fold: int | Tensor = 0) -> None:
+        """Add N samples of one task.
+
+        Args:
+            inputs: (N, n) or (N, g, n), any floating dtype; the layer's inputs, constant 1 appended where a bias is folded in.
+            residuals: (N, m) or (N, g, m); expert output minus base output on these inputs.
+            fold: the fold of every sample, or one per sample (N,).
+        Raises: ShapeMismatch, NonFinite naming layer and task. Cost: N (n + m)² g flops in float64.
+        """
+        t, x, r = self._checked(task, inputs, residuals)
+        fold = torch.as_tensor(fold, device=x.device).expand(len(x))
+        for f in fold.unique().tolist():
+            xf, rf = (z[fold == f].transpose(0, 1) for z in (x, r))  # (g, N, ·)
+            self.C[t, f] += xf.mT @ xf
+            self.A[t, f] += rf.mT @ xf
+            self.M[t, f] += rf.mT @ rf
+            self.count[t, f] += xf.shape[1]
+
+    def _checked(self, task, inputs, residuals):
+        if task not in self.tasks:
+            raise MergeError(f"layer {self.layer}: unknown task {task!r}; the moments were opened for {list(self.tasks)}")
+        shapes = {"inputs": (inputs, self.C.shape[2:4]), "residuals": (residuals, self.M.shape[2:4])}
+        out = []
+        for name, (z, (g, width)) in shapes.items():
+            z = z.unsqueeze(1) if z.dim() == 2 and g == 1 else z
+            if z.shape != (len(inputs), g, width):
+                raise ShapeMismatch(f"layer {self.layer}, task {task}, {name}", (len(inputs), g, width), z.shape,
+                                    "rows are samples, all of them for both arguments")
+            if not z.isfinite().all():
+                raise NonFinite(f"layer {self.layer}, task {task}, {name}", z, "check this task's calibration data and weights")
+            out.append(z.to(self.C))
+        return self.tasks.index(task), *out
+
+    def __add__(self, other: Moments) -> Moments:
+        """Moments of both sample sets together; either may be an empty shard."""
+        if (self.tasks, self.layer) != (other.tasks, other.layer):
+            raise MergeError(f"moments of different things: {self.layer} {self.tasks} and {other.layer} {other.tasks}")
+        if self.A.shape != other.A.shape:
+            raise ShapeMismatch(f"layer {self.layer}: moments to add", self.A.shape, other.A.shape)
+        return replace(self, C=self.C + other.C, A=self.A + other.A, M=self.M + other.M, count=self.count + other.count)
+
+    def all_reduce(self, group=None) -> None:
+        """Add up the sums of all processes of a ``torch.distributed`` group, in place."""
+        for z in (self.C, self.A, self.M, self.count):
+            torch.distributed.all_reduce(z, group=group)
+
+    def rows(self, start: int, stop: int) -> Moments:
+        """Moments of the outputs ``start:stop`` of layers stacked over one input."""
+        part = slice(start, stop)
+        return replace(self, A=self.A[..., part, :], M=self.M[..., part, part])
+
+    def shrink(self, updates: Tensor, alpha: float) -> Moments:
+        """RegMean's ``C' = α C + (1 - α) diag C`` per task, with propagated targets ``A' = Δ_t C'_t`` for updates (T, g, m, n)."""
+        C = alpha * self.C + (1 - alpha) * torch.diag_embed(self.C.diagonal(dim1=-2, dim2=-1))
+        D = updates.to(C).unsqueeze(1)
+        return replace(self, C=C, A=D @ C, M=D @ C @ D.mT)
+
+    def pool(self, folds=None, weights: str = "tokens") -> Pooled:
+        """Weighted sum over tasks on a subset of folds.
+
+        Args:
+            folds: indices, all by default.
+            weights: ``tokens`` ω_t = 1/N_t, or ``energy`` ω_t = 1/‖R_t‖² (0 for a task with no residual).
+        Raises: EmptyCalibration naming the tasks without a sample in these folds.
+        """
+        if weights not in WEIGHTS:
+            raise MergeError(f"task weights: expected one of {WEIGHTS}, found {weights!r}")
+        chosen = torch.as_tensor(list(range(self.folds) if folds is None else folds), device=self.C.device)
+        C, A, M, count = (z[:, chosen].sum(1) for z in (self.C, self.A, self.M, self.count))
+        empty = [t for t, c in zip(self.tasks, count.tolist()) if c == 0]
+        if empty:
+            raise EmptyCalibration(f"layer {self.layer}: no calibration tokens for {empty} in folds {chosen.tolist()} of "
+                                   f"{self.folds}; give at least one sequence per task and fold, or use fewer folds")
+        energy = M.diagonal(dim1=-2, dim2=-1).sum((-2, -1))
+        omega = 1 / count if weights == "tokens" else torch.where(energy > 0, 1 / energy, 0.0)
+        C, A, M = (torch.einsum("t,t...->...", omega, z) for z in (C, A, M))
+        return Pooled(C, A, M, float(omega @ energy) / 2)
+
+    def save(self, path) -> None:
+        """Write safetensors to ``path`` through a temporary name."""
+        temporary = f"{path}.partial"
+        meta = {"layer": self.layer, "tasks": json.dumps(self.tasks)}
+        save_file({k: getattr(self, k).contiguous() for k in ("C", "A", "M", "count")}, temporary, metadata=meta)
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path, device="cpu") -> Moments:
+        """Read what :meth:`save` wrote."""
+        with safe_open(path, framework="pt", device=str(device)) as f:
+            meta = f.metadata()
+            return cls(meta["layer"], tuple(json.loads(meta["tasks"])), *(f.get_tensor(k) for k in ("C", "A", "M", "count")))

@@ -1,0 +1,43 @@
+r"""The merge programme ``L(d) = ½ dᵀHd + fᵀd + E`` of one layer, in the independent blocks of its basis."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .bases import Basis
+from .moments import Pooled
+
+
+@dataclass(frozen=True)
+class Programme:
+    r"""``H`` (b, q, q) PSD, ``f`` (b, s, q), both float64, and ``energy = E``; coefficients ``d`` have the shape of ``f``.
+
+    ``f`` lies in the range of ``H``: if Hw = 0 then Σ_j w_j B_j vanishes on every calibration input of positive weight,
+    so fᵀw = -Σ_t ω_t tr(R_tᵀ (Σ_j w_j B_j) X_t) = 0. Hence a minimiser always exists.
+    """
+
+    basis: Basis
+    H: Tensor
+    f: Tensor
+    energy: float
+
+    def gradient(self, d: Tensor) -> Tensor:
+        """``Hd + f``, the shape of d."""
+        return d @ self.H + self.f
+
+    def objective(self, d: Tensor) -> float:
+        """``L(d)``, half the weighted squared output error left by the merge."""
+        return float((d * (d @ self.H / 2 + self.f)).sum()) + self.energy
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """H (p, p) and f (p,) without block structure: for small examples and generic solvers."""
+        b, s, q = self.f.shape
+        return torch.block_diag(*self.H.repeat_interleave(s, 0)), self.f.flatten()
+
+
+def programme(pooled: Pooled, basis: Basis) -> Programme:
+    """The programme of a basis under given moments; the moments may come from other data than the basis."""
+    H = basis.quadratic(pooled.C)
+    return Programme(basis, (H + H.mT) / 2, -basis.linear(pooled.A), pooled.energy)
