@@ -188,6 +188,8 @@ def _directions(updates, keep=None):
 
 
 def _rotated_rows(updates, pooled, keep):
+    if pooled.M is None:
+        raise MergeError("basis rotated_rows needs the whole residual energy matrix M; collect the moments with full_energy=True")
     U = _eigenvectors(pooled.M, keep)
     return RowBasis("rotated_rows", updates, _directions(updates, U.shape[-1]), U)
 

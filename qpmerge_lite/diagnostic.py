@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .bases import build
+from .errors import EmptyCalibration
 from .moments import Moments, Pooled
 from .programme import Programme, programme
 from .solve import Factored, minimise
@@ -45,8 +46,10 @@ def disjoint(moments: Moments, updates: Tensor, family: str, ridges=(0.0,), *, p
 
     Negative values are overfitting. In closed form from the moments; no second pass over data. ``prior`` is the scale of the
     task arithmetic that the ridge pulls towards.
-    Raises: EmptyCalibration when a fold lacks a task.
+    Raises: EmptyCalibration when a fold lacks a task or there is only one fold.
     """
+    if moments.folds < 2:
+        raise EmptyCalibration(f"layer {moments.layer}: {moments.folds} fold leaves none to hold out; collect the moments in at least 2 folds")
     scores = torch.empty(moments.folds, len(ridges), dtype=torch.float64)
     for out in range(moments.folds):
         fitted = moments.pool([f for f in range(moments.folds) if f != out], weights)

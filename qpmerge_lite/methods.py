@@ -26,18 +26,24 @@ class QP:
     Args:
         basis: a family, or several to choose from per layer by cross-fitted captured energy.
         ridge: λ relative to Γ, or ``cross-fitted`` to choose it from ``ridges`` per layer.
-        prior: the ridge pulls towards ``prior · Σ_k Δ_k``: 0 is the base, 1/K the soup.
+        prior: the ridge, and where H is singular the choice among minimisers, pull towards ``prior · Σ_k Δ_k``: 0 is the base
+            (then ridge 0 gives ``-H⁺f``), 1/K the soup, the default: where calibration is silent, average.
         groups: number of equal groups of output rows (family ``groups``), e.g. attention heads.
         weights, penalty: see ``moments.pool`` and ``solve.Factored``.
     """
 
     basis: str | Sequence[str] = "rows"
     ridge: float | str = "cross-fitted"
-    prior: float = 0.0
+    prior: float | None = None
     groups: int | None = None
     weights: str = "tokens"
     penalty: str = "mean"
     ridges: tuple[float, ...] = RIDGES
+
+    @property
+    def full_energy(self) -> bool:
+        """Whether the moments must hold all of M."""
+        return "rotated_rows" in ([self.basis] if isinstance(self.basis, str) else self.basis)
 
     def __call__(self, moments: Moments, updates: Tensor) -> tuple[Tensor, dict]:
         """Update (g, m, n) of one layer and its table row."""
@@ -46,11 +52,13 @@ class QP:
         pooled = moments.pool(weights=self.weights)
         family, ridge, score = self._choose(moments, updates)
         basis = build(family, updates, pooled, groups=self._labels(updates))
-        solution = Factored(programme(pooled, basis), self.penalty).solve(ridge, basis.uniform(self.prior))
+        solution = Factored(programme(pooled, basis), self.penalty).solve(ridge, basis.uniform(self._prior(updates)))
         update = basis.combine(solution.d)
-        row = {"basis": family, "p": solution.p, "rank": solution.rank, "ridge": ridge, "captured": pooled.captured(update),
-               "cross_fitted": score, "gap": gap(pooled, update) / pooled.energy if pooled.energy else 0.0}
-        return update, row
+        row = {"basis": family, "p": solution.p, "rank": solution.rank, "ridge": ridge, "cross_fitted": score}
+        return update, row | _shares(pooled, update)
+
+    def _prior(self, updates):
+        return 1 / len(updates) if self.prior is None else self.prior
 
     def _labels(self, updates):
         if self.groups is None:
@@ -68,7 +76,7 @@ class QP:
             if len(families) * len(ridges) > 1:
                 raise MergeError("one fold leaves nothing to choose by: give a number as ridge and one basis, or use more folds")
             return families[0], ridges[0], None
-        options = {"weights": self.weights, "penalty": self.penalty, "prior": self.prior, "groups": self._labels(updates)}
+        options = {"weights": self.weights, "penalty": self.penalty, "prior": self._prior(updates), "groups": self._labels(updates)}
         scores = [(f, *cross_fitted(moments, updates, f, ridges, **options)) for f in families]
         return max(scores, key=lambda s: s[2])
 
@@ -79,16 +87,22 @@ def qp(base, experts, calibration, *, inputs="merged", targets="own", folds=4, s
                               blocks=blocks, progress=progress)
 
 
-def _regmean(alpha):
-    def solver(moments: Moments, updates: Tensor):
-        pooled = moments.shrink(updates, alpha).pool()
+@dataclass(frozen=True)
+class _RegMean:
+    alpha: float
+    full_energy = False
+
+    def __call__(self, moments: Moments, updates: Tensor):
+        pooled, plain = moments.shrink(updates, self.alpha).pool(), moments.pool()
         basis = build("elements", updates, pooled)
         solution = minimise(programme(pooled, basis))
-        update, plain = basis.combine(solution.d), moments.pool()
-        relative = 1 / plain.energy if plain.energy else 0.0
-        return update, {"basis": "elements", "p": solution.p, "rank": solution.rank, "ridge": 0.0, "captured": plain.captured(update),
-                        "cross_fitted": None, "gap": gap(plain, update) * relative}
-    return solver
+        update = basis.combine(solution.d)
+        return update, {"basis": "elements", "p": solution.p, "rank": solution.rank, "ridge": 0.0, "cross_fitted": None} | _shares(plain, update)
+
+
+def _shares(pooled, update) -> dict:
+    """Captured energy, and the gap to the unrestricted optimum, as fractions of the residual energy."""
+    return {"captured": pooled.captured(update), "gap": gap(pooled, update) / pooled.energy if pooled.energy else 0.0}
 
 
 def regmean(base, experts, calibration, *, alpha=0.95, blocks=None, progress=False) -> Merge:
@@ -96,13 +110,13 @@ def regmean(base, experts, calibration, *, alpha=0.95, blocks=None, progress=Fal
 
     Weights of dense layers only; biases, norms and embeddings are averaged.
     """
-    return merge_sequentially(base, experts, calibration, _regmean(alpha), inputs="expert", targets="propagated", scope="weights",
+    return merge_sequentially(base, experts, calibration, _RegMean(alpha), inputs="expert", targets="propagated", scope="weights",
                               folds=1, blocks=blocks, progress=progress)
 
 
 def regmean_plus_plus(base, experts, calibration, *, alpha=0.95, blocks=None, progress=False) -> Merge:
     """RegMean++ (arXiv:2508.03121): RegMean on the merged model's block inputs, the expert running within the block."""
-    return merge_sequentially(base, experts, calibration, _regmean(alpha), inputs="block", targets="propagated", scope="weights",
+    return merge_sequentially(base, experts, calibration, _RegMean(alpha), inputs="block", targets="propagated", scope="weights",
                               folds=1, blocks=blocks, progress=progress)
 
 

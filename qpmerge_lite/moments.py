@@ -26,11 +26,11 @@ WEIGHTS = ("tokens", "energy")
 @dataclass(frozen=True)
 class Pooled:
     r"""Task-weighted moments ``C = Σ_t ω_t C_t`` (g, n, n), ``A`` (g, m, n), ``M`` (g, m, m), all float64, and
-    ``energy = E = ½ Σ_t ω_t ‖R_t‖²`` (output units squared, per token when ω_t = 1/N_t)."""
+    ``energy = E = ½ Σ_t ω_t ‖R_t‖²`` (output units squared, per token when ω_t = 1/N_t). M is None where only E was kept."""
 
     C: Tensor
     A: Tensor
-    M: Tensor
+    M: Tensor | None
     energy: float
 
     def loss(self, update: Tensor) -> float:
@@ -53,7 +53,8 @@ class Moments:
     r"""Sums over calibration samples of one layer.
 
     ``C`` (T, F, g, n, n), ``A`` (T, F, g, m, n), ``M`` (T, F, g, m, m), ``count`` (T, F): float64, T tasks, F folds of
-    sequences. Immutable in shape; :meth:`update` adds in place, ``+`` returns a new object.
+    sequences. M may be kept as its diagonal (T, F, g, m), the energy of every output row, which is all that bases other than
+    rotated rows need. Immutable in shape; :meth:`update` adds in place, ``+`` returns a new object.
     """
 
     layer: str
@@ -64,14 +65,18 @@ class Moments:
     count: Tensor
 
     @classmethod
-    def zeros(cls, tasks, n: int, m: int, *, g: int = 1, folds: int = 1, layer: str = "layer", device=None) -> Moments:
-        """Empty sums for ``tasks`` and a layer of shape (g, m, n)."""
+    def zeros(cls, tasks, n: int, m: int, *, g: int = 1, folds: int = 1, layer: str = "layer", device=None, full_energy: bool = True) -> Moments:
+        """Empty sums for ``tasks`` and a layer of shape (g, m, n); ``full_energy`` keeps all of M, not only its diagonal."""
         new = lambda *shape: torch.zeros(len(tasks), folds, *shape, dtype=torch.float64, device=device)
-        return cls(layer, tuple(tasks), new(g, n, n), new(g, m, n), new(g, m, m), new())
+        return cls(layer, tuple(tasks), new(g, n, n), new(g, m, n), new(g, m, m) if full_energy else new(g, m), new())
 
     @property
     def folds(self) -> int:
         return self.count.shape[1]
+
+    @property
+    def full_energy(self) -> bool:
+        return self.M.dim() == 5
 
     def update(self, task: str, inputs: Tensor, residuals: Tensor, fold: int | Tensor = 0) -> None:
         """Add N samples of one task.
@@ -80,21 +85,24 @@ class Moments:
             inputs: (N, n) or (N, g, n), any floating dtype; the layer's inputs, constant 1 appended where a bias is folded in.
             residuals: (N, m) or (N, g, m); expert output minus base output on these inputs.
             fold: the fold of every sample, or one per sample (N,).
-        Raises: ShapeMismatch, NonFinite naming layer and task. Cost: N (n + m)² g flops in float64.
+        Raises: ShapeMismatch, NonFinite, MergeError for an unknown task or fold, naming layer and task. Cost: N (n + m)² g flops in float64.
         """
         t, x, r = self._checked(task, inputs, residuals)
         fold = torch.as_tensor(fold, device=x.device).expand(len(x))
-        for f in fold.unique().tolist():
+        present = fold.unique().tolist()  # sorted
+        if present and not 0 <= present[0] <= present[-1] < self.folds:
+            raise MergeError(f"layer {self.layer}, task {task}: folds are 0 to {self.folds - 1}, found {present}")
+        for f in present:
             xf, rf = (z[fold == f].transpose(0, 1) for z in (x, r))  # (g, N, ·)
             self.C[t, f] += xf.mT @ xf
             self.A[t, f] += rf.mT @ xf
-            self.M[t, f] += rf.mT @ rf
+            self.M[t, f] += rf.mT @ rf if self.full_energy else rf.square().sum(1)
             self.count[t, f] += xf.shape[1]
 
     def _checked(self, task, inputs, residuals):
         if task not in self.tasks:
             raise MergeError(f"layer {self.layer}: unknown task {task!r}; the moments were opened for {list(self.tasks)}")
-        shapes = {"inputs": (inputs, self.C.shape[2:4]), "residuals": (residuals, self.M.shape[2:4])}
+        shapes = {"inputs": (inputs, self.C.shape[2:4]), "residuals": (residuals, self.A.shape[2:4])}
         out = []
         for name, (z, (g, width)) in shapes.items():
             z = z.unsqueeze(1) if z.dim() == 2 and g == 1 else z
@@ -110,8 +118,9 @@ class Moments:
         """Moments of both sample sets together; either may be an empty shard."""
         if (self.tasks, self.layer) != (other.tasks, other.layer):
             raise MergeError(f"moments of different things: {self.layer} {self.tasks} and {other.layer} {other.tasks}")
-        if self.A.shape != other.A.shape:
-            raise ShapeMismatch(f"layer {self.layer}: moments to add", self.A.shape, other.A.shape)
+        for mine, theirs in ((self.A, other.A), (self.M, other.M)):
+            if mine.shape != theirs.shape:
+                raise ShapeMismatch(f"layer {self.layer}: moments to add", mine.shape, theirs.shape)
         return replace(self, C=self.C + other.C, A=self.A + other.A, M=self.M + other.M, count=self.count + other.count)
 
     def all_reduce(self, group=None) -> None:
@@ -122,13 +131,14 @@ class Moments:
     def rows(self, start: int, stop: int) -> Moments:
         """Moments of the outputs ``start:stop`` of layers stacked over one input."""
         part = slice(start, stop)
-        return replace(self, A=self.A[..., part, :], M=self.M[..., part, part])
+        return replace(self, A=self.A[..., part, :], M=self.M[..., part, part] if self.full_energy else self.M[..., part])
 
     def shrink(self, updates: Tensor, alpha: float) -> Moments:
         """RegMean's ``C' = α C + (1 - α) diag C`` per task, with propagated targets ``A' = Δ_t C'_t`` for updates (T, g, m, n)."""
         C = alpha * self.C + (1 - alpha) * torch.diag_embed(self.C.diagonal(dim1=-2, dim2=-1))
         D = updates.to(C).unsqueeze(1)
-        return replace(self, C=C, A=D @ C, M=D @ C @ D.mT)
+        A = D @ C
+        return replace(self, C=C, A=A, M=A @ D.mT if self.full_energy else (A * D).sum(-1))
 
     def pool(self, folds=None, weights: str = "tokens") -> Pooled:
         """Weighted sum over tasks on a subset of folds.
@@ -140,16 +150,16 @@ class Moments:
         """
         if weights not in WEIGHTS:
             raise MergeError(f"task weights: expected one of {WEIGHTS}, found {weights!r}")
-        chosen = torch.as_tensor(list(range(self.folds) if folds is None else folds), device=self.C.device)
+        chosen = torch.as_tensor(list(range(self.folds) if folds is None else folds), dtype=torch.long, device=self.C.device)
         C, A, M, count = (z[:, chosen].sum(1) for z in (self.C, self.A, self.M, self.count))
         empty = [t for t, c in zip(self.tasks, count.tolist()) if c == 0]
         if empty:
             raise EmptyCalibration(f"layer {self.layer}: no calibration tokens for {empty} in folds {chosen.tolist()} of "
                                    f"{self.folds}; give at least one sequence per task and fold, or use fewer folds")
-        energy = M.diagonal(dim1=-2, dim2=-1).sum((-2, -1))
+        energy = (M.diagonal(dim1=-2, dim2=-1) if self.full_energy else M).sum((-2, -1))
         omega = 1 / count if weights == "tokens" else torch.where(energy > 0, 1 / energy, 0.0)
         C, A, M = (torch.einsum("t,t...->...", omega, z) for z in (C, A, M))
-        return Pooled(C, A, M, float(omega @ energy) / 2)
+        return Pooled(C, A, M if self.full_energy else None, float(omega @ energy) / 2)
 
     def save(self, path) -> None:
         """Write safetensors to ``path`` through a temporary name."""

@@ -69,15 +69,22 @@ class _Stop(Exception):
     pass
 
 
+def _call(module, state, args, kwargs):
+    """``functional_call`` with every key given, tied ones under each of their names."""
+    return functional_call(module, dict(state), args, kwargs, tie_weights=False)
+
+
 @dataclass(frozen=True)
 class Carry:
-    """One batch on its way through the model: the model's arguments, then the hidden state entering the next chunk and what else blocks take."""
+    """One batch on its way through the model: the model's arguments, the hidden state entering the next chunk, what else blocks
+    take, and the ``rest`` of a block's output where that is a tuple."""
 
     batch: dict
     folds: Tensor
     hidden: Tensor | None = None
     args: tuple = ()
     kwargs: dict = field(default_factory=dict)
+    rest: tuple | None = None
 
     def samples(self, z: Tensor) -> Tensor:
         """Activations (B, S, d) or (B, d) as (N, d), padding dropped."""
@@ -143,8 +150,8 @@ class Walker:
             return self._suffix(state, carry)
         prefix = f"{self.path}.{chunk - 1}."
         state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        out = functional_call(self.blocks[chunk - 1], state, (carry.hidden, *carry.args), carry.kwargs)
-        return replace(carry, hidden=out[0] if isinstance(out, tuple) else out)
+        out = _call(self.blocks[chunk - 1], state, (carry.hidden, *carry.args), carry.kwargs)
+        return replace(carry, hidden=out[0], rest=out[1:]) if isinstance(out, tuple) else replace(carry, hidden=out)
 
     def _prefix(self, state, carry):
         caught = {}
@@ -157,7 +164,7 @@ class Walker:
 
         hook = self.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
         try:
-            functional_call(self.model, dict(state), (), carry.batch)
+            _call(self.model, state, (), carry.batch)
         except _Stop:
             if not caught:
                 raise
@@ -166,10 +173,11 @@ class Walker:
         return replace(carry, **caught)
 
     def _suffix(self, state, carry):
+        hidden = carry.hidden if carry.rest is None else (carry.hidden, *carry.rest)
         for block in self.blocks:
-            block.forward = lambda *args, **kwargs: carry.hidden
+            block.forward = lambda *args, **kwargs: hidden
         try:
-            out = functional_call(self.model, dict(state), (), carry.batch)
+            out = _call(self.model, state, (), carry.batch)
         finally:
             for block in self.blocks:
                 del block.forward
@@ -255,7 +263,8 @@ class _Pass:
         first = stage[0]
         base = torch.cat([v.matrix(self.base) for v in stage], 1)
         g, m, n = base.shape
-        moments = Moments.zeros(self.experts, n, m, g=g, folds=self.folds, layer=first.name, device=base.device)
+        moments = Moments.zeros(self.experts, n, m, g=g, folds=self.folds, layer=first.name, device=base.device,
+                                full_energy=getattr(self.solver, "full_energy", True))
         for task, stream in (self.mixed or self.own).items():
             update = torch.cat([v.matrix(self.experts[task]) for v in stage], 1) - base
             for i, carry in enumerate(stream):
@@ -296,7 +305,8 @@ def merge_sequentially(base: nn.Module, experts, calibration, solver: Solver, *,
         experts: state dicts of the same architecture by task.
         calibration: for every task, batches of unlabelled inputs: keyword arguments of ``base.forward``. Tokens under a zero
             ``attention_mask`` are not counted.
-        solver: ``(moments, updates (K, g, m, n)) -> (update (g, m, n), table row)``, e.g. ``methods.QP``.
+        solver: ``(moments, updates (K, g, m, n)) -> (update (g, m, n), table row)``, e.g. ``methods.QP``; an attribute
+            ``full_energy = False`` says that it can do without the off-diagonal of M.
         inputs: layers read what the ``merged`` prefix produces, each ``expert``'s own stream (RegMean), or the merged prefix up to
             the block and the expert within it (``block``, RegMean++).
         targets: ``own`` (the expert's outputs on its own stream), ``propagated`` (its layer applied to the merged stream), ``blend``,

@@ -50,7 +50,7 @@ class Factored:
         self.gamma = torch.where(gamma > 0, gamma, 1.0)  # (b, q); an element with no output is left at its prior
         root = self.gamma.sqrt()
         values, self.vectors = torch.linalg.eigh(programme.H / (root[:, :, None] * root[:, None, :]))
-        self.kept = values > rtol * values.max().clamp(min=0)
+        self.kept = values > rtol * (values.max().clamp(min=0) if values.numel() else 0)  # p = 0: experts equal to the base
         self.values = torch.where(self.kept, values, 0.0)
         self.rank = int(self.kept.sum()) * programme.f.shape[1]
 
@@ -105,12 +105,12 @@ def minimise_constrained(programme: Programme, *, nonnegative: bool = False, sum
     G = sparse.vstack(rows, format="csc")
     settings = clarabel.DefaultSettings()
     settings.verbose = False
-    settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = 1e-12
+    settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = 1e-10
     answer = clarabel.DefaultSolver(sparse.triu(H, format="csc"), f, G, np.concatenate(bounds), list(cones), settings).solve()
     if "Solved" not in str(answer.status):
         raise Infeasible(f"constrained programme over basis {programme.basis.name}: Clarabel reports {answer.status}; check H and f for scale")
     d = np.asarray(answer.x)
-    stationarity = np.abs(H @ d + f + G.T @ np.asarray(answer.z)).max() / max(np.abs(f).max(), 1e-300)
+    stationarity = np.abs(H @ d + f + G.T @ np.asarray(answer.z)).max() / (np.abs(f).max() or 1.0)
     d = torch.from_numpy(d).to(programme.f).reshape(b, s, q)
     return Solution(d, programme.objective(d), Factored(programme).rank, d.numel(), 0.0, float(stationarity),
                     f"{answer.status} by Clarabel in {answer.iterations} steps")

@@ -1,0 +1,58 @@
+"""Comparisons: chosen on validation, test touched once, results kept."""
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from toys import TASKS, vision
+
+from qpmerge_lite import methods
+from qpmerge_lite.suites import Suite, compare
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    """A toy suite of random images, with an empty cache."""
+    monkeypatch.setenv("QPMERGE_CACHE", str(tmp_path))
+    base, experts, _ = vision()
+    draw = np.random.default_rng(0)
+    rows = lambda n: Dataset.from_dict({"pixels": draw.normal(size=(n, 8, 8)).tolist(), "label": draw.integers(0, 3, n).tolist()})
+    data = {t: DatasetDict(train=rows(24), validation=rows(30), test=rows(30)) for t in TASKS}
+    collate = lambda columns: {"pixels": torch.as_tensor(np.asarray(columns["pixels"]))[:, None].double()}
+    heads = {t: {"weight": torch.randn(3, 8, dtype=torch.float64), "bias": torch.zeros(3, dtype=torch.float64)} for t in TASKS}
+    return Suite("toy", "smoke", 0, "cpu", list(TASKS), data, base, experts, heads, dict.fromkeys(TASKS, 3), collate)
+
+
+@pytest.mark.parametrize("name", compare.ENTRIES)
+def test_every_entry_reports_every_task(suite, name):
+    found = compare.result(suite, name, 8)
+    assert set(found["accuracy"]) == set(TASKS) and set(found["normalised"]) == {*TASKS, "mean"}
+    assert found["options"] in compare.ENTRIES[name].grid(3)
+    assert bool(found["table"]) == name.startswith(("qp", "regmean"))
+
+
+def test_choices_look_at_validation_and_test_is_scored_for_the_chosen_merge_only(suite, monkeypatch):
+    seen = []
+    evaluate = Suite.evaluate
+    monkeypatch.setattr(Suite, "evaluate", lambda self, state, split="test", tasks=None: seen.append((split, state)) or evaluate(self, state, split, tasks))
+    found = compare.result(suite, "task_arithmetic", 8)
+    experts = [id(e) for e in suite.experts.values()]
+    on_test = {id(state) for split, state in seen if split == "test"} - set(experts)
+    on_validation = {id(state) for split, state in seen if split == "validation"} - set(experts)
+    assert len(on_test) == 1 and len(on_validation) >= len(compare.SCALES)
+    scores = [suite.normalised(methods.task_arithmetic(suite.base, suite.experts, **o).state_dict, "validation")["mean"]
+              for o in compare.ENTRIES["task_arithmetic"].grid(3)]
+    assert found["options"] == compare.ENTRIES["task_arithmetic"].grid(3)[int(np.argmax(scores))]
+
+
+def test_results_are_kept_and_belong_to_their_experts(suite, monkeypatch):
+    first = compare.result(suite, "soup", 8)
+    monkeypatch.setattr(Suite, "evaluate", lambda *a, **k: pytest.fail("computed again"))
+    assert compare.result(suite, "soup", 8) == first
+    suite.experts["a"]["cls"] += 1
+    with pytest.raises(pytest.fail.Exception):
+        compare.result(suite, "soup", 8)
+
+
+def test_seed_interval_is_students():
+    mean, (low, high) = compare.seed_interval([1.0, 2.0, 3.0])
+    assert mean == 2 and high - mean == pytest.approx(4.302653 / 3**0.5, rel=1e-6) and mean - low == pytest.approx(high - mean)

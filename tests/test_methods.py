@@ -1,0 +1,116 @@
+"""Data-free methods against slow readable forms, and every method's certificate against a direct measurement."""
+import pytest
+import torch
+from toys import TASKS, loaded, trace, vision
+
+import qpmerge_lite as q
+from qpmerge_lite.errors import MergeError
+from qpmerge_lite.layers import view
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return vision()
+
+
+def test_soup_and_task_arithmetic(problem):
+    base, experts, _ = problem
+    uniform, weighted = q.soup(base, experts), q.soup(base, experts, weights=[0.5, 0.3, 0.2])
+    third, negated = q.task_arithmetic(base, experts, scale=1 / 3), q.task_arithmetic(base, {"a": experts["a"]}, scale=-1.0)
+    for k, v in base.state_dict().items():
+        torch.testing.assert_close(uniform.state_dict[k], sum(e[k] for e in experts.values()) / 3)
+        torch.testing.assert_close(weighted.state_dict[k], 0.5 * experts["a"][k] + 0.3 * experts["b"][k] + 0.2 * experts["c"][k])
+        torch.testing.assert_close(third.state_dict[k], uniform.state_dict[k])
+        torch.testing.assert_close(negated.state_dict[k], 2 * v - experts["a"][k])
+
+
+def test_soup_weights_must_sum_to_one(problem):
+    with pytest.raises(MergeError, match="expected 3 numbers with sum 1"):
+        q.soup(*problem[:2], weights=[1.0, 1.0, 1.0])
+
+
+def slow_ties(vectors, density):
+    """Entry by entry, in plain Python."""
+    d = len(vectors[0])
+    trimmed = []
+    for v in vectors:
+        cut = sorted(abs(x) for x in v)[d - int(d * density) - 1] if d > int(d * density) else 0
+        trimmed.append([x if abs(x) >= cut else 0.0 for x in v])
+    sign = lambda x: (x > 0) - (x < 0)
+    signs = [sign(sum(column)) for column in zip(*trimmed)]
+    majority = sign(sum(signs))
+    merged = []
+    for s, column in zip(signs, zip(*trimmed)):
+        agreeing = [x for x in column if x and sign(x) == (s or majority)]
+        merged.append(sum(agreeing) / len(agreeing) if agreeing else 0.0)
+    return merged
+
+
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.5, 1.0])
+def test_ties_is_the_authors(problem, density):
+    base, experts, _ = problem
+    names = sorted(base.state_dict())
+    flat = lambda s: torch.cat([s[k].flatten() for k in names])
+    origin = flat(base.state_dict())
+    expected = slow_ties([(flat(experts[t]) - origin).tolist() for t in TASKS], density)
+    merged = flat(q.ties(base, experts, density=density, scale=0.7).state_dict) - origin
+    torch.testing.assert_close(merged, 0.7 * torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+
+
+def test_ties_elects_the_majority_where_signs_cancel():
+    base, experts, _ = vision()
+    one = {k: torch.zeros_like(v) for k, v in base.state_dict().items()}
+    up, down = {k: v + 1 for k, v in one.items()}, {k: v.clone() for k, v in one.items()}
+    base.load_state_dict(one)
+    down["cls"] -= 1.0
+    merged = q.ties(base, {"a": up, "b": down}, density=1.0).state_dict
+    assert torch.equal(merged["cls"], torch.ones_like(merged["cls"])) and torch.equal(merged["position"], torch.ones_like(merged["position"]))
+
+
+def test_dare_without_dropping_is_task_arithmetic_and_is_unbiased(problem):
+    base, experts, _ = problem
+    plain = q.task_arithmetic(base, experts, scale=0.4).state_dict
+    for k, v in q.dare(base, experts, drop=0.0, scale=0.4).state_dict.items():
+        torch.testing.assert_close(v, plain[k])
+    draws = [q.dare(base, experts, drop=0.5, scale=0.4, seed=s).state_dict["blocks.0.up.weight"] for s in range(200)]
+    assert not torch.equal(draws[0], draws[1])
+    error = (torch.stack(draws).mean(0) - plain["blocks.0.up.weight"]).abs()
+    spread = torch.stack(draws).std(0) / len(draws) ** 0.5
+    assert (error < 5 * spread + 1e-12).all()
+
+
+@pytest.mark.parametrize("call", [lambda p: q.dare(*p[:2], drop=1.0), lambda p: q.ties(*p[:2], density=0.0)])
+def test_bad_fractions_are_refused(problem, call):
+    with pytest.raises(MergeError, match="expected a (probability|fraction) in"):
+        call(problem)
+
+
+@pytest.mark.parametrize("method, options", [(q.soup, {}), (q.task_arithmetic, {"scale": 0.8}), (q.ties, {}), (q.dare, {"drop": 0.9}), (q.regmean, {})])
+def test_certificate_of_any_merge_is_the_measured_loss_difference(problem, method, options):
+    """L(W) - L(W_full), measured on outputs of expert streams, against the certificate from moments: 1e-9 relative."""
+    base, experts, calibration = problem
+    merge = method(base, experts, calibration, **options)
+    layer = "blocks.1.up"
+    v = view(layer, base.get_submodule(layer))
+    W0, W = v.matrix(base.state_dict()), v.matrix(merge.state_dict)
+    samples = {t: trace(loaded(base, experts[t]), calibration[t])[layer] for t in TASKS}
+    n, m = W0.shape[2], W0.shape[1]
+    moments = q.Moments.zeros(TASKS, n, m)
+    for t, (X, Y) in samples.items():
+        moments.update(t, X, Y - torch.einsum("gmn,Ngn->Ngm", W0, X))
+    pooled = moments.pool()
+    full = torch.cat([X[:, 0] / len(X) ** 0.5 for X, _ in samples.values()]), torch.cat([Y[:, 0] / len(Y) ** 0.5 for _, Y in samples.values()])
+    best = torch.linalg.lstsq(*full, driver="gelsd").solution.mT
+    loss = lambda W: float((full[1] - full[0] @ W.mT).square().sum()) / 2
+    assert q.gap(pooled, W - W0) == pytest.approx(loss(W[0]) - loss(best), rel=1e-9)
+    D = W[0] - best
+    assert q.gap(pooled, W - W0) == pytest.approx(float((D @ pooled.C[0] * D).sum()) / 2, rel=1e-9)
+
+
+def test_tune_takes_the_highest_score_and_the_earlier_of_equals(problem):
+    base, experts, _ = problem
+    origin = base.state_dict()["cls"]
+    distance = lambda state: float((state["cls"] - origin).norm())
+    grid = [{"scale": s} for s in (0.1, 0.9, 0.9, 0.2)]
+    merge, options, scores = q.tune(q.task_arithmetic, grid, distance, base, experts)
+    assert options is grid[1] and len(scores) == 4 and distance(merge.state_dict) == max(scores)

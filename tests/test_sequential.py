@@ -1,0 +1,265 @@
+"""The forward-order pass against slow readable re-computations on whole models."""
+import copy
+
+import pytest
+import torch
+from toys import TASKS, loaded, tokens, trace, vision
+from torch import nn
+
+import qpmerge_lite as q
+from qpmerge_lite.errors import EmptyCalibration, MergeError, MissingLayer, NonFinite, ShapeMismatch
+from qpmerge_lite.layers import view
+from qpmerge_lite.sequential import Walker
+
+FAMILIES = sorted(set(q.FAMILIES) - {"groups", "explicit"})
+PROBLEMS = {"vision": vision, "tokens": tokens}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captured_energy_is_what_the_finished_model_shows(problem, family):
+    """1 - L/E of every layer, measured by running base weights and the finished merge on their streams, equals the table."""
+    base, experts, calibration = PROBLEMS[problem]()
+    merge = q.qp(base, experts, calibration, basis=family, ridge=1e-3)
+    merged = {t: trace(loaded(base, merge.state_dict), calibration[t]) for t in TASKS}
+    own = {t: trace(loaded(base, experts[t]), calibration[t]) for t in TASKS}
+    for row in merge.table:
+        W0 = view(row["layer"], base.get_submodule(row["layer"])).matrix(base.state_dict())
+        left = energy = 0.0
+        for t in TASKS:
+            X, Y_merged = merged[t][row["layer"]]
+            Y = own[t][row["layer"]][1]
+            left += float((Y - Y_merged).square().sum()) / len(X)
+            energy += float((Y - torch.einsum("gmn,Ngn->Ngm", W0, X)).square().sum()) / len(X)
+        assert row["captured"] == pytest.approx(1 - left / energy, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("options", [{"inputs": "merged", "targets": "own"}, {"inputs": "merged", "targets": "propagated"},
+                                     {"inputs": "merged", "targets": 0.3}, {"inputs": "expert"}, {"inputs": "block"}], ids=str)
+def test_copies_of_one_expert_give_it_back(problem, options):
+    base, experts, calibration = PROBLEMS[problem]()
+    same = dict.fromkeys(TASKS, experts["a"])
+    for family in FAMILIES:
+        merge = q.qp(base, same, calibration, basis=family, ridge=0.0, **options)
+        for name, value in experts["a"].items():
+            torch.testing.assert_close(merge.state_dict[name], value, rtol=1e-9, atol=1e-9, msg=f"{family} {name}")
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_batching_does_not_matter(problem):
+    base, experts, calibration = PROBLEMS[problem]()
+    whole = {t: [{k: torch.cat([b[k] for b in batches]) for k in batches[0]}] for t, batches in calibration.items()}
+    single = {t: [{k: v[i:i + 1] for k, v in b[0].items()} for i in range(len(next(iter(b[0].values()))))] for t, b in whole.items()}
+    merges = [q.qp(base, experts, c, basis="elements") for c in (calibration, whole, single)]
+    for other in merges[1:]:
+        for name, value in merges[0].state_dict.items():
+            torch.testing.assert_close(other.state_dict[name], value, rtol=1e-8, atol=1e-8)
+
+
+def test_order_of_experts_does_not_matter():
+    base, experts, calibration = tokens()
+    backwards = q.qp(base, {t: experts[t] for t in reversed(TASKS)}, calibration, basis="rows").state_dict
+    for name, value in q.qp(base, experts, calibration, basis="rows").state_dict.items():
+        torch.testing.assert_close(backwards[name], value, rtol=1e-9, atol=1e-10)
+
+
+def test_padding_is_never_counted():
+    base, experts, calibration = tokens()
+    noise = {t: [{"input_ids": torch.where(b["attention_mask"] == 1, b["input_ids"], 7 - b["input_ids"].clamp(max=7)),
+                  "attention_mask": b["attention_mask"]} for b in batches] for t, batches in calibration.items()}
+    assert any(not torch.equal(x["input_ids"], y["input_ids"]) for t in TASKS for x, y in zip(noise[t], calibration[t]))
+    for name, value in q.qp(base, experts, calibration).state_dict.items():
+        assert torch.equal(q.qp(base, experts, noise).state_dict[name], value)
+
+
+def test_every_expert_block_runs_once_per_batch():
+    base, experts, calibration = vision()
+    walker_runs = []
+    original = Walker.run
+
+    def counting(self, chunk, state, *args, **kwargs):
+        walker_runs.append((chunk, next((t for t in TASKS if state is self_experts[t]), None), kwargs.get("stop", False)))
+        return original(self, chunk, state, *args, **kwargs)
+
+    import qpmerge_lite.sequential as sequential
+    self_experts = {}
+    check = sequential.check_experts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Walker, "run", counting)
+        patch.setattr(sequential, "check_experts", lambda *a: self_experts.update(check(*a)) or self_experts)
+        q.qp(base, experts, calibration)
+    for t in TASKS:
+        assert sorted(c for c, task, _ in walker_runs if task == t) == sorted([0, 1, 2, 3] * 2)  # four chunks, two batches
+
+
+def test_regmean_is_the_programme_with_elements_propagated_targets_and_expert_inputs():
+    base, experts, calibration = vision()
+    programme = q.qp(base, experts, calibration, basis="elements", ridge=0.0, prior=0.0, inputs="expert", targets="propagated", scope="weights")
+    closed = q.regmean(base, experts, calibration, alpha=1.0)
+    for row in programme.table:
+        W = sum_of_grams(base, experts, calibration, row["layer"], 1.0)
+        name = row["layer"] + ".weight"
+        for merge in (programme, closed):
+            X = torch.cat([trace(loaded(base, experts[t]), calibration[t])[row["layer"]][0][:, 0, :-1 if base.get_submodule(row["layer"]).bias is not None else None] for t in TASKS])
+            difference = (merge.state_dict[name] - W) @ X.mT
+            assert difference.norm() <= 1e-8 * (W @ X.mT).norm()
+
+
+def sum_of_grams(base, experts, calibration, layer, alpha):
+    """(Σ G_t)⁺ Σ G_t W_tᵀ, transposed: RegMean's closed form from whole-model traces, least-squares where singular."""
+    total = weighted = 0
+    for t in TASKS:
+        X = trace(loaded(base, experts[t]), calibration[t])[layer][0][:, 0]
+        X = X[:, :-1] if base.get_submodule(layer).bias is not None else X
+        G = X.mT @ X / len(X)
+        G = alpha * G + (1 - alpha) * torch.diag(G.diagonal())
+        total, weighted = total + G, weighted + G @ experts[t][layer + ".weight"].mT
+    return torch.linalg.lstsq(total, weighted, driver="gelsd").solution.mT
+
+
+def test_regmean_with_shrunk_off_diagonals_to_1e_8():
+    base, experts, calibration = vision()
+    merge = q.regmean(base, experts, calibration, alpha=0.9)
+    for row in merge.table:
+        W = sum_of_grams(base, experts, calibration, row["layer"], 0.9)
+        assert (merge.state_dict[row["layer"] + ".weight"] - W).norm() <= 1e-8 * W.norm()
+    mean = sum(experts[t]["blocks.0.norm1.weight"] for t in TASKS) / 3
+    torch.testing.assert_close(merge.state_dict["blocks.0.norm1.weight"], mean)
+
+
+def test_regmean_plus_plus_runs_the_expert_block_on_merged_inputs():
+    """Slow form: per block, run every expert's block on the hidden states of the blocks merged so far."""
+    base, experts, calibration = tokens()
+    merge = q.regmean_plus_plus(base, experts, calibration, alpha=0.9)
+    merged = loaded(base, merge.state_dict)
+    for index in range(len(base.blocks)):
+        for layer in ("mix", "own"):
+            total = weighted = 0
+            for t in TASKS:
+                hybrid = copy.deepcopy(merged)
+                hybrid.blocks[index].load_state_dict({k.removeprefix(f"blocks.{index}."): v for k, v in experts[t].items() if k.startswith(f"blocks.{index}.")})
+                X = trace(hybrid, calibration[t])[f"blocks.{index}.{layer}"][0][:, 0, :8]
+                G = X.mT @ X / len(X)
+                G = 0.9 * G + 0.1 * torch.diag(G.diagonal())
+                total, weighted = total + G, weighted + G @ experts[t][f"blocks.{index}.{layer}.weight"].mT
+            W = torch.linalg.solve(total, weighted).mT
+            assert (merge.state_dict[f"blocks.{index}.{layer}.weight"] - W).norm() <= 1e-8 * W.norm()
+
+
+def test_rows_follow_the_forward_pass_and_everything_else_is_listed_as_averaged():
+    base, experts, calibration = vision()
+    merge = q.qp(base, experts, calibration, basis="layer")
+    assert [r["layer"] for r in merge.table][:7] == ["embed", "blocks.0.norm1", *(f"blocks.0.attention.{x}" for x in ("query", "key", "value", "output")), "blocks.0.norm2"]
+    assert merge.averaged == ["cls", "position"]
+    for name in merge.averaged:
+        torch.testing.assert_close(merge.state_dict[name], sum(experts[t][name] for t in TASKS) / 3)
+
+
+def test_base_and_its_mode_are_left_alone_even_after_an_error():
+    base, experts, calibration = vision()
+    base.train()
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    bad = {t: [{"pixels": torch.full((4, 1, 8, 8), float("nan"), dtype=torch.float64)}] for t in TASKS}
+    with pytest.raises(NonFinite, match="layer embed, task a, inputs: .* NaN or infinite; check this task's calibration data"):
+        q.qp(base, experts, bad)
+    q.qp(base, experts, calibration)
+    assert base.training and all(torch.equal(v, before[k]) for k, v in base.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in base.modules())
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+def test_lower_precision_stays_near_float64(dtype, tolerance):
+    base, experts, calibration = vision()
+    exact = q.qp(base, experts, calibration, basis="layer", ridge=1e-2)
+    low = q.qp(copy.deepcopy(base).to(dtype), {t: {k: v.to(dtype) for k, v in e.items()} for t, e in experts.items()},
+               {t: [{k: v.to(dtype) for k, v in b.items()} for b in c] for t, c in calibration.items()}, basis="layer", ridge=1e-2)
+    for a, b in zip(exact.table, low.table):
+        assert b["captured"] == pytest.approx(a["captured"], abs=tolerance)
+    assert all(v.dtype == dtype for v in low.state_dict.values())
+
+
+def test_runs_where_the_base_is(device):
+    base, experts, calibration = vision()
+    there = q.qp(copy.deepcopy(base).to(device), experts, calibration, basis="rows")
+    assert all(v.device.type == torch.device(device).type for v in there.state_dict.values())
+    for name, value in q.qp(base, experts, calibration, basis="rows").state_dict.items():
+        torch.testing.assert_close(there.state_dict[name].cpu(), value, rtol=1e-8, atol=1e-8)
+
+
+def test_choice_per_layer_has_the_highest_cross_fitted_energy():
+    base, experts, calibration = tokens()
+    first = lambda basis: q.qp(base, experts, calibration, basis=basis).table[0]
+    chosen = first(["layer", "rows", "elements"])
+    assert chosen["cross_fitted"] == max(first(b)["cross_fitted"] for b in ("layer", "rows", "elements"))
+
+
+def bad_shape(experts):
+    experts["b"]["cls"] = experts["b"]["cls"][..., :3]
+
+
+def lacking(experts):
+    del experts["b"]["blocks.1.up.weight"]
+
+
+def unknown(experts):
+    experts["b"]["head.weight"] = torch.zeros(1)
+
+
+def damaged(experts):
+    experts["c"]["cls"][..., 0] = float("inf")
+
+
+@pytest.mark.parametrize("spoil, error, message", [
+    (bad_shape, ShapeMismatch, r"expert 'b', parameter 'cls': expected shape \(1, 1, 8\), found \(1, 1, 3\)"),
+    (lacking, MissingLayer, "expert 'b' lacks parameter 'blocks.1.up.weight'"),
+    (unknown, MissingLayer, "expert 'b' has an unknown parameter 'head.weight'"),
+    (damaged, NonFinite, "expert 'c', parameter 'cls': 1 of 8 values are NaN or infinite; the checkpoint is damaged"),
+    (lambda e: e.clear(), MergeError, "expected at least one state dict"),
+], ids=lambda v: getattr(v, "__name__", None))
+def test_bad_experts_are_refused_by_every_method(spoil, error, message):
+    base, experts, calibration = vision()
+    spoil(experts)
+    for method in (q.qp, q.soup, q.task_arithmetic, q.ties, q.dare, q.regmean):
+        with pytest.raises(error, match=message):
+            method(base, experts, calibration)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"inputs": "student"}, "expected inputs in .* found 'student'"),
+    ({"targets": 2.0}, "number in .0, 1.; found 'merged', 2.0"),
+    ({"basis": "diagonal"}, "basis family: expected one of .* found 'diagonal'"),
+    ({"ridge": "auto"}, "ridge: expected a number ≥ 0 or 'cross-fitted', found 'auto'"),
+    ({"folds": 1}, "one fold leaves nothing to choose by"),
+    ({"basis": "groups", "groups": 5}, "output rows do not fall into 5 equal groups"),
+    ({"blocks": "layers"}, "blocks: expected the path of an nn.ModuleList of the model, found 'layers'"),
+])
+def test_bad_options_are_named(options, message):
+    base, experts, calibration = vision()
+    with pytest.raises(MergeError, match=message):
+        q.qp(base, experts, calibration, **options)
+
+
+def test_empty_calibration_and_too_few_sequences_are_named():
+    base, experts, calibration = vision()
+    with pytest.raises(EmptyCalibration, match=r"no calibration batches for \['b'\]"):
+        q.qp(base, experts, {**calibration, "b": []})
+    few = {**calibration, "c": [{"pixels": calibration["c"][0]["pixels"][:3]}]}
+    with pytest.raises(EmptyCalibration, match=r"layer embed: no calibration tokens for \['c'\] in folds \[3\] of 4; .* use fewer folds"):
+        q.qp(base, experts, few)
+
+
+def test_a_layer_called_twice_is_averaged_and_listed():
+    base, experts, calibration = tokens()
+    for model in (base,):
+        model.blocks[1].own = model.blocks[1].mix
+    shared = {t: {**e, **{f"blocks.1.own.{p}": e[f"blocks.1.mix.{p}"] for p in ("weight", "bias")}} for t, e in
+              ({t: {k: v for k, v in e.items() if k != "blocks.1.own.weight"} for t, e in experts.items()}).items()}
+    merge = q.qp(base, shared, calibration, basis="layer")
+    assert "blocks.1.mix" not in [r["layer"] for r in merge.table]
+    assert {"blocks.1.mix.weight", "blocks.1.mix.bias"} <= set(merge.averaged)
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(MissingLayer, match="the model has"):
+        q.qp(nn.Sequential(nn.Linear(2, 2)), {"a": nn.Sequential(nn.Linear(2, 2)).state_dict()}, {"a": [{"input": torch.zeros(4, 2)}]})
