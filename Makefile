@@ -1,0 +1,55 @@
+# make book       run the notebooks that changed and build the pages      make test   the same, then every test
+# make notebooks  only run them       make html   only build the pages    make check  run all again, compare the records
+# make bench      time a merge        make lock   resolve the pins anew   make clean  drop everything generated
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV ?= .venv
+TIER ?= smoke
+# extra words for pip when it installs torch, for example an index of CPU builds
+TORCH_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+QPMERGE := $(BIN)/qpmerge
+export QPMERGE_TIER := $(TIER)
+
+.PHONY: book test notebooks html check bench lock clean
+.DELETE_ON_ERROR:
+
+book: notebooks
+	$(MAKE) html
+
+test: book
+	$(BIN)/python -m pytest
+
+notebooks: $(STAMP)
+	$(QPMERGE) book run --tier $(TIER)
+
+html: $(STAMP)
+	$(BIN)/jupyter-book build -W -n --keep-going book
+
+check: $(STAMP)
+	$(QPMERGE) book check --tier $(TIER)
+
+bench: $(STAMP)
+	$(BIN)/python -m qpmerge_lite.suites.bench
+
+# torch comes second and without hashes: CPU and CUDA builds of one version differ
+$(STAMP): requirements.lock requirements-torch.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --require-hashes -r requirements.lock
+	$(BIN)/pip install --quiet $(TORCH_ARGS) -r requirements-torch.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+# needs uv; keeps the pins of the present lock where it can, and writes the same ones into environment.yml
+lock:
+	uv pip compile --quiet requirements.in --universal --python-version 3.11.5 --generate-hashes --no-annotate \
+	  --no-header --no-emit-index-url -o requirements.lock
+	{ sed '/- pip:$$/q' environment.yml; \
+	  sed -nE 's/^([a-z0-9_.-]+==[^\]*[^\ ]) *\\?$$/      - "\1"/p' requirements.lock requirements-torch.txt; \
+	  echo '      - -e .'; } > environment.yml.new
+	mv environment.yml.new environment.yml
+
+clean:
+	rm -rf book/_build book/_records book/chapters book/_static/mathjax
