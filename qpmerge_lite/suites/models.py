@@ -1,0 +1,64 @@
+"""Encoders small enough to be trained on the spot and shipped inside the package."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention, unfold
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one linear layer each for queries, keys, values and output."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend within each sequence: (B, T, d) to (B, T, d)."""
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        return self.output(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention and a two-layer perceptron, each with a residual path."""
+
+    def __init__(self, width: int, heads: int, ratio: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.up, self.down = nn.Linear(width, ratio * width), nn.Linear(ratio * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform a sequence: (B, T, d) to (B, T, d)."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(gelu(self.up(self.norm2(x))))
+
+
+class VisionTransformer(nn.Module):
+    """Compact vision transformer for square grey images (Dosovitskiy et al., 2021).
+
+    Args:
+        width: d, features per token; a multiple of ``heads``.
+        depth: number of blocks in ``blocks``.
+        heads: attention heads per block.
+        ratio: hidden width of the perceptron over ``width``.
+        side: image side in pixels; a multiple of ``patch``.
+        patch: patch side in pixels.
+    """
+
+    def __init__(self, width=96, depth=4, heads=4, ratio=2, side=28, patch=7):
+        super().__init__()
+        self.patch = patch
+        self.embed = nn.Linear(patch * patch, width)
+        self.cls = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.position = nn.Parameter(0.02 * torch.randn(1, (side // patch) ** 2 + 1, width))
+        self.blocks = nn.ModuleList(Block(width, heads, ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Feature of the class token: (B, 1, side, side) floats to (B, d)."""
+        patches = unfold(pixels, self.patch, stride=self.patch).transpose(1, 2)
+        x = torch.cat([self.cls.expand(len(pixels), -1, -1), self.embed(patches)], 1) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)[:, 0]

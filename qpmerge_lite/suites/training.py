@@ -1,0 +1,173 @@
+"""Experts of a suite: linear probe, joint fine-tuning, and a cache under the hash of all that determines them."""
+
+import copy
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from ..errors import MergeError
+
+# Raised whenever this file changes what an expert's weights are.
+CODE_VERSION = 1
+CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an expert is made: a linear probe on the base, then encoder and head together under AdamW."""
+
+    steps: int = 150
+    batch: int = 128
+    rate: float = 1e-3
+    decay: float = 0.01
+    warmup: float = 0.1
+    probe_iterations: int = 100
+    probe_decay: float = 1e-3
+
+
+def seeded(seed: int, *purpose: str) -> torch.Generator:
+    """Generator for one purpose; independent of the order in which purposes are served."""
+    name = json.dumps([seed, *purpose]).encode()
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:7], "big"))
+
+
+def digest(*tensors: Tensor) -> str:
+    """SHA-256 of the shapes, types and bytes of tensors."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        total.update(tensor.contiguous().cpu().numpy().tobytes())
+    return total.hexdigest()
+
+
+def write_weights(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Save tensors as safetensors by way of a temporary file, so that a reader never sees half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, temporary, metadata=metadata)
+    os.replace(temporary, path)
+
+
+def shipped(encoder: nn.Module, path: Path) -> tuple[nn.Module, str]:
+    """Encoder with the weights of a safetensors file, in the encoder's own precision, and the file's SHA-256."""
+    encoder.load_state_dict(load_file(path))
+    return encoder, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Factor of the learning rate: a linear warm-up over a share of the steps, then half a cosine to zero."""
+    progress = torch.tensor(step / steps)
+    return min((step + 1) / max(warmup * steps, 1), 1.0) * float(0.5 + 0.5 * torch.cos(torch.pi * progress))
+
+
+def tensors(dataset, collate, device="cpu", rows=None) -> tuple[dict[str, Tensor], Tensor]:
+    """Arguments of the encoder and labels for the chosen rows of a split, or for all of them."""
+    columns = dataset.with_format("numpy")[:] if rows is None else dataset.with_format("numpy")[rows.tolist()]
+    return {k: v.to(device) for k, v in collate(columns).items()}, torch.as_tensor(columns["label"]).to(device)
+
+
+def batches(inputs: dict[str, Tensor], size: int = CHUNK):
+    """Split the arguments of an encoder into batches, in order."""
+    parts = zip(*(value.split(size) for value in inputs.values()), strict=True)
+    return [dict(zip(inputs, part, strict=True)) for part in parts]
+
+
+@torch.no_grad()
+def features(encoder: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Features (N, d) of an encoder, batch by batch."""
+    return torch.cat([encoder(**batch) for batch in batches(inputs)])
+
+
+def linear_probe(x: Tensor, y: Tensor, classes: int, recipe: Recipe, generator: torch.Generator) -> nn.Linear:
+    """Multinomial logistic regression with a ridge on frozen features (N, d), by L-BFGS from a random start."""
+    head = nn.Linear(x.shape[1], classes).to(x)
+    with torch.no_grad():
+        head.weight.copy_(0.02 * torch.randn(head.weight.shape, generator=generator))
+        head.bias.zero_()
+    solver = torch.optim.LBFGS(head.parameters(), max_iter=recipe.probe_iterations, line_search_fn="strong_wolfe")
+
+    def closure():
+        solver.zero_grad()
+        loss = cross_entropy(head(x), y) + recipe.probe_decay * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    return head
+
+
+def train_expert(base, inputs, labels, classes, recipe, seed, task, progress=True):
+    """Probe the base on a task, then train encoder and head together.
+
+    Args:
+        base: encoder; it is copied, not changed.
+        inputs: keyword arguments of the encoder, each with N examples; labels (N,) on the same device.
+        classes: number of labels.
+    Returns: state dicts of the encoder and of its linear head.
+    """
+    head = linear_probe(features(base, inputs), labels, classes, recipe, seeded(seed, task, "head"))
+    encoder = copy.deepcopy(base).train().requires_grad_(True)
+    optimiser = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], weight_decay=recipe.decay, fused=True)
+    order, epochs = seeded(seed, task, "order"), -(-recipe.steps * recipe.batch // len(labels))
+    stream = torch.cat([torch.randperm(len(labels), generator=order) for _ in range(epochs)])
+    for step in tqdm(range(recipe.steps), desc=task, leave=False, disable=not progress, mininterval=1):
+        optimiser.param_groups[0]["lr"] = recipe.rate * schedule(step, recipe.steps, recipe.warmup)
+        rows = stream[step * recipe.batch : (step + 1) * recipe.batch].to(labels.device)
+        scores = head(encoder(**{name: value[rows] for name, value in inputs.items()}))
+        cross_entropy(scores, labels[rows]).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return tuple({k: v.detach() for k, v in module.state_dict().items()} for module in (encoder, head))
+
+
+def cache_folder() -> Path:
+    """Folder of trained experts: QPMERGE_CACHE, or ``.cache/qpmerge`` beside the package."""
+    return Path(os.environ.get("QPMERGE_CACHE") or Path(__file__).parents[2] / ".cache" / "qpmerge")
+
+
+def content_key(**facts) -> str:
+    """Hash of everything that determines an expert, code and torch version included."""
+    release = ".".join(torch.__version__.split(".")[:2])
+    text = json.dumps({**facts, "code": CODE_VERSION, "torch": release}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cached_expert(folder: Path, key: str, task: str, train) -> tuple[dict, dict]:
+    """Read an expert and its head from the cache, or train and keep them.
+
+    Raises: MergeError naming the file when it holds something else than its name says.
+    """
+    path = folder / f"{task}-{key[:16]}.safetensors"
+    if not path.exists():
+        encoder, head = train()
+        parts = {f"{part}.{k}": v for part, s in (("encoder", encoder), ("head", head)) for k, v in s.items()}
+        write_weights(parts, path, {"key": key, "task": task})
+    with safe_open(path, "pt") as file:
+        found = (file.metadata() or {}).get("key")
+    if found != key:
+        raise MergeError(f"{path}: expected cache key {key}, found {found}; delete the file to train the expert again")
+    parts = load_file(path)
+    return tuple({k.partition(".")[2]: v for k, v in parts.items() if k.startswith(p)} for p in ("encoder.", "head."))
+
+
+def expert(base, base_sha256, dataset, collate, classes, recipe, seed, task, folder, progress=True):
+    """One expert and its head from the cache of a suite, trained when they are not there yet."""
+    inputs, labels = tensors(dataset, collate)
+    facts = {"task": task, "seed": seed, "classes": classes, "recipe": asdict(recipe), "base": base_sha256}
+    key = content_key(**facts, data=digest(*inputs.values(), labels))
+    device = next(base.parameters()).device
+
+    def train():
+        placed = {name: value.to(device) for name, value in inputs.items()}
+        return train_expert(base, placed, labels.to(device), classes, recipe, seed, task, progress)
+
+    return cached_expert(folder, key, task, train)

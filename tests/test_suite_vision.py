@@ -1,0 +1,249 @@
+"""The embedded vision suite: what it promises about data, base, experts, calibration and cache."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from qpmerge_lite import methods, suites
+from qpmerge_lite.errors import MergeError, MissingLayer, ShapeMismatch
+from qpmerge_lite.manifests import load_manifest
+from qpmerge_lite.suites import glyphs, pretrain, training, vision
+
+QUICK = training.Recipe(steps=2, batch=16, probe_iterations=3)
+PAIR = ["greek", "digits"]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QPMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(vision, "RECIPE", QUICK)
+        yield suites.load("vision", progress=False, tasks=PAIR)
+
+
+@pytest.fixture
+def counted(tmp_path, monkeypatch):
+    """Names of the tasks that are trained, in an empty cache and with a short recipe."""
+    monkeypatch.setenv("QPMERGE_CACHE", str(tmp_path))
+    monkeypatch.setattr(vision, "RECIPE", QUICK)
+    monkeypatch.setattr(vision, "SPLITS", {"train": 64, "validation": 24, "test": 24})
+    trained, original = [], training.train_expert
+
+    def train_expert(*args, **options):
+        trained.append(args[6])
+        return original(*args, **options)
+
+    monkeypatch.setattr(training, "train_expert", train_expert)
+    return trained
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("task", vision.SCRIPTS)
+def test_typefaces_of_splits_are_disjoint_and_cover_every_class(task):
+    script = vision.SCRIPTS[task]
+    for one, other in itertools.combinations(script.faces.values(), 2):
+        assert not set(one) & set(other)
+    for faces in script.faces.values():
+        _, labels = vision.masters(script.characters, faces)
+        assert set(labels.tolist()) == set(range(vision.N_CLASSES[task]))
+
+
+@pytest.mark.parametrize("task", vision.SCRIPTS)
+def test_no_two_classes_look_the_same_in_a_typeface(task):
+    script = vision.SCRIPTS[task]
+    able = [f for f in itertools.chain(*script.faces.values()) if ord(script.characters[0]) in glyphs.characters(f)]
+    for face in able:
+        images, _ = vision.masters(script.characters, [face])
+        looks = torch.stack([torch.from_numpy(glyphs.signature(image)) for image in images.numpy()])
+        assert len(looks) > 20 and (looks @ looks.T).triu(1).max() < 0.99, face
+
+
+@pytest.mark.parametrize("task", vision.SCRIPTS)
+def test_no_image_serves_two_splits(task):
+    script = vision.SCRIPTS[task]
+    looks = {}
+    for split, faces in script.faces.items():
+        images, labels = vision.masters(script.characters, faces)
+        looks[split] = torch.stack([torch.from_numpy(glyphs.signature(image)) for image in images.numpy()]), labels
+    for one, other in itertools.combinations(looks, 2):
+        (x, a), (y, b) = looks[one], looks[other]
+        alike = (x @ y.T)[a[:, None] == b[None, :]]
+        assert alike.max() < 0.999
+
+
+def test_the_base_never_saw_a_task():
+    characters = vision.base_characters()
+    assert len(set(characters)) == len(characters) == 400
+    assert not set(characters) & set("".join(script.characters for script in vision.SCRIPTS.values()))
+    media = {vision.DIGITS_MEDIUM, *(script.medium for script in vision.SCRIPTS.values())}
+    assert len(media) == len(vision.TASKS) and not media & {*vision.BASE_MEDIA, glyphs.plain}
+
+
+def test_splits_have_the_declared_schema(quick):
+    from datasets import DatasetDict
+
+    for task in PAIR:
+        data = quick.data[task]
+        assert isinstance(data, DatasetDict) and list(data) == list(vision.SPLITS)
+        assert data["train"].features["label"].num_classes == quick.n_classes[task] == vision.N_CLASSES[task]
+        assert data["test"].with_format("numpy")[:2]["pixels"].shape == (2, 28, 28)
+    assert [len(quick.data["greek"][split]) for split in vision.SPLITS] == list(vision.SPLITS.values())
+    assert [len(quick.data["digits"][split]) for split in ("validation", "test")] == [200, 597]
+
+
+def test_training_images_follow_the_seed_and_the_others_do_not():
+    for split, varies in (("train", True), ("validation", False), ("test", False)):
+        first, again, other = (vision.draw("hebrew", split, seed)["pixels"] for seed in (0, 0, 1))
+        assert torch.equal(first, again) and torch.equal(first, other) != varies
+
+
+def test_classes_and_examples_have_equal_shares():
+    labels = torch.tensor([0, 0, 1, 1, 1, 2])
+    chosen = vision.balanced(labels, 18, torch.Generator().manual_seed(0))
+    assert labels[chosen].bincount().tolist() == [6, 6, 6]
+    assert chosen.bincount().tolist() == [3, 3, 2, 2, 2, 6]
+
+
+def test_encoder_offers_blocks_and_class_features(quick):
+    assert isinstance(quick.base.blocks, torch.nn.ModuleList) and not quick.base.training
+    batch = quick.calibration(5)["greek"][0]
+    assert quick.base(**batch).shape == (5, quick.heads["greek"]["weight"].shape[1])
+    assert all(value.dtype == torch.float32 for value in quick.base.state_dict().values())
+
+
+def test_calibration_is_drawn_once_each_and_repeats(quick):
+    drawn = quick.calibration(100, batch_size=32)
+    assert [len(batch["pixels"]) for batch in drawn["greek"]] == [32, 32, 32, 4]
+    assert list(drawn["greek"][0]) == ["pixels"]
+    images = torch.cat([batch["pixels"] for batch in drawn["greek"]])
+    assert images.shape == (100, 1, 28, 28) and len(images.unique(dim=0)) == 100
+    again = torch.cat([batch["pixels"] for batch in quick.calibration(200)["greek"]])
+    assert torch.equal(images, again[:100])
+    other = torch.cat([batch["pixels"] for batch in quick.calibration(100, seed=1)["greek"]])
+    assert not torch.equal(images, other)
+
+
+def test_calibration_can_use_up_a_split_and_no_more(quick):
+    everything = quick.calibration(200, split="validation", tasks=["digits"])
+    assert list(everything) == ["digits"] and sum(len(b["pixels"]) for b in everything["digits"]) == 200
+    with pytest.raises(MergeError, match="digits/validation: expected 1 to 200 calibration examples, found 201"):
+        quick.calibration(201, split="validation", tasks=["digits"])
+    with pytest.raises(MergeError, match="greek: expected a split among train, validation, test, found 'dev'"):
+        quick.calibration(1, split="dev", tasks=["greek"])
+
+
+def test_evaluation_counts_right_answers(quick):
+    rows = quick.data["digits"]["test"].with_format("numpy")[:]
+    head = quick.heads["digits"]
+    scores = quick.base(**vision.collate(rows)) @ head["weight"].T + head["bias"]
+    right = int((scores.argmax(1).numpy() == rows["label"]).sum())
+    assert quick.evaluate(quick.base.state_dict(), tasks=["digits"]) == {"digits": right / 597}
+
+
+def test_normalised_accuracy_of_an_expert_is_one_on_its_own_task(quick):
+    result = quick.normalised(quick.experts["greek"], "validation")
+    assert list(result) == [*PAIR, "mean"] and result["greek"] == 1.0
+    assert result["mean"] == sum(result[task] for task in PAIR) / 2
+
+
+def test_a_state_that_does_not_fit_is_refused(quick):
+    state = quick.base.state_dict()
+    with pytest.raises(MissingLayer, match="blocks.0.up.bias"):
+        quick.evaluate({k: v for k, v in state.items() if k != "blocks.0.up.bias"})
+    with pytest.raises(ShapeMismatch, match="norm.bias"):
+        quick.evaluate({**state, "norm.bias": torch.zeros(3)})
+
+
+def test_unknown_names_are_refused_with_the_known_ones(quick):
+    with pytest.raises(MergeError, match=r"expected one of vision \(smoke\).*, found vision \(large\)"):
+        suites.load("vision", tier="large")
+    with pytest.raises(MergeError, match="expected tasks among latin, .*, found 'klingon'"):
+        suites.load("vision", tasks=["klingon"])
+    with pytest.raises(MergeError, match="expected tasks among greek, digits, found 'latin'"):
+        quick.calibration(1, tasks=["latin"])
+
+
+def test_a_cache_hit_trains_nothing(counted):
+    first = suites.load("vision", progress=False, tasks=PAIR)
+    again = suites.load("vision", progress=False, tasks=PAIR)
+    assert counted == PAIR
+    for task in PAIR:
+        assert same(first.experts[task], again.experts[task]) and same(first.heads[task], again.heads[task])
+
+
+def test_seed_and_recipe_have_experts_of_their_own(counted, monkeypatch):
+    one = suites.load("vision", progress=False, tasks=["digits"])
+    two = suites.load("vision", seed=1, progress=False, tasks=["digits"])
+    monkeypatch.setattr(vision, "RECIPE", training.Recipe(steps=1, batch=16, probe_iterations=3))
+    three = suites.load("vision", progress=False, tasks=["digits"])
+    assert counted == ["digits"] * 3
+    assert not same(one.experts["digits"], two.experts["digits"])
+    assert not same(one.experts["digits"], three.experts["digits"])
+
+
+def test_training_is_deterministic(counted, monkeypatch, tmp_path):
+    first = suites.load("vision", progress=False, tasks=["greek"])
+    monkeypatch.setenv("QPMERGE_CACHE", str(tmp_path / "other"))
+    again = suites.load("vision", progress=False, tasks=["greek"])
+    assert counted == ["greek"] * 2 and same(first.experts["greek"], again.experts["greek"])
+
+
+def test_interrupted_training_keeps_the_experts_that_were_ready(counted, monkeypatch):
+    working = training.train_expert
+
+    def interrupted(*args, **options):
+        if args[6] == "digits":
+            raise KeyboardInterrupt
+        return working(*args, **options)
+
+    monkeypatch.setattr(training, "train_expert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        suites.load("vision", progress=False, tasks=PAIR)
+    monkeypatch.setattr(training, "train_expert", working)
+    suites.load("vision", progress=False, tasks=PAIR)
+    assert counted == PAIR
+
+
+def test_a_cached_file_under_a_false_name_is_refused(counted, tmp_path):
+    suites.load("vision", progress=False, tasks=["digits"])
+    (path,) = tmp_path.rglob("digits-*.safetensors")
+    training.write_weights({"x": torch.zeros(1)}, path, {"key": "other"})
+    with pytest.raises(MergeError, match=r"digits-\w+.safetensors: expected cache key .* found other; delete the file"):
+        suites.load("vision", progress=False, tasks=["digits"])
+
+
+def made():
+    return load_manifest(vision.MANIFEST).source("base").extra["made"]
+
+
+def test_shipped_base_is_half_precision_of_the_declared_encoder():
+    with safe_open(vision.WEIGHTS, "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}
+    assert {name: value.shape for name, value in stored.items()} == {
+        name: value.shape for name, value in vision.build().state_dict().items()
+    }
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+
+
+@pytest.mark.slow
+def test_pretraining_starts_again_as_the_shipped_base_did():
+    """The first steps of the schedule give the loss that the file's header tells; images may differ by a grey level."""
+    _, losses, accuracies = pretrain.pretrain(vision, stop=pretrain.EARLY, progress=False)
+    again = pretrain.header(vision, 0, pretrain.STEPS, losses, accuracies)
+    assert float(again["early_loss"]) == pytest.approx(float(made()["early_loss"]), rel=0.05), json.dumps(again)
+
+
+@pytest.mark.slow
+def test_experts_are_good_and_merging_is_worth_it():
+    suite = suites.load("vision", progress=False)
+    raw = [suite.evaluate(suite.experts[task], tasks=[task])[task] for task in suite.tasks]
+    mean = {k: sum(suite.experts[t][k] for t in suite.tasks) / len(suite.tasks) for k in suite.base.state_dict()}
+    average, base = suite.normalised(mean)["mean"], suite.normalised(suite.base.state_dict())["mean"]
+    regmean = suite.normalised(methods.regmean(suite.base, suite.experts, suite.calibration(256)).state_dict)["mean"]
+    assert sum(raw) / len(raw) >= 0.88 and base < average - 0.02 and average <= 0.94 and average < regmean
