@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .errors import EmptyCalibration, MergeError, MissingLayer, NonFinite, ShapeMismatch
 from .layers import View, view

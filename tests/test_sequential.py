@@ -3,8 +3,8 @@ import copy
 
 import pytest
 import torch
-from toys import TASKS, loaded, tokens, trace, vision
 from torch import nn
+from toys import TASKS, loaded, tokens, trace, vision
 
 import qpmerge_lite as q
 from qpmerge_lite.errors import EmptyCalibration, MergeError, MissingLayer, NonFinite, ShapeMismatch

@@ -1,0 +1,103 @@
+"""The built book: every chapter there, executed without error, readable with no network, its numbers from records.
+
+`make test` runs the notebooks and builds the pages once, before these tests look at them.
+"""
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qpmerge_lite import book, regression
+
+ROOT = Path(__file__).parents[1]
+BOOK, HTML = ROOT / "book", ROOT / "book" / "_build" / "html"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+every_chapter = pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
+
+
+def toc():
+    parts = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))["parts"]
+    return [entry["file"] for part in parts for entry in part["chapters"]]
+
+
+def chapter(name):
+    return json.loads((BOOK / "chapters" / f"{name}.ipynb").read_text(encoding="utf-8"))
+
+
+def pages():
+    found = sorted(path for path in HTML.rglob("*.html") if "_static" not in path.parts)
+    assert found, "no pages: run `make book` first"
+    return {path.relative_to(HTML).as_posix(): path.read_text(encoding="utf-8") for path in found}
+
+
+def test_the_contents_list_exactly_the_notebooks():
+    assert [entry for entry in toc() if entry.startswith("chapters/")] == [f"chapters/{path.stem}" for path in NOTEBOOKS]
+
+
+def test_every_page_of_the_contents_was_built():
+    assert {f"{entry}.html" for entry in toc()} | {"index.html", "intro.html"} <= set(pages())
+
+
+@every_chapter
+def test_a_chapter_was_executed_from_the_present_sources(name):
+    stamp = chapter(name)["metadata"]["qpmerge"]
+    assert stamp["fingerprint"] == book.fingerprint(ROOT / "notebooks" / f"{name}.ipynb", stamp["parameters"])
+    assert stamp["parameters"] == {}, "executed with other parameters than its own: run `make book`"
+
+
+@every_chapter
+def test_a_chapter_has_no_error_and_no_warning(name):
+    outputs = [output for cell in chapter(name)["cells"] for output in cell.get("outputs", [])]
+    assert [output for output in outputs if output["output_type"] == "error"] == []
+    stderr = ["".join(output["text"]) for output in outputs if output.get("name") == "stderr"]
+    assert [text for text in stderr if "Warning" in text] == []
+
+
+@every_chapter
+def test_a_chapter_shows_what_it_computed(name):
+    cells = chapter(name)["cells"]
+    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
+    assert all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code")
+
+
+def test_the_pages_need_no_network():
+    """No script, style, image, frame or font comes from elsewhere; MathJax may where there was no npm to install it."""
+    allowed = set() if (BOOK / "_static" / "mathjax").is_dir() else {"mathjax"}
+    loads = r"<(?:script|img|iframe|source|link)\b[^>]*?\b(?:src|href)=[\"'](?:https?:)?//[^\"']+"
+    for name, html in pages().items():
+        assert [tag for tag in re.findall(loads, html) if not any(word in tag for word in allowed)] == [], name
+        assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", html), name
+    for style in HTML.rglob("*.css"):
+        text = re.sub(r"/\*.*?\*/", "", style.read_text(encoding="utf-8"), flags=re.S)
+        assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", text), style.name
+
+
+def test_the_pages_and_the_notebooks_to_download_name_no_machine():
+    downloads = {path.name: path.read_text(encoding="utf-8") for path in (HTML / "_sources").rglob("*.ipynb")}
+    assert len(downloads) == len(NOTEBOOKS)
+    for name, text in (pages() | downloads).items():
+        assert not re.search(rf"{re.escape(str(ROOT))}\b|(?<![\w.])/(?:home|root|tmp|Users)/|site-packages", text), name
+
+
+def test_the_pages_show_no_markup():
+    """No raw role, directive, citation or docutils message reaches the reader."""
+    for name, html in pages().items():
+        visible = re.sub(r"<(script|style|pre)\b.*?</\1>", "", html, flags=re.S)
+        assert not re.search(r"\{(res|cite\S*|doc|ref|eq|claims-table)\}|class=\"system-message|np\.float64\(", visible), name
+
+
+def test_there_is_one_search_box():
+    assert all(len(re.findall(r"class=\"[^\"]*\bsearch-button-field\b", html)) <= 1 for html in pages().values())
+
+
+def test_measured_numbers_say_where_they_come_from():
+    for name, html in pages().items():
+        for title in re.findall(r"<abbr class=\"record\" title=\"([^\"]*)\"", html):
+            assert re.match(r"[a-z0-9_.]+ · .*tier (smoke|standard|paper)", title), (name, title)
+    assert any('<abbr class="record"' in html for html in pages().values())
+
+
+def test_the_records_agree_with_the_expected_ones():
+    assert regression.compare("smoke", ROOT) == []

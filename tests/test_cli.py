@@ -1,0 +1,158 @@
+"""`qpmerge`: notebooks run once per content, failures are kept and named, wrong usage is refused with a reason."""
+import json
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from qpmerge_lite import cli
+from qpmerge_lite.claims import BEGIN, END
+
+ROOT = Path(__file__).parents[1]
+RECORDING = """
+from qpmerge_lite.records import Records
+recorder = Records("01_a", tier, device=device)
+recorder.record("a.seed", seed)
+"""
+
+
+def write(path, *sources):
+    parameters = nbformat.v4.new_code_cell('tier = "smoke"\nseed = 0\ndevice = "cpu"', metadata={"tags": ["parameters"]})
+    cells = [parameters, *(nbformat.v4.new_code_cell(source) for source in sources)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout with one notebook that records its seed; the package itself is the installed one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("QPMERGE_RECORDS", raising=False)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for folder in ("notebooks", "book", "qpmerge_lite"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "qpmerge_lite" / "solve.py").write_text("")
+    (tmp_path / "book" / "claims.yml").write_text(
+        "- {id: c, source: ours, statement: s, chapter: 01_a, records: [a.seed], predicate: a.seed >= 0, measured: '{a.seed}'}\n"
+    )
+    (tmp_path / "README.md").write_text(f"# Title\n{BEGIN}\n{END}\n")
+    write(tmp_path / "notebooks" / "01_a.ipynb", RECORDING)
+    return tmp_path
+
+
+def run(capsys, *arguments):
+    status = cli.main(list(arguments))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def outcome(capsys, *arguments):
+    return [entry["status"] for entry in json.loads(run(capsys, "book", "run", "--json", *arguments)[1])]
+
+
+def test_a_notebook_is_executed_once_per_content(checkout, capsys):
+    assert outcome(capsys) == ["executed"]
+    assert outcome(capsys) == ["up to date"]
+    assert outcome(capsys, "-p", "seed=3") == ["executed"]
+    record = json.loads((checkout / "book" / "_records" / "smoke" / "01_a.json").read_text())["records"]["a.seed"]
+    assert record["value"] == 3
+    (checkout / "qpmerge_lite" / "cli.py").write_text("# no notebook imports this")
+    assert outcome(capsys, "-p", "seed=3") == ["up to date"]
+    (checkout / "qpmerge_lite" / "solve.py").write_text("# a source that notebooks depend on")
+    assert outcome(capsys, "-p", "seed=3") == ["executed"]
+    (checkout / "book" / "_records" / "smoke" / "01_a.json").unlink()
+    assert outcome(capsys, "-p", "seed=3") == ["executed"]
+
+
+def test_force_executes_anyway_and_leaves_no_trace_of_the_machine(checkout, capsys):
+    assert outcome(capsys) == ["executed"] and outcome(capsys, "--force") == ["executed"]
+    assert str(checkout) not in (checkout / "book" / "chapters" / "01_a.ipynb").read_text()
+    assert [path.name for path in (checkout / "book" / "chapters").iterdir()] == ["01_a.ipynb"]
+
+
+def test_a_failing_notebook_is_kept_and_named_and_the_others_still_run(checkout, capsys):
+    write(checkout / "notebooks" / "00_broken.ipynb", "raise ValueError('on purpose')")
+    status, out, err = run(capsys, "book", "run")
+    assert status == 1 and "01_a: executed" in out
+    assert "00_broken failed with ValueError: on purpose" in err and "book/chapters/00_broken.failed.ipynb" in err
+    kept = nbformat.read(checkout / "book" / "chapters" / "00_broken.failed.ipynb", as_version=4)
+    assert any(o["output_type"] == "error" for cell in kept.cells if cell.cell_type == "code" for o in cell.outputs)
+    write(checkout / "notebooks" / "00_broken.ipynb", "1 + 1")
+    assert outcome(capsys, "--only", "00") == ["executed"]
+    assert not (checkout / "book" / "chapters" / "00_broken.failed.ipynb").exists()
+
+
+def test_a_renamed_notebook_leaves_nothing_behind(checkout, capsys):
+    assert outcome(capsys) == ["executed"]
+    (checkout / "notebooks" / "01_a.ipynb").unlink()
+    write(checkout / "notebooks" / "02_b.ipynb", "1 + 1")
+    assert outcome(capsys) == ["executed"]
+    assert [path.name for path in (checkout / "book" / "chapters").iterdir()] == ["02_b.ipynb"]
+    assert list((checkout / "book" / "_records" / "smoke").iterdir()) == []
+
+
+def test_check_update_and_claims_follow_the_records(checkout, capsys):
+    assert outcome(capsys) == ["executed"]
+    assert run(capsys, "book", "check", "--no-run")[0] == 1
+    assert run(capsys, "book", "check", "--no-run", "--update", "--quiet") == (0, "", "")
+    assert run(capsys, "book", "check", "--no-run")[0] == 0
+    assert outcome(capsys, "-p", "seed=3") == ["executed"]
+    status, _, err = run(capsys, "book", "check", "--no-run")
+    assert status == 1 and "01_a: a.seed: found 3, expected exact 0" in err
+    assert run(capsys, "book", "claims") == (0, "c: holds\n", "")
+    assert "| s *(this book)* | 3 | **holds** | [01_a](notebooks/01_a.ipynb) |" in (checkout / "README.md").read_text()
+
+
+def test_check_executes_all_notebooks_again(checkout, capsys):
+    assert outcome(capsys) == ["executed"]
+    run(capsys, "book", "check", "--no-run", "--update")
+    (checkout / "book" / "_records" / "smoke" / "01_a.json").write_text("{}")
+    status, out, _ = run(capsys, "book", "check")
+    assert status == 0 and "01_a: executed" in out and "outside tests/expected/smoke: 0" in out
+
+
+@pytest.mark.parametrize(("arguments", "problem"), [
+    (["-p", "sead=1"], "01_a.ipynb: no parameter sead; it has: tier, seed, device"),
+    (["-p", "seed"], "expected NAME=VALUE"),
+    (["--only", "07"], "no notebook starts with '07'; there are: 01_a"),
+])  # fmt: skip
+def test_wrong_usage_is_refused_before_anything_runs(checkout, capsys, arguments, problem):
+    status, out, err = run(capsys, "book", "run", *arguments)
+    assert status == 1 and out == "" and problem in err
+    assert not (checkout / "book" / "chapters").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["book"], ["book", "bake"], ["book", "run", "--tier", "huge"]])
+def test_an_unknown_command_prints_its_usage(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert "usage: qpmerge" in capsys.readouterr().err
+
+
+def test_outside_a_checkout_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(capsys, "book", "run")
+    assert status == 1 and "no qpmerge-lite checkout above the working directory" in err
+
+
+def test_values_on_the_command_line_are_literals_or_words():
+    read = dict(cli._assignment(text) for text in ["seed=1", "rate=0.5", "tier=paper", "tasks=['a', 'b']", "empty="])
+    assert read == {"seed": 1, "rate": 0.5, "tier": "paper", "tasks": ["a", "b"], "empty": ""}
+
+
+def test_data_are_listed_and_verified(capsys):
+    sources = json.loads(run(capsys, "data", "list", "--json")[1])
+    assert {"manifest", "source", "kind", "licence", "bytes"} == set(sources[0])
+    status, out, err = run(capsys, "data", "verify")
+    assert (status, err) == (0, "")
+    assert all(f"{name}: " in out for name in {source["manifest"] for source in sources})
+    status, _, err = run(capsys, "data", "verify", "nonesuch")
+    assert status == 1 and "nonesuch" in err
+
+
+def test_the_example_of_the_readme_runs(capsys):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    exec(text.partition("```python\n")[2].partition("```")[0], {"__name__": "example"})
+    assert "'basis': 'rows'" in capsys.readouterr().out

@@ -1,0 +1,164 @@
+"""Captured energy in sample and out of sample, and its spectral ceiling."""
+from dataclasses import replace
+
+import pytest
+import torch
+from asserts import assert_relative
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from strategies import FAMILIES, FREE, Layer, layers, make_layer, normal
+
+from qpmerge_lite.bases import build
+from qpmerge_lite.diagnostic import RIDGES, captured_energy, cross_fitted, disjoint, spectral_capture
+from qpmerge_lite.errors import EmptyCalibration
+from qpmerge_lite.moments import Moments
+from qpmerge_lite.programme import programme
+from qpmerge_lite.solve import minimise
+
+
+def part(layer, fold, keep) -> Layer:
+    """The samples inside (``keep``) or outside one fold, as a layer of a single fold."""
+    take = lambda zs: tuple(z[(i == fold) == keep] for z, i in zip(zs, layer.fold))
+    return replace(layer, X=take(layer.X), R=take(layer.R), fold=tuple(0 * f for f in take(layer.fold)), folds=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(layer=layers(), weights=st.sampled_from(["tokens", "energy"]))
+def test_captured_energy_is_the_share_of_the_loss_removed(device, family, layer, weights):
+    """``ρ = fᵀH⁺f / 2E = 1 - L(d*)/E`` with both losses measured on the samples, in [0, 1]."""
+    layer = layer.to(device)
+    pooled = layer.moments().pool(weights=weights)
+    assume(pooled.energy > 0)
+    prog = layer.programme(family, pooled)
+    update = prog.basis.combine(minimise(prog).d)
+    rho = captured_energy(prog)
+    assert -1e-9 <= rho <= 1 + 1e-9
+    assert_relative(rho, 1 - layer.loss(update, weights) / layer.loss(0 * update, weights), 1e-9, scale=1)
+    assert_relative(rho, pooled.captured(update), 1e-9, scale=1)
+    H, f = prog.dense()
+    assert_relative(rho, f @ torch.linalg.pinv(H, rtol=1e-10, hermitian=True) @ f / (2 * pooled.energy) if len(f) else 0.0, 1e-7, scale=1)
+
+
+@given(layer=layers(targets=("free", "noisy")), seed=st.integers(0, 99))
+def test_eigenvectors_have_the_largest_spectral_capture(layer, seed):
+    """Ky Fan: no p directions catch more of M than its leading p eigenvectors. Schur-Horn: coordinate axes least of all
+    beat them. All directions catch everything."""
+    pooled = layer.moments().pool()
+    g, m = pooled.M.shape[:2]
+    eigen = torch.linalg.eigh(pooled.M).eigenvectors.flip(-1)
+    for p in range(1, m + 1):
+        best = spectral_capture(pooled, eigen[..., :p])
+        assert_relative(best, float(torch.linalg.eigvalsh(pooled.M)[:, m - p :].sum()) / (2 * pooled.energy), 1e-9)
+        random = torch.linalg.qr(normal(seed, g, m, m)).Q[..., :p]
+        heaviest = pooled.M.diagonal(dim1=-2, dim2=-1).argsort(descending=True)[:, :p]
+        axes = torch.eye(m, dtype=torch.float64)[heaviest].mT
+        for U in (random, axes):
+            assert spectral_capture(pooled, U) <= best + 1e-12
+    for U in (eigen, torch.eye(m, dtype=torch.float64)):
+        assert_relative(spectral_capture(pooled, U), 1.0, 1e-12)
+
+
+@given(layer=layers())
+def test_spectral_capture_is_a_ceiling(layer):
+    """ρ of a basis confined to span U is at most κ(U), for the p leading eigenvectors and each p."""
+    pooled = layer.moments().pool()
+    eigen = torch.linalg.eigh(pooled.M).eigenvectors.flip(-1)
+    captured = []
+    for p in range(1, pooled.M.shape[-1] + 1):
+        captured.append(captured_energy(programme(pooled, build("rotated_rows", layer.updates, pooled, keep=p))))
+        assert captured[-1] <= spectral_capture(pooled, eigen[..., :p]) + 1e-9
+    assert all(a <= b + 1e-9 for a, b in zip(captured, captured[1:]))
+
+
+def test_the_ceiling_is_reached_when_nothing_else_is_missing():
+    """One expert, its own outputs on the same inputs: ρ = κ for every number of directions kept."""
+    layer = make_layer(2, K=1, m=4, n=5, targets="propagated")
+    pooled = layer.moments().pool()
+    eigen = torch.linalg.eigh(pooled.M).eigenvectors.flip(-1)
+    for p in range(1, 5):
+        prog = programme(pooled, build("rotated_rows", layer.updates, pooled, keep=p))
+        assert_relative(captured_energy(prog), spectral_capture(pooled, eigen[..., :p]), 1e-9)
+
+
+@given(layer=layers(targets=("free", "noisy")))
+def test_rotated_rows_are_rows_in_turned_coordinates(layer):
+    """Outputs turned by the eigenvectors of M (M diagonal): the axes now capture what the rotated rows did, and tie with them."""
+    U = torch.linalg.eigh(layer.moments().pool().M).eigenvectors
+    turned = replace(layer, updates=U.mT @ layer.updates, R=tuple(torch.einsum("gmr,Ngm->Ngr", U, r) for r in layer.R))
+    rotated = captured_energy(layer.programme("rotated_rows"))
+    for family in ("rows", "rotated_rows"):
+        assert_relative(captured_energy(turned.programme(family)), rotated, 1e-8, scale=1)
+    for family in ("layer", "columns", "rotated_columns", "singular", "elements"):  # which do not look at output coordinates
+        assert_relative(captured_energy(turned.programme(family)), captured_energy(layer.programme(family)), 1e-8, scale=1)
+
+
+def test_rotation_is_no_free_lunch():
+    """Over random layers the rotated rows capture more than the plain rows in some and less in others: only κ is ordered."""
+    gains = [captured_energy(p("rotated_rows")) - captured_energy(p("rows")) for p in (make_layer(s, m=4).programme for s in range(20))]
+    assert min(gains) < -1e-3 < 1e-3 < max(gains)
+
+
+@pytest.mark.parametrize("family", FREE)
+@given(layer=layers(folds=3), weights=st.sampled_from(["tokens", "energy"]), ridge=st.sampled_from([0.0, 0.1]))
+def test_disjoint_captured_energy_by_hand(family, layer, weights, ridge):
+    """Solved on two folds, loss measured on the samples of the third, against the base there."""
+    scores = disjoint(layer.moments(), layer.updates, family, (ridge,), weights=weights)
+    assert scores.shape == (3, 1)
+    for fold in range(3):
+        fitted, held = part(layer, fold, False), part(layer, fold, True)
+        pooled = fitted.moments().pool(weights=weights)
+        energy = held.loss(0 * layer.updates[0], weights)
+        if energy < 1e-12 or (weights == "energy" and min((r**2).sum() for r in held.R) < 1e-12):
+            continue
+        prog = programme(pooled, build(family, layer.updates, pooled))
+        update = prog.basis.combine(minimise(prog, ridge).d)
+        share = held.loss(update, weights) / energy
+        assert_relative(scores[fold, 0], 1 - share, 1e-6, scale=1 + share)
+
+
+def test_overfitting_shows_as_a_negative_score():
+    """Fewer samples than inputs and targets of pure noise: perfect in sample, worse than the base on the fold held out."""
+    layer = make_layer(0, K=1, m=3, n=16, N=8, folds=2, targets="free")
+    assert_relative(captured_energy(layer.programme("elements")), 1.0, 1e-9)
+    scores = disjoint(layer.moments(), layer.updates, "elements")
+    assert scores.max() < 0
+    ridge, score = cross_fitted(layer.moments(), layer.updates, "elements")
+    assert (ridge, score > scores.mean()) == (max(RIDGES), True)
+
+
+@pytest.mark.parametrize("family", ["layer", "rows", "elements"])
+@given(layer=layers(folds=3, targets=("noisy", "free")))
+def test_cross_fitting_takes_the_best_mean(family, layer):
+    """The chosen ridge has the largest average over folds, the smallest such one in a tie; noiseless targets need none."""
+    moments = layer.moments()
+    mean = disjoint(moments, layer.updates, family, RIDGES).mean(0)
+    ridge, score = cross_fitted(moments, layer.updates, family)
+    assert score == float(mean.max())
+    assert ridge == min(r for r, s in zip(RIDGES, mean.tolist()) if s == score)
+
+
+def test_noiseless_targets_need_no_ridge():
+    layer = make_layer(1, K=1, N=40, folds=4, targets="propagated")
+    ridge, score = cross_fitted(layer.moments(), layer.updates, "rows")
+    assert ridge == 0.0
+    assert_relative(score, 1.0, 1e-9)
+
+
+def test_the_prior_and_the_groups_reach_every_fold():
+    """A huge ridge returns the task arithmetic it pulls towards; labels of output rows are passed on."""
+    layer = make_layer(4, K=2, m=4, folds=2, N=20)
+    moments = layer.moments()
+    scores = disjoint(moments, layer.updates, "groups", (1e14,), prior=0.4, groups=layer.groups())
+    expected = [moments.pool([f]).captured(0.4 * layer.updates.sum(0)) for f in range(2)]
+    assert_relative(scores[:, 0], expected, 1e-8)
+
+
+def test_bad_input_is_named():
+    layer = make_layer(0)
+    with pytest.raises(EmptyCalibration, match="layer layer: 1 fold leaves none to hold out; collect the moments in at least 2 folds"):
+        disjoint(layer.moments(), layer.updates, "layer")
+    moments = Moments.zeros(layer.tasks, 4, 3, folds=3)
+    for task, x, r in zip(layer.tasks, layer.X, layer.R):
+        moments.update(task, x, r, torch.arange(len(x)) % 2)
+    with pytest.raises(EmptyCalibration, match=r"no calibration tokens for \['task0', 'task1'\] in folds \[2\] of 3"):
+        cross_fitted(moments, layer.updates, "layer")

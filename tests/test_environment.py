@@ -1,0 +1,70 @@
+"""One set of pins, said three times: lock, conda environment and package requirements agree."""
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+def text(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def pins(lines):
+    """{normalised name: version} of requirement lines."""
+    found = (re.match(r"\s*([A-Za-z0-9._-]+)==([^\s;\\]+)", line) for line in lines)
+    return {re.sub(r"[-_.]+", "-", m[1]).lower(): m[2] for m in found if m}
+
+
+LOCK = pins(text("requirements.lock").splitlines()) | pins(text("requirements-torch.txt").splitlines())
+PROJECT = tomllib.loads(text("pyproject.toml"))
+
+
+def test_the_conda_environment_has_the_pins_of_the_lock():
+    dependencies = yaml.safe_load(text("environment.yml"))["dependencies"]
+    pip = next(entry["pip"] for entry in dependencies if isinstance(entry, dict))
+    assert pins(pip) == LOCK
+    assert "python=3.11" in dependencies
+
+
+def test_every_locked_file_is_hashed():
+    for requirement in re.split(r"\n(?=\S)", text("requirements.lock").strip()):
+        if not requirement.startswith("#"):
+            assert "--hash=sha256:" in requirement, requirement.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements.in", "requirements-torch.txt", "environment.yml", "Makefile"])
+def test_no_index_is_named(name):
+    assert not re.search(r"https?://|file:|--(extra-)?index-url +[^.…\"]|--find-links", text(name))
+
+
+def test_what_is_asked_for_by_name_is_locked_as_asked():
+    asked = pins(text("requirements.in").splitlines())
+    assert asked.items() <= LOCK.items()
+
+
+def test_everything_the_package_needs_is_locked_within_its_bounds():
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    extras = PROJECT["project"]["optional-dependencies"]
+    wanted = [Requirement(r) for group in (PROJECT["project"]["dependencies"], *extras.values()) for r in group]
+    outside = [str(r) for r in wanted if not r.specifier.contains(LOCK.get(canonicalize_name(r.name), "0"))]
+    assert outside == []
+
+
+def test_the_core_needs_four_packages():
+    assert sorted(pins(re.sub(r"[><=].*", "==0", r) for r in PROJECT["project"]["dependencies"])) == [
+        "numpy", "safetensors", "torch", "tqdm",
+    ]  # fmt: skip
+
+
+def test_the_version_is_the_same_everywhere():
+    version = PROJECT["project"]["version"]
+    import qpmerge_lite
+
+    assert qpmerge_lite.__version__ == version
+    assert yaml.safe_load(text("CITATION.cff"))["version"] == version

@@ -1,0 +1,85 @@
+"""The book's own Sphinx extension: a record becomes text, a missing one stops the build; MathJax is verified or replaced."""
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from qpmerge_lite.records import Records
+
+EXTENSIONS = Path(__file__).parents[1] / "book" / "_ext"
+
+
+@pytest.fixture
+def pages(tmp_path):
+    """A tiny Sphinx project with one record, and a function that builds a page of it."""
+    Records("01_a", "smoke", tmp_path / "_records").record("a.b", 0.125, n=8, seed=0, interval=(0.1, 0.15))
+    Records("01_a", "standard", tmp_path / "recorded").record("a.b", 0.5)
+    (tmp_path / "conf.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(EXTENSIONS)!r})\nextensions = ['myst_parser', 'results']\nhtml_theme = 'basic'\n"
+    )
+
+    def build(text):
+        (tmp_path / "index.md").write_text(f"# Page\n\n{text}\n", encoding="utf-8")
+        command = [sys.executable, "-m", "sphinx", "-q", "-W", "-b", "html", str(tmp_path), str(tmp_path / "out")]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=EXTENSIONS.parents[1])
+        html = tmp_path / "out" / "index.html"
+        return done.returncode, done.stderr, html.read_text(encoding="utf-8") if html.is_file() else ""
+
+    return build
+
+
+def test_a_record_becomes_text_with_its_origin(pages):
+    status, problems, html = pages("{res}`a.b .3f ci` and {res}`a.b|pct` and {res}`standard:a.b .2f`")
+    assert (status, problems) == (0, "")
+    origin = "a.b · tier smoke · n = 8 · seed = 0 · interval [0.1, 0.15]"
+    assert f'title="{origin}">0.125 [0.100, 0.150]</abbr>' in html
+    assert ">12.5%</abbr>" in html and ">0.50</abbr>" in html
+
+
+@pytest.mark.parametrize(("text", "problem"), [
+    ("{res}`a.gone`", "no record 'a.gone'; recorded ids that look alike: a.b"),
+    ("{res}`a.b .3q`", "'.3q' is no number format"),
+    ("{res}`paper:a.b`", "no records of tier 'paper'"),
+])  # fmt: skip
+def test_what_cannot_be_shown_stops_the_build(pages, text, problem):
+    status, problems, html = pages(text)
+    assert status != 0 and problem in problems and html == ""
+
+
+def test_the_claims_table_is_generated(pages, tmp_path):
+    (tmp_path / "claims.yml").write_text(
+        "- {id: c, source: paper, statement: It is so., records: [a.b], chapter: x, predicate: a.b > 0, measured: 'b {a.b .2f}'}\n"
+        "- {id: d, source: ours, statement: Not asked.}\n"
+    )
+    (tmp_path / "chapters").mkdir()
+    (tmp_path / "chapters" / "x.md").write_text("---\norphan: true\n---\n# The chapter\n")
+    status, problems, html = pages("```{claims-table}\n:source: paper\n```")
+    assert (status, problems) == (0, "")
+    assert "It is so." in html and "b 0.12" in html and "<strong>holds</strong>" in html
+    assert 'href="chapters/x.html"' in html and "Not asked." not in html
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXTENSIONS))
+    import offline
+
+    return offline
+
+
+def test_without_npm_the_pages_point_at_the_cdn(offline, tmp_path, monkeypatch):
+    monkeypatch.setattr(offline.shutil, "which", lambda name: None)
+    config = SimpleNamespace(mathjax_path="mathjax/tex-svg.js")
+    offline.install_mathjax(SimpleNamespace(srcdir=tmp_path), config)
+    assert config.mathjax_path == offline.FALLBACK
+
+
+def test_an_archive_with_another_hash_is_refused(offline, tmp_path, monkeypatch):
+    archive = tmp_path / "mathjax-3.2.2.tgz"
+    archive.write_bytes(b"something else")
+    monkeypatch.setattr(offline, "_pack", lambda folder: archive)
+    with pytest.raises(offline.ExtensionError, match="expected sha256"):
+        offline.install_mathjax(SimpleNamespace(srcdir=tmp_path), SimpleNamespace(mathjax_path=""))
+    assert not (tmp_path / "_static").exists()

@@ -1,0 +1,89 @@
+"""The notebooks as git keeps them: functions of one parameters cell, stripped, short, and free of typed results."""
+import json
+import re
+import statistics
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from qpmerge_lite.book import BookError, declared, overrides
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells(path, kind):
+    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS and all(re.fullmatch(r"\d\d_[a-z_]+", path.stem) for path in NOTEBOOKS)
+
+
+@every_notebook
+def test_it_is_valid_and_stripped(path):
+    nbformat.validate(nbformat.read(path, as_version=4))
+    for cell in cells(path, "code"):
+        assert cell["outputs"] == [] and cell["execution_count"] is None, source(cell)
+
+
+@every_notebook
+def test_it_is_a_function_of_one_parameters_cell(path):
+    assert {"tier": "smoke", "seed": 0, "device": "cpu"}.items() <= declared(path).items()
+
+
+@every_notebook
+def test_an_unknown_parameter_is_an_error(path):
+    with pytest.raises(BookError, match=f"{path.name}: no parameter sead; it has: .*seed"):
+        overrides(path, {"sead": 1})
+
+
+@every_notebook
+def test_it_is_short(path):
+    lengths = [sum(bool(line.strip()) for line in source(cell).splitlines()) for cell in cells(path, "code")]
+    assert 8 <= len(lengths) <= 15 and statistics.median(lengths) < 8, lengths
+
+
+@every_notebook
+def test_its_records_carry_its_name(path):
+    code = "\n".join(source(cell) for cell in cells(path, "code"))
+    assert re.findall(r"Records\(\s*[\"']([^\"']+)", code) == [path.stem]
+
+
+@every_notebook
+def test_no_measured_number_is_typed_in_its_prose(path):
+    """Numbers with decimals or a percent sign come from records, outside code, formulae and links."""
+    for cell in cells(path, "markdown"):
+        prose = re.sub(r"`[^`]*`|\$[^$]*\$|\[[^\]]*\]\([^)]*\)|arXiv:\d+\.\d+", " ", source(cell))
+        assert not re.findall(r"(?<![\w.{])(?:\d+\.\d{2,}|\d+(?:\.\d+)?\s?%)", prose)
+
+
+@every_notebook
+def test_it_names_no_machine_and_installs_nothing(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"(?<![\w.])/(?:home|root|tmp|Users)/", text)
+    assert not re.search(r"[!%]\s*pip\b", text)
+
+
+@pytest.mark.parametrize(("cell", "problem"), [
+    ("a = 1\nb = a", "line 2 .* depends on something else"),
+    ("a = len('x')", "line 1 .* depends on something else"),
+    ("import os", "line 1 .* is not `name = literal`"),
+    ("a = b = 1", "line 1 .* is not `name = literal`"),
+])  # fmt: skip
+def test_parameters_have_to_be_independent_literals(tmp_path, cell, problem):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell, metadata={"tags": ["parameters"]})])
+    nbformat.write(notebook, tmp_path / "01_a.ipynb")
+    with pytest.raises(BookError, match=f"01_a.ipynb: {problem}"):
+        declared(tmp_path / "01_a.ipynb")
+
+
+def test_there_is_exactly_one_parameters_cell(tmp_path):
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("a = 1")]), tmp_path / "01_a.ipynb")
+    with pytest.raises(BookError, match="0 cells tagged 'parameters', expected 1"):
+        declared(tmp_path / "01_a.ipynb")

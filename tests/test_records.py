@@ -1,0 +1,120 @@
+"""Records: what is written is what is read, and nothing unreadable gets in."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from qpmerge_lite.records import RecordError, Records, find, load_records
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "book" / "_records"
+
+
+def test_a_record_survives_the_file(root):
+    recorder = Records("05_vision", "smoke", root)
+    returned = recorder.record("vision.rows.accuracy", np.float64(0.5), unit="share", n=10, seed=3, interval=(0.4, 0.6), note="x")
+    assert type(returned) is float
+    record = load_records("smoke", root)["vision.rows.accuracy"]
+    assert (record.value, record.unit, record.n, record.seed, record.interval) == (0.5, "share", 10, 3, (0.4, 0.6))
+    assert (record.notebook, record.tier, record.note) == ("05_vision", "smoke", "x")
+
+
+@pytest.mark.parametrize("value", [True, 7, "rows", 0.25])
+def test_plain_values_keep_their_type(root, value):
+    Records("01_a", "smoke", root).record("a.b", value)
+    read = load_records("smoke", root)["a.b"].value
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize(("scalar", "plain"), [(torch.tensor(3), 3), (np.bool_(True), True), (np.float32(0.5), 0.5)])
+def test_scalars_of_numpy_and_torch_become_plain(root, scalar, plain):
+    Records("01_a", "smoke", root).record("a.b", scalar)
+    read = load_records("smoke", root)["a.b"].value
+    assert read == plain and type(read) is type(plain)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.tensor(float("nan"))])
+def test_values_that_are_not_finite_are_refused(root, value):
+    with pytest.raises(RecordError, match=r"a\.b.*finite"):
+        Records("01_a", "smoke", root).record("a.b", value)
+
+
+@pytest.mark.parametrize("value", [[1, 2], None, {"a": 1}])
+def test_values_that_are_not_plain_are_refused(root, value):
+    with pytest.raises(RecordError, match="expected a number, a word or a truth value"):
+        Records("01_a", "smoke", root).record("a.b", value)
+
+
+@pytest.mark.parametrize("id", ["accuracy", "Vision.rows", "vision..rows", "vision.rows ", "vision.row-s"])
+def test_malformed_ids_are_refused(root, id):
+    with pytest.raises(RecordError, match="dotted lower-case"):
+        Records("01_a", "smoke", root).record(id, 1.0)
+
+
+def test_an_interval_out_of_order_is_refused(root):
+    with pytest.raises(RecordError, match="low, high"):
+        Records("01_a", "smoke", root).record("a.b", 1.0, interval=(2.0, 1.0))
+
+
+def test_an_id_is_recorded_once(root):
+    recorder = Records("01_a", "smoke", root)
+    recorder.record("a.b", 1.0)
+    with pytest.raises(RecordError, match="recorded twice in 01_a"):
+        recorder.record("a.b", 2.0)
+
+
+def test_an_id_belongs_to_one_notebook(root):
+    Records("01_a", "smoke", root).record("a.b", 1.0)
+    Records("02_b", "smoke", root).record("a.b", 1.0)
+    with pytest.raises(RecordError, match="both 01_a and 02_b"):
+        load_records("smoke", root)
+
+
+def test_a_new_run_forgets_the_old_one(root):
+    Records("01_a", "smoke", root).record("a.old", 1.0)
+    Records("01_a", "smoke", root).record("a.new", 1.0)
+    assert list(load_records("smoke", root)) == ["a.new"]
+
+
+def test_every_call_leaves_a_whole_file_and_nothing_else(root):
+    recorder = Records("01_a", "smoke", root)
+    for number in range(3):
+        recorder.record(f"a.n{number}", number)
+        assert len(load_records("smoke", root)) == number + 1
+    assert [path.name for path in (root / "smoke").iterdir()] == ["01_a.json"]
+
+
+def test_a_tier_that_was_not_run_here_is_read_from_the_recorded_ones(root):
+    Records("01_a", "paper", root.parent / "recorded").record("a.b", 1.0)
+    assert load_records("paper", root)["a.b"].tier == "paper"
+
+
+def test_no_records_at_all_is_an_error_that_says_what_to_run(root):
+    with pytest.raises(RecordError, match="qpmerge book run --tier standard"):
+        load_records("standard", root)
+
+
+def test_a_foreign_file_is_named(root):
+    (root / "smoke").mkdir(parents=True)
+    (root / "smoke" / "01_a.json").write_text("{")
+    with pytest.raises(RecordError, match=r"01_a\.json: not valid JSON"):
+        load_records("smoke", root)
+    (root / "smoke" / "01_a.json").write_text('{"schema": 0}')
+    with pytest.raises(RecordError, match=r"01_a\.json: expected record schema 1, found 0"):
+        load_records("smoke", root)
+
+
+def test_a_missing_id_is_an_error_that_names_its_neighbours(root):
+    Records("01_a", "smoke", root).record("a.near", 1.0)
+    with pytest.raises(RecordError, match=r"no record 'a\.far'.*a\.near"):
+        find(load_records("smoke", root), "a.far")
+
+
+def test_provenance_says_what_ran(root):
+    Records("01_a", "smoke", root, device="cpu").record("a.b", 1.0)
+    provenance = json.loads((root / "smoke" / "01_a.json").read_text())["provenance"]
+    assert provenance["packages"]["torch"] == torch.__version__
+    assert {"date", "device", "python", "machine", "threads", "commit"} <= set(provenance)
