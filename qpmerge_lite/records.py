@@ -1,5 +1,6 @@
 """Results as records: written by code that ran, read by the pages, the claims and the regression check."""
 
+import difflib
 import json
 import math
 import numbers
@@ -117,8 +118,8 @@ def record_files(tier, root=None):
 def find(records, id):
     """The record of that id. Raises: RecordError naming the ids that look alike."""
     if id not in records:
-        alike = [known for known in records if known.split(".")[0] == id.split(".")[0]]
-        raise RecordError(f"no record {id!r}; the ids of that chapter: {', '.join(sorted(alike)) or 'none'}")
+        alike = difflib.get_close_matches(id, records, n=5, cutoff=0.4)
+        raise RecordError(f"no record {id!r}; recorded ids that look alike: {', '.join(alike) or 'none'}")
     return records[id]
 
 

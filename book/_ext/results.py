@@ -1,0 +1,71 @@
+"""The role ``{res}`` and the directive ``{claims-table}``: measured numbers reach a page only through records."""
+
+import os
+import re
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.errors import ExtensionError
+from sphinx.util.docutils import SphinxDirective, SphinxRole
+
+from qpmerge_lite import claims
+from qpmerge_lite.errors import MergeError
+from qpmerge_lite.records import find, load_records, record_files
+
+
+def read(env, tier):
+    """Records of a tier, each page that reads them being rebuilt when they change."""
+    root = Path(env.srcdir) / "_records"
+    for path in record_files(tier, root):
+        env.note_dependency(str(path))
+    return load_records(tier, root)
+
+
+def explain(record):
+    """One line for the tooltip: where a number comes from."""
+    parts = [record.id, record.unit, record.note, f"tier {record.tier}"]
+    parts += [f"{name} = {value}" for name, value in (("n", record.n), ("seed", record.seed)) if value is not None]
+    if record.interval:
+        parts.append("interval [{:.4g}, {:.4g}]".format(*record.interval))
+    return " · ".join(part for part in parts if part)
+
+
+class Result(SphinxRole):
+    """``{res}`id` ``, ``{res}`id .3f ci` ``, ``{res}`standard:id pct` ``: a record of the built tier, or of the named one."""
+
+    def run(self):
+        id, _, spec = re.sub(r"[|\s]+", " ", self.text.strip()).partition(" ")
+        tier, colon, name = id.rpartition(":")
+        try:
+            record = find(read(self.env, tier if colon else self.config.qpmerge_tier), name)
+            text = claims.format_record(record, spec)
+        except MergeError as error:
+            raise ExtensionError(f"{self.env.docname}: {{res}}`{self.text}`: {error}") from error
+        return [nodes.abbreviation(self.rawtext, text, explanation=explain(record), classes=["record"])], []
+
+
+class ClaimsTable(SphinxDirective):
+    """``{claims-table}``: every claim of ``claims.yml`` with what was measured and the verdict; options filter by source."""
+
+    option_spec = {"source": str}
+
+    def run(self):
+        source = Path(self.env.srcdir) / "claims.yml"
+        self.env.note_dependency(str(source))
+        try:
+            chosen = [c for c in claims.load_claims(source) if self.options.get("source") in (None, c.source)]
+            records = read(self.env, self.config.qpmerge_tier) if any(c.records for c in chosen) else {}
+            rows = [claims.judge(claim, records) for claim in chosen]
+        except MergeError as error:
+            raise ExtensionError(f"{self.env.docname}: claims table: {error}") from error
+        table = claims.markdown_table(rows, lambda chapter: f"[](chapters/{chapter})")
+        parsed = self.parse_text_to_nodes(table)
+        parsed[0]["classes"].append("claims")
+        return parsed
+
+
+def setup(app):
+    app.add_config_value("qpmerge_tier", os.environ.get("QPMERGE_TIER", "smoke"), "env")
+    app.add_role("res", Result())
+    app.add_directive("claims-table", ClaimsTable)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,186 @@
+"""The chapters: execute every notebook whose content changed, keep what failed, leave the rest alone."""
+
+import ast
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import MergeError
+from .records import records_root, repository
+
+# Modules that no notebook imports: changing them does not change what a notebook computes.
+OUTSIDE_NOTEBOOKS = {"book.py", "claims.py", "cli.py", "regression.py"}
+
+
+class BookError(MergeError):
+    """A notebook or a parameter that the book cannot run."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one notebook: ``executed``, ``up to date`` or ``failed`` (then ``path`` is the kept copy)."""
+
+    notebook: str
+    status: str
+    seconds: float
+    path: str
+    error: str = ""
+
+
+def notebooks(root=None, only=None):
+    """Source notebooks ``notebooks/NN_*.ipynb`` in order; ``only`` keeps those whose name starts with it.
+
+    Raises: BookError when nothing is left.
+    """
+    found = sorted((Path(root or repository()) / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    chosen = [path for path in found if only is None or path.stem.startswith(only)]
+    if not chosen:
+        names = ", ".join(path.stem for path in found) or "none"
+        raise BookError(f"no notebook starts with {only!r}; there are: {names}" if only else "notebooks/ is empty")
+    return chosen
+
+
+def declared(path):
+    """Parameters of a notebook and their defaults, ``{name: literal}``, from its one cell tagged ``parameters``.
+
+    Raises: BookError unless there is exactly one such cell and it holds nothing but ``name = literal`` lines.
+    """
+    cells = _read_notebook(path)["cells"]
+    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    if len(tagged) != 1:
+        raise BookError(f"{path.name}: {len(tagged)} cells tagged 'parameters', expected 1")
+    parameters = {}
+    for statement in ast.parse("".join(tagged[0]["source"])).body:
+        if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1):
+            raise BookError(f"{path.name}: line {statement.lineno} of the parameters cell is not `name = literal`")
+        try:
+            parameters[statement.targets[0].id] = ast.literal_eval(statement.value)
+        except (ValueError, AttributeError) as error:
+            raise BookError(
+                f"{path.name}: line {statement.lineno} of the parameters cell depends on something else; "
+                "write a literal and derive the rest in a later cell"
+            ) from error
+    return parameters
+
+
+def overrides(path, given):
+    """The ``given`` parameters that differ from the notebook's own. Raises: BookError for a name it does not have."""
+    own = declared(path)
+    unknown = sorted(set(given) - set(own))
+    if unknown:
+        raise BookError(f"{path.name}: no parameter {', '.join(unknown)}; it has: {', '.join(own)}")
+    return {name: value for name, value in given.items() if value != own[name]}
+
+
+def fingerprint(path, parameters):
+    """sha256 of all that decides a notebook's outputs: its cells, the package, parameters, lock and data manifests."""
+    root = path.parent.parent
+    cells = [
+        (cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", []))
+        for cell in _read_notebook(path)["cells"]
+    ]
+    digest = hashlib.sha256(json.dumps([cells, parameters], sort_keys=True).encode())
+    package = [p for p in (root / "qpmerge_lite").rglob("*") if p.suffix in {".py", ".safetensors"}]
+    inputs = [p for p in package if p.name not in OUTSIDE_NOTEBOOKS]
+    inputs += [p for p in (root / "data_manifests").rglob("*") if p.is_file()]
+    inputs += sorted(root.glob("requirements*"))
+    for file in sorted(inputs):
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def run(root=None, tier="smoke", only=None, force=False, parameters=None, progress=True, report=lambda outcome: None):
+    """Execute the notebooks that are not up to date into ``book/chapters``, in order, and go on after a failure.
+
+    Args:
+        only: beginning of a notebook's name, e.g. ``05``; default all of them.
+        force: also execute those whose fingerprint has not changed.
+        parameters: values for the parameters cells; a name that a chosen notebook does not have is an error.
+        report: called with each ``Outcome`` as it is known.
+    Returns: the outcomes. Raises: BookError before anything runs when a parameter is unknown.
+    """
+    root = Path(root or repository())
+    chosen = {path: overrides(path, {"tier": tier} | (parameters or {})) for path in notebooks(root, only)}
+    chapters = root / "book" / "chapters"
+    chapters.mkdir(parents=True, exist_ok=True)
+    if only is None:
+        _prune(chapters, records_root() / tier, {path.stem for path in chosen})
+    outcomes = []
+    for path, given in chosen.items():
+        outcomes.append(_run_one(path, chapters, tier, given, force, progress))
+        report(outcomes[-1])
+    return outcomes
+
+
+def _run_one(path, chapters, tier, parameters, force, progress):
+    from papermill.exceptions import PapermillExecutionError
+
+    chapter, records = chapters / path.name, records_root() / tier / f"{path.stem}.json"
+    failed = chapter.with_suffix(".failed.ipynb")
+    mark = fingerprint(path, parameters)
+    if not force and _is_current(chapter, mark, records):
+        return Outcome(path.stem, "up to date", 0.0, str(chapter))
+    partial = chapter.with_name(f".{path.stem}.partial.ipynb")
+    begin = time.monotonic()
+    try:
+        _execute(path, partial, parameters, progress)
+        _stamp(partial, mark, tier, parameters, records.exists())
+        os.replace(partial, chapter)
+        failed.unlink(missing_ok=True)
+    except PapermillExecutionError as error:
+        os.replace(partial, failed)
+        summary = f"{error.ename}: {error.evalue}"
+        return Outcome(path.stem, "failed", time.monotonic() - begin, str(failed), summary)
+    finally:
+        partial.unlink(missing_ok=True)
+    return Outcome(path.stem, "executed", time.monotonic() - begin, str(chapter))
+
+
+def _execute(path, target, parameters, progress):
+    import papermill
+
+    papermill.execute_notebook(
+        os.path.relpath(path),
+        os.path.relpath(target),
+        parameters=parameters,
+        cwd=str(path.parent),
+        kernel_name="python3",
+        progress_bar=progress,
+    )
+
+
+def _stamp(path, mark, tier, parameters, has_records):
+    """Replace papermill's bookkeeping (which names paths and times) by what decides whether to run again."""
+    notebook = _read_notebook(path)
+    notebook["metadata"].pop("papermill", None)
+    for cell in notebook["cells"]:
+        cell["metadata"].pop("papermill", None)
+        cell["metadata"].pop("execution", None)
+    notebook["metadata"]["qpmerge"] = {
+        "fingerprint": mark, "tier": tier, "parameters": parameters, "records": has_records,
+    }  # fmt: skip
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _is_current(chapter, mark, records):
+    if not chapter.is_file():
+        return False
+    stamp = _read_notebook(chapter)["metadata"].get("qpmerge", {})
+    return stamp.get("fingerprint") == mark and (records.is_file() or not stamp["records"])
+
+
+def _prune(chapters, records, names):
+    """Drop executed chapters and records whose notebook is gone or was renamed."""
+    for file in (*chapters.glob("*.ipynb"), *records.glob("*.json")):
+        if file.name.split(".")[0] not in names:
+            file.unlink()
+
+
+def _read_notebook(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise BookError(f"{path.name}: not a notebook ({error})") from error

@@ -1,0 +1,160 @@
+"""`qpmerge`: run, check and judge the book; list and verify its data."""
+
+import argparse
+import ast
+import json
+import os
+import sys
+from dataclasses import asdict
+
+from . import book, claims, regression
+from .errors import MergeError
+from .records import repository
+
+TIERS = ("smoke", "standard", "paper")
+
+
+def main(argv=None):
+    """Entry point of the console script. Returns the exit status: 0 done, 1 refused or failed, 2 wrong usage."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except MergeError as error:
+        print(f"qpmerge: {error}", file=sys.stderr)
+        return 1
+
+
+def parser():
+    """The command line as an ``argparse`` parser."""
+    top = argparse.ArgumentParser(prog="qpmerge", description=__doc__)
+    groups = top.add_subparsers(required=True, metavar="{book,data}")
+    verbs = groups.add_parser("book", help="the executable book").add_subparsers(required=True, metavar="VERB")
+    run = _verb(verbs, "run", _run, "execute the notebooks whose content changed")
+    check = _verb(verbs, "check", _check, "execute all notebooks again and compare their records with the expected ones")
+    check.add_argument("--update", action="store_true", help="write the fresh values as the expected ones instead")
+    check.add_argument("--no-run", action="store_true", help="compare the records that are there")
+    table = _verb(verbs, "claims", _claims, "judge every claim and rewrite the table of README.md")
+    for command in (run, check):
+        command.add_argument("--only", metavar="NN", help="only notebooks whose name starts so")
+        command.add_argument(
+            "-p", dest="parameters", metavar="NAME=VALUE", action="append", default=[], help="set a notebook parameter"
+        )
+    run.add_argument("--force", action="store_true", help="execute even what has not changed")
+    for command in (run, check, table):
+        command.add_argument("--tier", choices=TIERS, default="smoke")
+    data = groups.add_parser("data", help="the data behind the suites").add_subparsers(required=True, metavar="VERB")
+    _verb(data, "list", _data_list, "every manifest with its source, licence and size")
+    verify = _verb(data, "verify", _data_verify, "check the bytes and hashes of what the manifests name")
+    verify.add_argument("name", nargs="*", help="manifests to verify; default all")
+    return top
+
+
+def _verb(group, name, command, help):
+    verb = group.add_parser(name, help=help, description=help)
+    verb.add_argument("--quiet", action="store_true", help="print only what went wrong")
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+    verb.set_defaults(command=command)
+    return verb
+
+
+def _run(arguments, force=None):
+    say = _printer(arguments)
+    outcomes = book.run(
+        tier=arguments.tier,
+        only=arguments.only,
+        force=arguments.force if force is None else force,
+        parameters=dict(_assignment(text) for text in arguments.parameters),
+        progress=not (arguments.quiet or arguments.json) and sys.stderr.isatty(),
+        report=lambda o: say(f"{o.notebook}: {o.status}" + (f" in {o.seconds:.0f} s" if o.seconds else "")),
+    )
+    for outcome in outcomes:
+        if outcome.status == "failed":
+            kept = os.path.relpath(outcome.path)
+            print(f"{outcome.notebook} failed with {outcome.error}; kept with its error as {kept}", file=sys.stderr)
+    if arguments.json and arguments.command is _run:
+        print(json.dumps([asdict(o) | {"path": os.path.relpath(o.path)} for o in outcomes], indent=1))
+    return int(any(outcome.status == "failed" for outcome in outcomes))
+
+
+def _check(arguments):
+    if not arguments.no_run and _run(arguments, force=True):
+        return 1
+    say = _printer(arguments)
+    if arguments.update:
+        for path in regression.update(arguments.tier, only=arguments.only):
+            say(f"wrote {os.path.relpath(path)}")
+        return 0
+    findings = regression.compare(arguments.tier, only=arguments.only)
+    if arguments.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            print(f"{finding.notebook}: {finding.id}: {finding.problem}", file=sys.stderr)
+        say(f"records outside tests/expected/{arguments.tier}: {len(findings)}")
+    return int(bool(findings))
+
+
+def _claims(arguments):
+    root = repository()
+    rows = claims.rows(root, arguments.tier)
+    readme = root / "README.md"
+    link = lambda chapter: f"[{chapter}](notebooks/{chapter}.ipynb)"  # noqa: E731
+    text = claims.replace_between_markers(readme.read_text(encoding="utf-8"), claims.markdown_table(rows, link))
+    partial = readme.with_name(".README.md.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, readme)
+    if arguments.json:
+        print(json.dumps([{"id": r.claim.id, "measured": r.measured, "verdict": r.words} for r in rows], indent=1))
+    say = _printer(arguments)
+    for row in rows:
+        say(f"{row.claim.id}: {row.words}")
+    return 0
+
+
+def _data_list(arguments):
+    from . import manifests
+
+    sources = [
+        {"manifest": name, "source": s.id, "kind": s.kind, "licence": s.licence, "bytes": sum(f.bytes for f in s.files)}
+        for name in manifests.names()
+        for s in manifests.load_manifest(name).sources
+    ]
+    if arguments.json:
+        print(json.dumps(sources, indent=1))
+    say = _printer(arguments)
+    for s in sources:
+        say(f"{s['manifest']}: {s['source']} ({s['kind']}, {s['licence']}): {s['bytes']:,} bytes")
+    return 0
+
+
+def _data_verify(arguments):
+    from . import manifests
+
+    say, checked = _printer(arguments), {}
+    for name in arguments.name or manifests.names():
+        manifest = manifests.load_manifest(name)
+        manifests.verify(manifest)
+        checked[name] = [f"{source.id}/{file.path}" for source in manifest.sources for file in source.files]
+        say(f"{name}: {len(checked[name])} files verified")
+    if arguments.json:
+        print(json.dumps(checked, indent=1))
+    return 0
+
+
+def _assignment(text):
+    """``name=value`` as a pair; the value is a Python literal, or else a word."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise MergeError(f"-p {text}: expected NAME=VALUE, for example -p seed=1")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def _printer(arguments):
+    return (lambda text: None) if arguments.quiet or arguments.json else print
+
+
+if __name__ == "__main__":
+    sys.exit(main())
