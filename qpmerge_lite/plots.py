@@ -1,0 +1,240 @@
+"""The book's one visual style and its figure functions: data in, ``Figure`` out.
+
+Colours are seaborn's colour-blind palette; whatever a colour says, a marker, a line style or a hatch says too.
+Figures are drawn at page width, with no lettering below 9 points and keys outside the data.
+"""
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+
+WIDTH = 7.4  # inches: the text column
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "p")
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+SEQUENTIAL, DIVERGING = "cividis", "PuOr_r"
+NOTHING = 2e-3  # differences of captured energy below this are no loss
+
+
+def style() -> None:
+    """Set the style for every later figure of the process."""
+    sns.set_theme(context="paper", style="whitegrid", palette="colorblind", rc={
+        "figure.figsize": (WIDTH, 3.4), "figure.dpi": 150, "figure.constrained_layout.use": True, "font.size": 10,
+        "axes.labelsize": 10, "axes.titlesize": 10, "axes.titlelocation": "left", "xtick.labelsize": 9, "ytick.labelsize": 9,
+        "legend.fontsize": 9, "legend.frameon": False, "lines.linewidth": 1.8, "lines.markersize": 6, "grid.linewidth": 0.5,
+        "grid.color": "0.88", "axes.edgecolor": "0.4", "hatch.color": "0.25", "hatch.linewidth": 0.6})
+
+
+def _word(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _key(figure: Figure, axis, columns: int) -> None:
+    """One key under the whole figure."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def _finish(figure: Figure) -> Figure:
+    plt.close(figure)  # shown once, as the value of its cell
+    return figure
+
+
+def plane(panels: dict, points: dict, lines: dict) -> Figure:
+    """Contours of functions of two coefficients, with named points and paths on each.
+
+    Args:
+        panels: title -> (grid values (a,) of either coefficient, function (a, a) with d2 first, contour levels).
+        points: name -> (d1, d2). lines: name -> (N, 2) path.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 4.4), sharex=True, sharey=True)
+    for axis, (title, (grid, values, levels)) in zip(axes, panels.items()):
+        axis.contourf(grid, grid, values, levels, cmap=SEQUENTIAL, norm=BoundaryNorm(levels, 256, extend="both"), alpha=0.6, extend="both")
+        contours = axis.contour(grid, grid, values, levels, colors="0.15", linewidths=0.7)
+        axis.clabel(contours, levels[1:], fmt="%g", fontsize=9)
+        for (name, path), line in zip(lines.items(), LINES):
+            axis.plot(*np.asarray(path).T, color="black", linestyle=line, linewidth=1.2, label=name)
+        for (name, point), marker, colour in zip(points.items(), MARKERS, sns.color_palette()):
+            axis.plot(*point, marker, color=colour, markeredgecolor="black", markersize=9, linestyle="none", label=name)
+        axis.set(title=title, xlabel="$d_1$", aspect="equal", xlim=(grid[0], grid[-1]), ylim=(grid[0], grid[-1]))
+        axis.grid(False)
+    axes[0].set_ylabel("$d_2$")
+    _key(figure, axis, 3)
+    return _finish(figure)
+
+
+def ridge_path(ridges, coefficients, prior: float, curves: dict) -> Figure:
+    """Left: every coefficient (R, p) along the ridge, towards its prior. Right: curves (R,) on the same axis."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.2), sharex=True)
+    left.plot(ridges, coefficients, color="0.35", linewidth=0.6)
+    left.axhline(prior, color="black", linestyle="--", linewidth=1.2)
+    left.annotate("prior", (ridges[-1], prior), xytext=(0, 3), textcoords="offset points", ha="right")
+    for (name, values), line, marker in zip(curves.items(), LINES, MARKERS):
+        right.plot(ridges, values, linestyle=line, marker=marker, markevery=4, label=name)
+    left.set(xscale="log", xlabel="ridge λ", ylabel="coefficient", title="coefficients")
+    right.set(xlabel="ridge λ", ylabel="captured energy 1 − L/E", title="what the merge captures")
+    _key(figure, right, 3)
+    return _finish(figure)
+
+
+def nesting(families: dict, inclusions) -> Figure:
+    """Captured energy against the number of coefficients; an arrow for every inclusion of spans.
+
+    Args:
+        families: name -> (p, in sample, cross-fitted).
+        inclusions: pairs (smaller, larger) of names.
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH, 4.2))
+    for small, large in inclusions:
+        axis.annotate("", families[large][:2], families[small][:2],
+                      arrowprops={"arrowstyle": "->", "color": "0.6", "shrinkA": 6, "shrinkB": 6, "linewidth": 1})
+    for (name, (p, inside, outside)), marker, colour in zip(families.items(), MARKERS, sns.color_palette()):
+        axis.plot(p, inside, marker, color=colour, markeredgecolor="black", markersize=9, linestyle="none", label=_word(name))
+        axis.plot(p, outside, marker, color="none", markeredgecolor="black", markersize=9, linestyle="none")
+    axis.set(xscale="log", xlabel="coefficients p", ylabel="captured energy")
+    axis.set_title("filled: in sample; hollow: cross-fitted; arrows: span inclusions")
+    _key(figure, axis, 4)
+    return _finish(figure)
+
+
+def projection(projected: dict, others: dict) -> Figure:
+    """Thales' circle: the residual R has length 1; every optimum P lies where OP ⟂ PR, at abscissa ρ.
+
+    Args:
+        projected: name -> ρ. others: name -> (‖output of the update‖/‖R‖, ‖error‖/‖R‖) of any merge.
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH, 4.4))
+    angle = np.linspace(0, np.pi, 200)
+    axis.plot((1 + np.cos(angle)) / 2, np.sin(angle) / 2, color="0.6", linewidth=1)
+    axis.plot([0, 1], [0, 0], color="black", linewidth=1.5)
+    for x, text in ((0, "0: the base"), (1, "R: the experts")):
+        axis.annotate(text, (x, 0), xytext=(0, -8), textcoords="offset points", ha="center", va="top")
+    places = {name: (rho, np.sqrt(max(rho * (1 - rho), 0))) for name, rho in projected.items()}
+    for name, (length, error) in others.items():
+        x = (1 + length**2 - error**2) / 2
+        places[name] = (x, np.sqrt(max(length**2 - x**2, 0)))
+    for (name, (x, y)), marker, colour in zip(places.items(), MARKERS, sns.color_palette()):
+        axis.plot([0, x, 1], [0, y, 0], color=colour, linewidth=0.8, linestyle="-" if name in projected else ":")
+        axis.plot(x, y, marker, color=colour, markeredgecolor="black", markersize=9, linestyle="none", label=_word(name))
+    axis.set(aspect="equal", xlabel="captured energy of the optima", yticks=[], ylim=(-0.08, 0.62), xlim=(-0.2, 1.2),
+             xticks=np.linspace(0, 1, 6))
+    _key(figure, axis, 4)
+    return _finish(figure)
+
+
+def cumulative(curves: dict, xlabel: str, ylabel: str) -> Figure:
+    """Curves (p,) over 1..p kept directions, told apart by line style and marker."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.6))
+    for (name, values), line, marker in zip(curves.items(), LINES, MARKERS):
+        axis.plot(np.arange(1, len(values) + 1), values, linestyle=line, marker=marker, markevery=max(1, len(values) // 12), label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 1.03))
+    _key(figure, axis, 2)
+    return _finish(figure)
+
+
+def phases(x, y, panels: dict, columns, xlabel: str, ylabel: str) -> Figure:
+    """Heat maps of a difference around zero: one row per panel, one column per setting.
+
+    Cells that lose more than NOTHING are hatched, and a thick contour bounds them.
+
+    Args:
+        x, y: (a,), (b,) grid values. panels: row title -> (columns, b, a) values. columns: their titles.
+    """
+    figure, axes = plt.subplots(len(panels), len(columns), figsize=(WIDTH, 2.35 * len(panels)), sharex=True, sharey=True, squeeze=False)
+    for row, (title, values) in zip(axes, panels.items()):
+        bound = np.abs(values).max()
+        for axis, column, grid in zip(row, columns, values):
+            image = axis.pcolormesh(x, y, grid, cmap=DIVERGING, vmin=-bound, vmax=bound, shading="nearest")
+            losing = np.ma.masked_where(grid > -NOTHING, grid)
+            axis.pcolor(x, y, losing, hatch="////", cmap=ListedColormap(["none"]), edgecolor="0.35", linewidth=0, shading="nearest")
+            if losing.count():
+                axis.contour(x, y, grid, [-NOTHING], colors="black", linestyles="solid", linewidths=2)
+            axis.set_title(f"{title if axis is row[0] else ''}\n{column}")
+            axis.grid(False)
+        bar = figure.colorbar(image, ax=list(row), shrink=0.9)
+        bar.ax.tick_params(labelsize=9)
+    figure.supxlabel(xlabel, fontsize=10)
+    figure.supylabel(ylabel, fontsize=10)
+    return _finish(figure)
+
+
+def bands(x, curves: dict, xlabel: str, ylabel: str) -> Figure:
+    """Means over draws with the range of the draws behind them: name -> (draws, len(x))."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.4))
+    for (name, values), line, marker in zip(curves.items(), LINES, MARKERS):
+        axis.plot(x, values.mean(0), linestyle=line, marker=marker, label=name)
+        axis.fill_between(x, values.min(0), values.max(0), alpha=0.15)
+    axis.axhline(0, color="black", linewidth=1)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    _key(figure, axis, 4)
+    return _finish(figure)
+
+
+def scatter(panels: dict, groups, label: str) -> Figure:
+    """One scatter per panel, title -> (x, y, xlabel, ylabel); ``groups`` (N,) tells points apart by marker and colour."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.6), squeeze=False)
+    groups = np.asarray(groups)
+    for axis, (title, (x, y, xlabel, ylabel)) in zip(axes[0], panels.items()):
+        for group, marker, colour in zip(np.unique(groups), MARKERS, sns.color_palette()):
+            chosen = groups == group
+            axis.plot(np.asarray(x)[chosen], np.asarray(y)[chosen], marker, color=colour, markersize=4, alpha=0.6, linestyle="none",
+                      label=f"{label}{group}")
+        axis.axhline(0, color="black", linewidth=1)
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    _key(figure, axis, len(np.unique(groups)))
+    return _finish(figure)
+
+
+def gallery(images: dict, columns: int) -> Figure:
+    """One row of grey images per title: title -> (at least ``columns``, side, side)."""
+    figure, axes = plt.subplots(len(images), columns, figsize=(WIDTH, 0.62 * len(images)))
+    for row, (title, pictures) in zip(axes, images.items()):
+        for axis, picture in zip(row, pictures):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(title, rotation=0, ha="right", va="center")
+    return _finish(figure)
+
+
+def ranking(seeds: dict, intervals: dict, xlabel: str, line: float | None = None) -> Figure:
+    """Methods from top to bottom in the given order: a light dot per seed, the mean and its interval.
+
+    Args:
+        seeds: label -> values per seed. intervals: label -> (mean, (low, high)).
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.27 * len(seeds) + 0.9))
+    for y, (label, values) in enumerate(seeds.items()):
+        mean, (low, high) = intervals[label]
+        axis.hlines(y, low, high, color="0.35", linewidth=1.6)
+        axis.plot(values, np.full(len(values), y), "|", color="0.55", markersize=9)
+        axis.plot(mean, y, "D" if label.startswith("QP") else "o", color=sns.color_palette()[0 if label.startswith("QP") else 1],
+                  markeredgecolor="black", markersize=7)
+    if line is not None:
+        axis.axvline(line, color="black", linestyle=":", linewidth=1)
+    axis.set(yticks=range(len(seeds)), yticklabels=list(seeds), xlabel=xlabel, ylim=(len(seeds) - 0.4, -0.6))
+    axis.grid(axis="y", visible=False)
+    return _finish(figure)
+
+
+def heat(table, label: str, low: float, high: float) -> Figure:
+    """A table of numbers (a ``pandas.DataFrame``) as annotated shades."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.3 * len(table) + 1.1))
+    sns.heatmap(table, annot=True, fmt=".2f", cmap=SEQUENTIAL, vmin=low, vmax=high, linewidths=0.6, annot_kws={"size": 9},
+                cbar_kws={"label": label}, ax=axis)
+    axis.set(xlabel="", ylabel="")
+    axis.tick_params(axis="x", rotation=30)
+    return _finish(figure)
+
+
+def depth(names, panels: dict) -> Figure:
+    """Curves over the layers of a model: panel title -> label -> value per layer, the layers' names under the last panel."""
+    figure, axes = plt.subplots(len(panels), 1, figsize=(WIDTH, 2.1 * len(panels) + 1.6), sharex=True)
+    for axis, (title, curves) in zip(np.atleast_1d(axes), panels.items()):
+        for (label, values), line, marker in zip(curves.items(), LINES, MARKERS):
+            axis.plot(range(len(values)), values, linestyle=line, marker=marker, markersize=5, label=label)
+        axis.set_title(title)
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=9)
+    _key(figure, axis, 3)
+    return _finish(figure)
