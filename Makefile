@@ -1,6 +1,9 @@
 # make book       run the notebooks that changed and build the pages      make test   the same, then every test
 # make notebooks  only run them       make html   only build the pages    make check  run all again, compare the records
-# make bench      time a merge        make lock   resolve the pins anew   make clean  drop everything generated
+# make bench      time a merge        make lock   resolve the pins anew   make clean  drop chapters, records and pages
+#
+# A notebook that has not changed is not executed again, by make test neither; after make clean, every one is.
+# make clean keeps the environment and the trained experts (.cache); .ci/run starts without either.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV ?= .venv
@@ -36,6 +39,9 @@ bench: $(STAMP)
 
 # torch comes second and without hashes: CPU and CUDA builds of one version differ
 $(STAMP): requirements.lock requirements-torch.txt pyproject.toml
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'qpmerge-lite needs Python 3.11 or newer, found: $(or $(PYTHON),none)' \
+	    '(name one: make book PYTHON=/path/to/python3.11)' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --require-hashes -r requirements.lock
 	$(BIN)/pip install --quiet $(TORCH_ARGS) -r requirements-torch.txt

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import MergeError, ShapeMismatch
+from .errors import MergeError, NonFinite, ShapeMismatch
 from .moments import Pooled
 
 
@@ -172,7 +172,7 @@ class ElementBasis(Basis):
         return A
 
     def combine(self, d):
-        return d.reshape(self.size)
+        return d.to(self.total).reshape(self.size)
 
     def uniform(self, scale):
         return scale * self.total
@@ -216,7 +216,7 @@ def build(family: str, updates: Tensor, pooled: Pooled, *, groups: Tensor | None
         pooled: moments the rotations are taken from: eigenvectors of M (rotated rows) or C (rotated columns).
         groups: label of each of the g·m output rows (family ``groups``), e.g. attention heads.
         keep: number of leading directions kept by ``rotated_rows``; all by default.
-    Raises: MergeError for an unknown family or an absent label, ShapeMismatch for updates that do not fit the moments.
+    Raises: MergeError for an unknown family, an absent label or a bad ``keep``; ShapeMismatch, NonFinite for the updates.
     """
     if family not in FAMILIES:
         raise MergeError(f"basis family: expected one of {sorted(FAMILIES)}, found {family!r}")
@@ -227,4 +227,8 @@ def build(family: str, updates: Tensor, pooled: Pooled, *, groups: Tensor | None
     updates = updates.unsqueeze(1) if updates.dim() == 3 else updates
     if updates.shape[1:] != pooled.A.shape:
         raise ShapeMismatch(f"basis {family}, residual updates", pooled.A.shape, updates.shape[1:])
+    if not updates.isfinite().all():
+        raise NonFinite(f"basis {family}, residual updates", updates, "check the checkpoints they come from")
+    if keep is not None and not 1 <= keep <= updates.shape[2]:
+        raise MergeError(f"basis rotated_rows: expected to keep 1 to {updates.shape[2]} directions, found {keep}")
     return FAMILIES[family](updates.to(pooled.C), pooled, groups, keep)

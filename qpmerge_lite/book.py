@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from .records import records_root, repository
 
 # Modules that no notebook imports: changing them does not change what a notebook computes.
 OUTSIDE_NOTEBOOKS = {"book.py", "claims.py", "cli.py", "regression.py"}
+# tqdm's advice to install ipywidgets, given to whoever imports something that imports tqdm.auto: the book draws no widgets.
+NO_WIDGETS = "ignore:IProgress not found"
 
 
 class BookError(MergeError):
@@ -127,12 +130,13 @@ def _run_one(path, chapters, tier, parameters, force, progress):
     begin = time.monotonic()
     try:
         _execute(path, partial, parameters, progress)
-        _stamp(partial, mark, tier, parameters, records.exists())
+        _stamp(partial, mark, tier, parameters, records)
         os.replace(partial, chapter)
         failed.unlink(missing_ok=True)
-    except PapermillExecutionError as error:
+    except (PapermillExecutionError, RuntimeError) as error:  # nbclient's RuntimeErrors: the kernel died or never answered
         os.replace(partial, failed)
-        summary = f"{error.ename}: {error.evalue}"
+        told = isinstance(error, PapermillExecutionError)
+        summary = f"{error.ename}: {error.evalue}" if told else f"{type(error).__name__}: {error}"
         return Outcome(path.stem, "failed", time.monotonic() - begin, str(failed), summary)
     finally:
         partial.unlink(missing_ok=True)
@@ -142,17 +146,30 @@ def _run_one(path, chapters, tier, parameters, force, progress):
 def _execute(path, target, parameters, progress):
     import papermill
 
-    papermill.execute_notebook(
-        os.path.relpath(path),
-        os.path.relpath(target),
-        parameters=parameters,
-        cwd=str(path.parent),
-        kernel_name="python3",
-        progress_bar=progress,
-    )
+    with _warning_filter(NO_WIDGETS):
+        papermill.execute_notebook(
+            os.path.relpath(path),
+            os.path.relpath(target),
+            parameters=parameters,
+            cwd=str(path.parent),
+            kernel_name="python3",
+            progress_bar=progress,
+        )
 
 
-def _stamp(path, mark, tier, parameters, has_records):
+@contextmanager
+def _warning_filter(rule):
+    """Kernels started inside get one more warning filter, after those of ``PYTHONWARNINGS`` and so before them in rank."""
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = f"{before},{rule}" if before else rule
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONWARNINGS"]
+        os.environ.update({"PYTHONWARNINGS": before} if before else {})
+
+
+def _stamp(path, mark, tier, parameters, records):
     """Replace papermill's bookkeeping (which names paths and times) by what decides whether to run again."""
     notebook = _read_notebook(path)
     notebook["metadata"].pop("papermill", None)
@@ -160,16 +177,21 @@ def _stamp(path, mark, tier, parameters, has_records):
         cell["metadata"].pop("papermill", None)
         cell["metadata"].pop("execution", None)
     notebook["metadata"]["qpmerge"] = {
-        "fingerprint": mark, "tier": tier, "parameters": parameters, "records": has_records,
+        "fingerprint": mark, "tier": tier, "parameters": parameters, "records": _sha256(records),
     }  # fmt: skip
     path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _is_current(chapter, mark, records):
+    """Whether a chapter was made from these sources and wrote the records that are there; a later run that broke off did not."""
     if not chapter.is_file():
         return False
     stamp = _read_notebook(chapter)["metadata"].get("qpmerge", {})
-    return stamp.get("fingerprint") == mark and (records.is_file() or not stamp["records"])
+    return stamp.get("fingerprint") == mark and stamp.get("records") == _sha256(records)
+
+
+def _sha256(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def _prune(chapters, records, names):

@@ -31,7 +31,7 @@ def parser():
     verbs = groups.add_parser("book", help="the executable book").add_subparsers(required=True, metavar="VERB")
     run = _verb(verbs, "run", _run, "execute the notebooks whose content changed")
     check = _verb(verbs, "check", _check, "execute all notebooks again and compare their records with the expected ones")
-    check.add_argument("--update", action="store_true", help="write the fresh values as the expected ones instead")
+    check.add_argument("--update", action="store_true", help="first write the fresh values as the expected ones")
     check.add_argument("--no-run", action="store_true", help="compare the records that are there")
     table = _verb(verbs, "claims", _claims, "judge every claim and rewrite the table of README.md")
     for command in (run, check):
@@ -83,7 +83,6 @@ def _check(arguments):
     if arguments.update:
         for path in regression.update(arguments.tier, only=arguments.only):
             say(f"wrote {os.path.relpath(path)}")
-        return 0
     findings = regression.compare(arguments.tier, only=arguments.only)
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from .bases import build
-from .errors import EmptyCalibration
+from .errors import EmptyCalibration, MergeError
 from .moments import Moments, Pooled
 from .programme import Programme, programme
 from .solve import Factored, minimise
 
-RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 def captured_energy(prog: Programme) -> float:
@@ -64,8 +64,10 @@ def disjoint(moments: Moments, updates: Tensor, family: str, ridges=(0.0,), *, p
 def cross_fitted(moments: Moments, updates: Tensor, family: str, ridges=RIDGES, **options) -> tuple[float, float]:
     """The ridge with the highest disjoint captured energy averaged over folds, and that average; ties go to the smaller ridge.
 
-    ``options`` are those of :func:`disjoint`.
+    The ridge is chosen on the folds that score it, so the average flatters the choice a little. ``options`` are those of :func:`disjoint`.
     """
+    if not ridges:
+        raise MergeError("ridges: expected at least one number ≥ 0, found none")
     mean = disjoint(moments, updates, family, ridges, **options).mean(0)
     best = int(mean.argmax())
     return ridges[best], float(mean[best])

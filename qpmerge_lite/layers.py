@@ -1,8 +1,8 @@
 r"""Views of modules as layers that are linear in their parameters: ``y = W x`` with W of shape (g, m, n).
 
-A view translates between a module's parameters and W, and between its activations and samples ``(N, g, n)``. Dense layers have
+A view translates between a module's parameters and W, and from its input to samples ``(N, g, n)``. Dense layers have
 g = 1; a norm is one 1×n layer per channel, reading its own normalised input and a constant. Whatever else is linear in its
-parameters (Conv1D, Conv2d on unfolded patches, Embedding on counts) is one more class with the same four methods.
+parameters (Conv1D, Conv2d on unfolded patches, Embedding on counts) is one more class with the same methods.
 """
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .errors import MergeError
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,13 @@ class Dense(View):
         """Samples (N, g, n), float64, from the module's inputs (N, in)."""
         return self._with_one(x.double()).unsqueeze(1)
 
-    def outputs(self, y: Tensor) -> Tensor:
-        """Samples (N, g, m), float64, from the module's outputs (N, out)."""
-        return y.double().unsqueeze(1)
-
 
 class Norm(View):
     """Gain and bias of ``nn.LayerNorm`` or ``nn.RMSNorm`` over the last axis: channel c is the layer ``[gain_c, bias_c]`` of ``[x̂_c, 1]``."""
+
+    @property
+    def reads(self):
+        return type(self.module), self.bias, self.module.eps
 
     def matrix(self, state) -> Tensor:
         """W (d, 1, n), n = 2 with a bias, float64."""
@@ -73,17 +75,16 @@ class Norm(View):
         norm = F.rms_norm if isinstance(self.module, nn.RMSNorm) else F.layer_norm
         return self._with_one(norm(x.double(), self.module.normalized_shape, eps=self.module.eps).unsqueeze(-1))
 
-    def outputs(self, y: Tensor) -> Tensor:
-        """Samples (N, d, 1)."""
-        return y.double().unsqueeze(-1)
-
 
 def view(name: str, module: nn.Module, scope: str = "all") -> View | None:
     """The view of a module, or None if it has none.
 
     Args:
         scope: ``all`` covers dense layers with their bias folded in, and norms; ``weights`` the weights of dense layers only.
+    Raises: MergeError for another scope.
     """
+    if scope not in ("all", "weights"):
+        raise MergeError(f"scope: expected 'all' or 'weights', found {scope!r}")
     bias = scope == "all" and getattr(module, "bias", None) is not None
     if isinstance(module, nn.Linear):
         return Dense(name, module, bias)

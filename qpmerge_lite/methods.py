@@ -43,7 +43,14 @@ class QP:
     @property
     def full_energy(self) -> bool:
         """Whether the moments must hold all of M."""
-        return "rotated_rows" in ([self.basis] if isinstance(self.basis, str) else self.basis)
+        return "rotated_rows" in self._families
+
+    @property
+    def _families(self):
+        families = [self.basis] if isinstance(self.basis, str) else list(self.basis)
+        if not families:
+            raise MergeError("basis: expected a family or several to choose from, found none")
+        return families
 
     def __call__(self, moments: Moments, updates: Tensor) -> tuple[Tensor, dict]:
         """Update (g, m, n) of one layer and its table row."""
@@ -64,13 +71,13 @@ class QP:
         if self.groups is None:
             return None
         rows = updates.shape[1] * updates.shape[2]
-        if rows % self.groups:
+        if self.groups < 1 or rows % self.groups:
             raise MergeError(f"groups: {rows} output rows do not fall into {self.groups} equal groups")
         return torch.arange(rows) // (rows // self.groups)
 
     def _choose(self, moments, updates):
         """(family, ridge, cross-fitted captured energy), by the latter where there is a choice."""
-        families = [self.basis] if isinstance(self.basis, str) else list(self.basis)
+        families = self._families
         ridges = self.ridges if self.ridge == "cross-fitted" else (float(self.ridge),)
         if moments.folds == 1:
             if len(families) * len(ridges) > 1:
@@ -92,6 +99,10 @@ class _RegMean:
     alpha: float
     full_energy = False
 
+    def __post_init__(self):
+        if not 0 <= self.alpha <= 1:
+            raise MergeError(f"alpha: expected a number in [0, 1], found {self.alpha}")
+
     def __call__(self, moments: Moments, updates: Tensor):
         pooled, plain = moments.shrink(updates, self.alpha).pool(), moments.pool()
         basis = build("elements", updates, pooled)
@@ -101,8 +112,10 @@ class _RegMean:
 
 
 def _shares(pooled, update) -> dict:
-    """Captured energy, and the gap to the unrestricted optimum, as fractions of the residual energy."""
-    return {"captured": pooled.captured(update), "gap": gap(pooled, update) / pooled.energy if pooled.energy else 0.0}
+    """Captured energy, and the gap to the unrestricted optimum, as fractions of the residual energy; None where there is none to share."""
+    if pooled.energy == 0:
+        return {"captured": 1.0 if pooled.captured(update) == 1 else None, "gap": None}
+    return {"captured": pooled.captured(update), "gap": gap(pooled, update) / pooled.energy}
 
 
 def regmean(base, experts, calibration, *, alpha=0.95, blocks=None, progress=False) -> Merge:
@@ -160,7 +173,7 @@ def dare(base, experts, calibration=None, *, drop: float = 0.5, scale: float = 0
 def ties(base, experts, calibration=None, *, density: float = 0.2, scale: float = 1.0) -> Merge:
     """TIES (arXiv:2306.01708): trim each τ_k to its largest entries, elect a sign per entry, average the entries that agree; ``θ_0 + λ τ``.
 
-    As the authors' code: one trim over the whole flat vector of a model, keeping entries not below the ⌊d(1 - density)⌋-th smallest
+    As the authors' code: one trim over the whole flat vector of a model, keeping entries not below the (d - ⌊d·density⌋)-th smallest
     magnitude; entries whose signs cancel take the sign of the majority; the mean is over non-zero agreeing entries.
     """
     if not 0 < density <= 1:
@@ -182,7 +195,7 @@ def ties(base, experts, calibration=None, *, density: float = 0.2, scale: float 
 def tune(method: Callable[..., Merge], grid: Iterable[dict], score: Callable[[dict], float], base, experts, calibration=None) -> tuple[Merge, dict, list[float]]:
     """The merge with the highest ``score`` of its state dict over a grid of options, those options, and all scores.
 
-    ``score`` must look at validation data only. Ties go to the earlier entry.
+    ``score`` must look at validation data only. Ties go to the earlier entry. Raises: MergeError for an empty grid.
     """
     best, scores = None, []
     for options in grid:
@@ -190,4 +203,6 @@ def tune(method: Callable[..., Merge], grid: Iterable[dict], score: Callable[[di
         scores.append(score(merge.state_dict))
         if scores[-1] == max(scores) and scores.count(scores[-1]) == 1:
             best = (merge, options)
+    if best is None:
+        raise MergeError("grid: expected at least one set of options, found none")
     return *best, scores

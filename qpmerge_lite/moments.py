@@ -41,10 +41,13 @@ class Pooled:
         return float(((update @ self.C) * update).sum() / 2 - (update * self.A).sum()) + self.energy
 
     def captured(self, update: Tensor) -> float:
-        """``1 - L(W)/E``: at most 1, negative if the merge is worse than the base; 1 when there is nothing to capture (E = 0) and nothing was added."""
+        """``1 - L(W)/E``: at most 1, negative if the merge is worse than the base.
+
+        With nothing to capture (E = 0) it is 1 if, to rounding, nothing was added either, and else minus infinity.
+        """
         loss = self.loss(update)
         if self.energy == 0:
-            return 1.0 if loss <= 0 else float("-inf")
+            return 1.0 if loss <= 1e-18 * float(self.C.diagonal(dim1=-2, dim2=-1).sum()) else float("-inf")
         return 1 - loss / self.energy
 
 

@@ -11,7 +11,7 @@ from strategies import FAMILIES, FREE, layers, make_layer, normal
 
 from qpmerge_lite.bases import build
 from qpmerge_lite.diagnostic import captured_energy
-from qpmerge_lite.errors import MergeError, ShapeMismatch
+from qpmerge_lite.errors import MergeError, NonFinite, ShapeMismatch
 from qpmerge_lite.programme import programme
 from qpmerge_lite.solve import minimise
 
@@ -208,3 +208,9 @@ def test_bad_input_is_named():
         build("rotated_rows", layer.updates, pooled, keep=1).uniform(1.0)
     with pytest.raises(MergeError, match="rotated for other moments"):
         programme(make_layer(1).moments().pool(), build("rotated_columns", layer.updates, pooled))
+    for keep in (0, -1, 4):
+        with pytest.raises(MergeError, match=f"expected to keep 1 to 3 directions, found {keep}"):
+            build("rotated_rows", layer.updates, pooled, keep=keep)
+    spoilt = torch.full_like(layer.updates, float("nan"))
+    with pytest.raises(NonFinite, match="basis layer, residual updates: .* check the checkpoints they come from"):
+        build("layer", spoilt, pooled)

@@ -1,5 +1,6 @@
 """`qpmerge`: notebooks run once per content, failures are kept and named, wrong usage is refused with a reason."""
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -82,6 +83,32 @@ def test_a_failing_notebook_is_kept_and_named_and_the_others_still_run(checkout,
     write(checkout / "notebooks" / "00_broken.ipynb", "1 + 1")
     assert outcome(capsys, "--only", "00") == ["executed"]
     assert not (checkout / "book" / "chapters" / "00_broken.failed.ipynb").exists()
+
+
+def test_a_notebook_whose_kernel_dies_is_kept_and_named_too(checkout, capsys):
+    write(checkout / "notebooks" / "00_killed.ipynb", "print('so far')", "import os; os._exit(1)")
+    status, out, err = run(capsys, "book", "run")
+    assert status == 1 and "01_a: executed" in out and "00_killed failed with DeadKernelError" in err
+    assert "so far" in (checkout / "book" / "chapters" / "00_killed.failed.ipynb").read_text()
+    assert not list((checkout / "book" / "chapters").glob(".*"))
+
+
+def test_records_of_a_run_that_broke_off_are_not_taken_for_those_of_the_chapter(checkout, capsys):
+    assert outcome(capsys) == ["executed"]
+    write(checkout / "notebooks" / "01_a.ipynb", RECORDING, "recorder.record('a.more', 1)", "1 / 0")
+    assert outcome(capsys) == ["failed"]
+    write(checkout / "notebooks" / "01_a.ipynb", RECORDING)  # back to what the chapter was made from
+    assert outcome(capsys) == ["executed"]
+    assert list(json.loads((checkout / "book" / "_records" / "smoke" / "01_a.json").read_text())["records"]) == ["a.seed"]
+
+
+def test_advice_to_install_widgets_stays_out_of_the_chapters_and_other_warnings_do_not(checkout, capsys, monkeypatch):
+    monkeypatch.setenv("PYTHONWARNINGS", "always::UserWarning")
+    write(checkout / "notebooks" / "01_a.ipynb", "import tqdm.auto", "import warnings; warnings.warn('look here')")
+    assert outcome(capsys) == ["executed"]
+    shown = (checkout / "book" / "chapters" / "01_a.ipynb").read_text()
+    assert "IProgress" not in shown and "UserWarning: look here" in shown
+    assert os.environ["PYTHONWARNINGS"] == "always::UserWarning"
 
 
 def test_a_renamed_notebook_leaves_nothing_behind(checkout, capsys):

@@ -2,11 +2,12 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
 from toys import TASKS, vision
 
 from qpmerge_lite import methods
 from qpmerge_lite.suites import Suite, compare
+
+datasets = pytest.importorskip("datasets", reason="the suites extra is not installed on bare GPU hosts")
 
 
 @pytest.fixture
@@ -15,8 +16,8 @@ def suite(tmp_path, monkeypatch):
     monkeypatch.setenv("QPMERGE_CACHE", str(tmp_path))
     base, experts, _ = vision()
     draw = np.random.default_rng(0)
-    rows = lambda n: Dataset.from_dict({"pixels": draw.normal(size=(n, 8, 8)).tolist(), "label": draw.integers(0, 3, n).tolist()})
-    data = {t: DatasetDict(train=rows(24), validation=rows(30), test=rows(30)) for t in TASKS}
+    rows = lambda n: datasets.Dataset.from_dict({"pixels": draw.normal(size=(n, 8, 8)).tolist(), "label": draw.integers(0, 3, n).tolist()})
+    data = {t: datasets.DatasetDict(train=rows(24), validation=rows(30), test=rows(30)) for t in TASKS}
     collate = lambda columns: {"pixels": torch.as_tensor(np.asarray(columns["pixels"]))[:, None].double()}
     heads = {t: {"weight": torch.randn(3, 8, dtype=torch.float64), "bias": torch.zeros(3, dtype=torch.float64)} for t in TASKS}
     return Suite("toy", "smoke", 0, "cpu", list(TASKS), data, base, experts, heads, dict.fromkeys(TASKS, 3), collate)
@@ -26,8 +27,7 @@ def suite(tmp_path, monkeypatch):
 def test_every_entry_reports_every_task(suite, name):
     found = compare.result(suite, name, 8)
     assert set(found["accuracy"]) == set(TASKS) and set(found["normalised"]) == {*TASKS, "mean"}
-    assert found["options"] in compare.ENTRIES[name].grid(3)
-    assert bool(found["table"]) == name.startswith(("qp", "regmean"))
+    assert found["options"] in compare.ENTRIES[name].grid(3, 0)
 
 
 def test_choices_look_at_validation_and_test_is_scored_for_the_chosen_merge_only(suite, monkeypatch):
@@ -38,19 +38,35 @@ def test_choices_look_at_validation_and_test_is_scored_for_the_chosen_merge_only
     experts = [id(e) for e in suite.experts.values()]
     on_test = {id(state) for split, state in seen if split == "test"} - set(experts)
     on_validation = {id(state) for split, state in seen if split == "validation"} - set(experts)
-    assert len(on_test) == 1 and len(on_validation) >= len(compare.SCALES)
+    assert len(on_test) == 1 and len(on_validation) == len(compare.ENTRIES["task_arithmetic"].grid(3, 0))
     scores = [suite.normalised(methods.task_arithmetic(suite.base, suite.experts, **o).state_dict, "validation")["mean"]
-              for o in compare.ENTRIES["task_arithmetic"].grid(3)]
-    assert found["options"] == compare.ENTRIES["task_arithmetic"].grid(3)[int(np.argmax(scores))]
+              for o in compare.ENTRIES["task_arithmetic"].grid(3, 0)]
+    assert found["options"] == compare.ENTRIES["task_arithmetic"].grid(3, 0)[int(np.argmax(scores))]
+    assert found["validation"] == max(scores)
 
 
 def test_results_are_kept_and_belong_to_their_experts(suite, monkeypatch):
     first = compare.result(suite, "soup", 8)
     monkeypatch.setattr(Suite, "evaluate", lambda *a, **k: pytest.fail("computed again"))
     assert compare.result(suite, "soup", 8) == first
+    monkeypatch.setenv("QPMERGE_RECOMPUTE", "1")
+    with pytest.raises(pytest.fail.Exception):
+        compare.result(suite, "soup", 8)
+    monkeypatch.delenv("QPMERGE_RECOMPUTE")
     suite.experts["a"]["cls"] += 1
     with pytest.raises(pytest.fail.Exception):
         compare.result(suite, "soup", 8)
+
+
+@pytest.mark.parametrize("name, options, edge", [
+    ("ties", {"density": 0.1, "scale": 0.2}, ["scale"]), ("ties", {"density": 0.02, "scale": 1.2}, ["density", "scale"]),
+    ("task_arithmetic", {"scale": 0.2}, []), ("regmean", {"alpha": 1.0}, []), ("regmean", {"alpha": 0.5}, ["alpha"]),
+    ("dare", {"drop": 0.3, "scale": 0.1, "seed": 0}, []), ("qp_rows", {"basis": "rows", "targets": "own"}, []),
+])
+def test_choices_at_an_end_of_their_grid_are_marked(name, options, edge):
+    found = {"method": name, "label": name, "seed": 0, "options": options, "accuracy": dict.fromkeys("abcdefgh", 1.0)}
+    assert compare.at_grid_edge(found) == edge
+    assert compare.choices([found]).loc[name, "seed 0"].count("*") == len(edge)
 
 
 def test_seed_interval_is_students():

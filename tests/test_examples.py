@@ -9,6 +9,7 @@ from qpmerge_lite.bases import build
 from qpmerge_lite.diagnostic import captured_energy
 from qpmerge_lite.errors import MergeError
 from qpmerge_lite.programme import programme
+from qpmerge_lite.solve import minimise
 from qpmerge_lite.suites import digits, synthetic
 
 matplotlib.use("agg")
@@ -91,6 +92,28 @@ def test_digits_experts_know_their_digits(layer):
         X, labels = layer.data[task]["test"]
         logits = layer.heads[task](torch.relu(X @ (layer.W0 + layer.updates[k]).mT))
         assert float((logits.argmax(1) == labels).double().mean()) > 0.5
+
+
+def test_digits_are_counted_over_all_tasks(layer):
+    right = sum(int((layer.heads[task](torch.relu(X @ layer.W0.mT)).argmax(1) == labels).sum())
+                for task in layer.tasks for X, labels in [layer.data[task]["test"]])
+    assert layer.correct(torch.zeros_like(layer.W0)) == right > 0
+
+
+@pytest.mark.parametrize("tier", ["standard", "paper"])
+def test_digits_have_no_larger_tier(tier):
+    with pytest.raises(MergeError, match=f"suite digits: expected tier 'smoke', .* found '{tier}'; run this chapter with"):
+        digits.load(tier=tier)
+
+
+def test_the_unrestricted_optimum_of_a_drawn_layer_is_regmean():
+    moments, updates = synthetic.draw(3, alignment=0.5, overlap=0.5, seed=0, tokens=512)
+    base = torch.randn(updates.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    grams = moments.C.sum(1)[:, 0] / moments.count.sum(1)[:, None, None]
+    regmean = torch.linalg.solve(grams.sum(0), (grams @ (base + updates).mT).sum(0)).mT
+    pooled = moments.pool()
+    free = minimise(programme(pooled, build("elements", updates, pooled)))
+    torch.testing.assert_close(base + free.d[0], regmean, rtol=1e-10, atol=1e-10)
 
 
 def figures():

@@ -1,4 +1,5 @@
 """The book's own Sphinx extension: a record becomes text, a missing one stops the build; MathJax is verified or replaced."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ def pages(tmp_path):
     def build(text):
         (tmp_path / "index.md").write_text(f"# Page\n\n{text}\n", encoding="utf-8")
         command = [sys.executable, "-m", "sphinx", "-q", "-W", "-b", "html", str(tmp_path), str(tmp_path / "out")]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=EXTENSIONS.parents[1])
+        tier = os.environ | {"QPMERGE_TIER": "smoke"}  # whatever `make` was told
+        done = subprocess.run(command, capture_output=True, text=True, cwd=EXTENSIONS.parents[1], env=tier)
         html = tmp_path / "out" / "index.html"
         return done.returncode, done.stderr, html.read_text(encoding="utf-8") if html.is_file() else ""
 

@@ -2,7 +2,9 @@
 import pytest
 import torch
 from torch import nn
+from toys import outputs
 
+from qpmerge_lite.errors import MergeError
 from qpmerge_lite.layers import view
 
 MODULES = {
@@ -27,7 +29,7 @@ def test_the_module_is_its_matrix_times_its_samples(name):
     v = view("x", module)
     state = {f"x.{k}": p.detach() for k, p in module.named_parameters()}
     W, z = v.matrix(state), torch.randn(7, 5, dtype=torch.float64)
-    torch.testing.assert_close(torch.einsum("gmn,Ngn->Ngm", W, v.inputs(z)), v.outputs(module(z).detach()), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.einsum("gmn,Ngn->Ngm", W, v.inputs(z)), outputs(v, module(z).detach()), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -49,3 +51,13 @@ def test_scope_weights_leaves_bias_and_norms_out():
 @pytest.mark.parametrize("module", [nn.LayerNorm((4, 4)), nn.LayerNorm(4, elementwise_affine=False), nn.GELU(), nn.Dropout(0.1)])
 def test_what_is_not_linear_in_parameters_has_no_view(module):
     assert view("x", module) is None
+
+
+def test_an_unknown_scope_is_named():
+    with pytest.raises(MergeError, match="scope: expected 'all' or 'weights', found 'norms'"):
+        view("x", nn.Linear(4, 2), "norms")
+
+
+def test_norms_that_normalise_differently_do_not_share_samples():
+    norms = [nn.LayerNorm(4), nn.LayerNorm(4, bias=False), nn.RMSNorm(4), nn.LayerNorm(4, eps=1e-3)]
+    assert len({view("x", norm).reads for norm in norms}) == len(norms)

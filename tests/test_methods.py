@@ -79,9 +79,9 @@ def test_dare_without_dropping_is_task_arithmetic_and_is_unbiased(problem):
     assert (error < 5 * spread + 1e-12).all()
 
 
-@pytest.mark.parametrize("call", [lambda p: q.dare(*p[:2], drop=1.0), lambda p: q.ties(*p[:2], density=0.0)])
+@pytest.mark.parametrize("call", [lambda p: q.dare(*p[:2], drop=1.0), lambda p: q.ties(*p[:2], density=0.0), lambda p: q.regmean(*p, alpha=3.0)])
 def test_bad_fractions_are_refused(problem, call):
-    with pytest.raises(MergeError, match="expected a (probability|fraction) in"):
+    with pytest.raises(MergeError, match="expected a (probability|fraction|number) in"):
         call(problem)
 
 
@@ -113,4 +113,6 @@ def test_tune_takes_the_highest_score_and_the_earlier_of_equals(problem):
     distance = lambda state: float((state["cls"] - origin).norm())
     grid = [{"scale": s} for s in (0.1, 0.9, 0.9, 0.2)]
     merge, options, scores = q.tune(q.task_arithmetic, grid, distance, base, experts)
+    with pytest.raises(MergeError, match="grid: expected at least one set of options, found none"):
+        q.tune(q.task_arithmetic, [], distance, base, experts)
     assert options is grid[1] and len(scores) == 4 and distance(merge.state_dict) == max(scores)

@@ -21,6 +21,9 @@ def expected(kind, value=1.0, by=None, **more):
     ("absolute", 0.0, 0.1, -0.09, 0.11),
     ("at_least", 0.9, 0.8, 0.81, 0.79),
     ("at_most", 1e-9, 1e-6, 1e-7, 1e-5),
+    ("present", "rows", None, "columns", " "),
+    ("present", "rows", None, "columns", 3),
+    ("relative", 2.0, 0.1, 2.0, "rows"),
 ])  # fmt: skip
 def test_a_tolerance_divides_inside_from_outside(kind, value, by, inside, outside):
     assert disagreement(Record("a.b", inside), expected(kind, value, by)) is None
@@ -31,6 +34,7 @@ def test_intervals_have_to_meet():
     aim = expected("interval", 0.5, interval=[0.4, 0.6])
     assert disagreement(Record("a.b", 0.65, interval=(0.6, 0.7)), aim) is None
     assert "[0.61, 0.7]" in disagreement(Record("a.b", 0.65, interval=(0.61, 0.7)), aim)
+    assert "found 0.5, expected interval" in disagreement(Record("a.b", 0.5), aim)
 
 
 def test_an_unknown_kind_is_an_error():
@@ -61,6 +65,23 @@ def test_updated_expectations_agree_and_get_a_tolerance_by_type(checkout):
     assert kinds == {"a.count": "exact", "a.loss": "relative", "a.accuracy": "interval"}
 
 
+@pytest.mark.parametrize(("id", "value", "tolerance", "why"), [
+    ("a.b", 3, {"kind": "exact"}, "count"),
+    ("a.b", "rows", {"kind": "present"}, "change places"),
+    ("a.b", 0.5, {"kind": "relative", "by": 1e-3}, "BLAS"),
+    ("vision.b", 0.5, {"kind": "relative", "by": 0.1}, "float32"),
+    ("a.b", 1e-12, {"kind": "at_most", "by": 1e-6}, "rounding"),
+    ("vision.b", 0.0, {"kind": "at_most", "by": 1e-6}, "rounding"),
+    ("a.b", -1e-12, {"kind": "absolute", "by": 1e-6}, "rounding"),
+])  # fmt: skip
+def test_a_new_id_gets_the_tolerance_of_its_type(tmp_path, id, value, tolerance, why):
+    Records("01_a", "smoke", tmp_path / "book" / "_records").record(id, value)
+    update(root=tmp_path)
+    entry = load_expected("smoke", tmp_path)[id]
+    assert entry["tolerance"] == tolerance and why in entry["why"]
+    assert compare(root=tmp_path) == []
+
+
 def test_missing_extra_and_changed_records_are_found(checkout):
     update(root=checkout)
     rewrite(checkout, lambda entries: entries.update({"a.gone": entries.pop("a.loss")}))
@@ -78,6 +99,26 @@ def test_update_keeps_tolerance_and_reason(checkout):
     assert (entry["value"], entry["tolerance"], entry["why"]) == (0.5, {"kind": "at_most", "by": 1.0}, "mine")
 
 
+def test_update_completes_a_partial_file_and_keeps_its_bar(checkout):
+    path = checkout / "tests" / "expected" / "smoke" / "01_a.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"a.accuracy": expected("at_least", 0.99, 0.95)}))
+    update(root=checkout)
+    assert set(load_expected("smoke", checkout)) == {"a.count", "a.loss", "a.accuracy"}
+    assert [finding.problem for finding in compare(root=checkout)] == ["found 0.9, expected at least 0.95 (a reason)"]
+
+
+def test_update_gives_up_a_kind_that_the_record_no_longer_fits(checkout):
+    update(root=checkout)
+    recorder = Records("01_a", "smoke", checkout / "book" / "_records")
+    recorder.record("a.count", "three")
+    recorder.record("a.loss", "small")
+    recorder.record("a.accuracy", 0.9)
+    assert {finding.id for finding in compare(root=checkout)} == {"a.count", "a.loss", "a.accuracy"}
+    update(root=checkout)
+    assert compare(root=checkout) == []
+
+
 def test_update_drops_what_is_no_longer_recorded(checkout):
     update(root=checkout)
     rewrite(checkout, lambda entries: entries.update({"a.gone": entries["a.loss"]}))
@@ -89,6 +130,13 @@ def test_an_expectation_without_a_reason_is_refused(checkout):
     update(root=checkout)
     rewrite(checkout, lambda entries: entries["a.loss"].pop("why"))
     with pytest.raises(RegressionError, match=r"01_a\.json: a\.loss lacks why"):
+        compare(root=checkout)
+
+
+def test_an_expected_interval_without_ends_is_refused(checkout):
+    update(root=checkout)
+    rewrite(checkout, lambda entries: entries["a.accuracy"].pop("interval"))
+    with pytest.raises(RegressionError, match=r"01_a\.json: a\.accuracy lacks interval"):
         compare(root=checkout)
 
 

@@ -4,7 +4,7 @@ import copy
 import torch
 from torch import nn
 
-from qpmerge_lite.layers import view
+from qpmerge_lite.layers import Dense, view
 from qpmerge_lite.suites.models import VisionTransformer
 
 TASKS = ("a", "b", "c")
@@ -78,6 +78,11 @@ def loaded(base, state):
     return model
 
 
+def outputs(v, y):
+    """Samples (N, g, m) of what a viewed module puts out, (N, d)."""
+    return y.double().unsqueeze(1 if isinstance(v, Dense) else -1)
+
+
 @torch.no_grad()
 def trace(model, batches):
     """Every viewed layer's inputs and outputs over batches, padding dropped: {layer: (samples in, samples out)}."""
@@ -96,4 +101,4 @@ def trace(model, batches):
         return z.flatten(0, -2) if mask is None else z[mask.bool()]
 
     return {name: (torch.cat([v.inputs(rows(x, k)) for (v, x, _), k in zip(calls, masks)]),
-                   torch.cat([v.outputs(rows(y, k)) for (v, _, y), k in zip(calls, masks)])) for name, calls in seen.items()}
+                   torch.cat([outputs(v, rows(y, k)) for (v, _, y), k in zip(calls, masks)])) for name, calls in seen.items()}

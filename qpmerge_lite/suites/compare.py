@@ -1,12 +1,15 @@
-"""Methods side by side on a suite: each tuned as its authors tune it, on validation data, and touched once by test data."""
+"""Methods side by side on a suite: each tuned on validation data, and touched once by test data."""
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from .. import methods
 from ..records import read_json, write_json
@@ -16,19 +19,18 @@ from . import Suite, load, training
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of a comparison: how it is called, and the options it is chosen from on the validation split (one: no choice)."""
+    """One row of a comparison: how it is called, and the options it is chosen from on the validation split."""
 
     label: str
     call: Callable
-    grid: Callable[[int], list[dict]]  # of the number of experts
+    grid: Callable[[int, int], list[dict]]  # of the number of experts and the seed
 
-    def tuned(self, suite: Suite, calibration) -> tuple[methods.Merge, dict]:
-        """The merge with the highest mean normalised validation accuracy, and its options."""
-        grid = self.grid(len(suite.experts))
-        if len(grid) == 1:
-            return self.call(suite.base, suite.experts, calibration, **grid[0]), grid[0]
+    def tuned(self, suite: Suite, calibration) -> tuple[methods.Merge, dict, float]:
+        """The merge with the highest mean normalised validation accuracy, its options, and that accuracy."""
         score = lambda state: suite.normalised(state, "validation")["mean"]
-        return methods.tune(self.call, grid, score, suite.base, suite.experts, calibration)[:2]
+        grid = self.grid(len(suite.experts), suite.seed)
+        merge, options, scores = methods.tune(self.call, grid, score, suite.base, suite.experts, calibration)
+        return merge, options, max(scores)
 
 
 def _base(base, experts, calibration=None):
@@ -36,59 +38,82 @@ def _base(base, experts, calibration=None):
 
 
 def _tilted(k: int) -> list[dict]:
-    """Soup weights: uniform, or one expert counted twice or not at all."""
-    raw = [[1.0] * k] + [[c if i == j else 1.0 for i in range(k)] for j in range(k) for c in (0.0, 2.0)]
+    """Soup weights: uniform, or one expert counted twice."""
+    raw = [[1.0] * k] + [[2.0 if i == j else 1.0 for i in range(k)] for j in range(k)]
     return [{"weights": [w / sum(r) for w in r]} for r in raw]
 
 
-SCALES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
-ALPHAS = [{"alpha": a} for a in (0.5, 0.9, 0.95, 1.0)]
-FAMILIES = ("layer", "rows", "rotated_rows", "rotated_columns", "elements")
+def _product(**options) -> list[dict]:
+    """All combinations of the values given for each option."""
+    grid: list[dict] = [{}]
+    for name, values in options.items():
+        grid = [{**g, name: v} for g in grid for v in values]
+    return grid
 
-ENTRIES = {
-    "base": Entry("base", _base, lambda k: [{}]),
-    "soup": Entry("uniform soup", methods.soup, lambda k: [{}]),
-    "weighted_soup": Entry("weighted soup", methods.soup, _tilted),
-    "task_arithmetic": Entry("task arithmetic", methods.task_arithmetic, lambda k: [{"scale": s} for s in (1 / k, *SCALES)]),
-    "ties": Entry("TIES", methods.ties, lambda k: [{"density": d, "scale": s} for d in (0.1, 0.2, 0.4) for s in (0.5, 0.8, 1.0, 1.3, 1.7, 2.1, 2.5)]),
-    "dare": Entry("DARE", methods.dare, lambda k: [{"drop": p, "scale": s} for p in (0.2, 0.5, 0.8) for s in (1 / k, 0.1, 0.2, 0.3, 0.4)]),
-    "regmean": Entry("RegMean", methods.regmean, lambda k: ALPHAS),
-    "regmean_plus_plus": Entry("RegMean++", methods.regmean_plus_plus, lambda k: ALPHAS),
-    **{f"qp_{f}": Entry(f"QP {f.replace('_', ' ')}", methods.qp, lambda k, f=f: [{"basis": f, "targets": t} for t in TARGETS]) for f in FAMILIES},
-}
+
+def _once(k, seed):
+    return [{}]
+
+
+FAMILIES = ("layer", "rows", "rotated_rows", "rotated_columns", "elements")
 HEURISTICS = ("soup", "weighted_soup", "task_arithmetic", "ties", "dare")
+ALPHAS = (0.5, 0.9, 0.95, 1.0)
+ENTRIES = {
+    "base": Entry("base", _base, _once),
+    "soup": Entry("uniform soup", methods.soup, _once),
+    "weighted_soup": Entry("weighted soup", methods.soup, lambda k, seed: _tilted(k)),
+    "task_arithmetic": Entry("task arithmetic", methods.task_arithmetic, lambda k, seed: _product(
+        scale=(0.05, 0.1, 1 / k, 0.15, 0.2, 0.3, 0.4, 0.6, 1.0))),
+    "ties": Entry("TIES", methods.ties, lambda k, seed: _product(
+        density=(0.02, 0.05, 0.1, 0.2, 0.4), scale=(0.2, 0.35, 0.5, 0.8, 1.2))),
+    "dare": Entry("DARE", methods.dare, lambda k, seed: _product(
+        drop=(0.1, 0.3, 0.6, 0.9), scale=(0.05, 0.1, 1 / k, 0.2, 0.3), seed=(seed,))),
+    "regmean": Entry("RegMean", methods.regmean, lambda k, seed: _product(alpha=ALPHAS)),
+    "regmean_plus_plus": Entry("RegMean++", methods.regmean_plus_plus, lambda k, seed: _product(alpha=ALPHAS)),
+    **{f"qp_{f}": Entry(f"QP {f.replace('_', ' ')}", methods.qp, lambda k, seed, f=f: _product(basis=(f,), targets=tuple(TARGETS)))
+       for f in FAMILIES},
+    "qp_weights": Entry("QP elements, weights only", methods.qp, lambda k, seed: _product(
+        basis=("elements",), targets=tuple(TARGETS), scope=("weights",))),
+}
 
 
 def _fingerprint(suite: Suite) -> str:
-    """Hash of the experts and of every source file a merge or its evaluation depends on."""
+    """Hash of the experts, the data they are judged on, the device, torch, and every source file a merge depends on."""
     package = Path(methods.__file__).parent
+    skip = {"cli.py", "book.py", "plots.py", "claims.py", "regression.py", "records.py", "bench.py", "digits.py", "synthetic.py"}
     sources = sorted([*package.glob("*.py"), *Path(__file__).parent.glob("*.py")])
-    skip = {"cli.py", "book.py", "plots.py", "claims.py", "regression.py", "records.py"}
-    code = hashlib.sha256(b"".join(p.read_bytes() for p in sources if p.name not in skip)).hexdigest()
-    return code + "".join(training.digest(*e.values()) for e in (*suite.experts.values(), *suite.heads.values()))
+    code = b"".join(p.read_bytes() for p in sources if p.name not in skip)
+    data = [training.digest(training.tensors(suite.data[t][s], suite.collate)[1]) for t in suite.tasks for s in ("validation", "test")]
+    states = [training.digest(*e.values()) for e in (*suite.experts.values(), *suite.heads.values())]
+    return hashlib.sha256(code + json.dumps([data, states, str(suite.device), torch.__version__]).encode()).hexdigest()
 
 
 def result(suite: Suite, name: str, size: int) -> dict:
-    """One method on one suite, from the cache or computed and kept.
+    """One method on one suite, from the cache or computed and kept; ``QPMERGE_RECOMPUTE=1`` does not read the cache.
 
     Args:
         name: a key of ``ENTRIES``.
         size: calibration examples per task, drawn from the training split with the suite's seed.
-    Returns: method, seed, options chosen, accuracy and normalised accuracy by task on the test split, per-layer table, seconds.
+    Returns: method, seed, options chosen, their validation score, accuracy and normalised accuracy by task on the test split, seconds.
     """
     entry = ENTRIES[name]
-    facts = [_fingerprint(suite), suite.tier, suite.seed, name, entry.grid(len(suite.experts)), size]
+    facts = [_fingerprint(suite), suite.tier, suite.seed, name, entry.grid(len(suite.experts), suite.seed), size]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     path = training.cache_folder() / f"{suite.name}-{suite.tier}" / "merges" / f"{name}-{key[:16]}.json"
-    if path.exists():
+    if path.exists() and os.environ.get("QPMERGE_RECOMPUTE") != "1":
         return read_json(path)
     started = time.perf_counter()
-    merge, options = entry.tuned(suite, suite.calibration(size))
-    seconds = time.perf_counter() - started
-    found = {"method": name, "label": entry.label, "seed": suite.seed, "options": options, "seconds": seconds, "table": merge.table,
-             "accuracy": suite.evaluate(merge.state_dict), "normalised": suite.normalised(merge.state_dict)}
+    merge, options, validation = entry.tuned(suite, suite.calibration(size))
+    found = {"method": name, "label": entry.label, "seed": suite.seed, "options": options, "validation": validation,
+             "seconds": time.perf_counter() - started, "accuracy": suite.evaluate(merge.state_dict),
+             "normalised": suite.normalised(merge.state_dict)}
     write_json(path, found)
     return found
+
+
+def own_accuracy(suite: Suite, split: str = "test") -> dict[str, float]:
+    """Accuracy of every expert on its own task."""
+    return {t: suite.evaluate(suite.experts[t], split, [t])[t] for t in suite.tasks}
 
 
 def compare(name: str, seeds: int, size: int, tier="smoke", device="cpu", first_seed=0, entries=tuple(ENTRIES)) -> list[dict]:
@@ -96,21 +121,40 @@ def compare(name: str, seeds: int, size: int, tier="smoke", device="cpu", first_
     found = []
     for seed in range(first_seed, first_seed + seeds):
         suite = load(name, tier, seed, device, progress=False)
-        own = {t: suite.evaluate(suite.experts[t], "test", [t])[t] for t in suite.tasks}
-        found.append({"method": "experts", "label": "experts", "seed": seed, "options": {}, "table": [], "accuracy": own,
+        found.append({"method": "experts", "label": "experts", "seed": seed, "options": {}, "validation": 1.0, "accuracy": own_accuracy(suite),
                       "normalised": {**dict.fromkeys(suite.tasks, 1.0), "mean": 1.0}, "seconds": 0.0})
         found += [result(suite, entry, size) for entry in entries]
     return found
 
 
-def describe(options: dict) -> str:
-    """Options in a few words: numbers rounded, lists of weights by their extremes."""
-    short = lambda v: f"{v:.3g}" if isinstance(v, float) else f"{min(v):.3g} to {max(v):.3g}" if isinstance(v, list) else str(v)
-    return ", ".join(f"{k} {short(v)}" for k, v in options.items() if k != "basis")
+def at_grid_edge(found: dict) -> list[str]:
+    """Options chosen at an end of their grid, where a wider one might have done better; α = 1, RegMean unshrunk, is no such end."""
+    if found["method"] not in ENTRIES:
+        return []
+    grid = ENTRIES[found["method"]].grid(len(found["accuracy"]), found["seed"])
+    return [k for k, v in found["options"].items() if isinstance(v, float) and (k, v) != ("alpha", 1.0)
+            and v in (min(g[k] for g in grid), max(g[k] for g in grid))]
+
+
+def choices(results: list[dict]):
+    """What every tuned method chose, as a ``pandas.DataFrame``: one column per seed; * marks an end of its grid."""
+    import pandas as pd
+
+    def words(result, name, value):
+        if name == "weights":
+            return "uniform" if len(set(value)) == 1 else f"more {list(result['accuracy'])[value.index(max(value))]}"
+        return f"{name} {value:.3g}{'*' * (name in at_grid_edge(result))}" if isinstance(value, float) else f"{name} {value}"
+
+    table: dict[str, dict] = {}
+    for r in results:
+        said = ", ".join(words(r, k, v) for k, v in r["options"].items() if k not in ("basis", "scope", "seed"))
+        if said:
+            table.setdefault(f"seed {r['seed']}", {})[r["label"]] = said
+    return pd.DataFrame(table)
 
 
 def frame(results: list[dict]):
-    """Test results as a ``pandas.DataFrame``: one row per seed, method and task, ``mean`` among the tasks."""
+    """Test results as a ``pandas.DataFrame``: one row per seed, method and task, ``mean`` among the tasks, and the validation score."""
     import pandas as pd
 
     rows = []
@@ -118,7 +162,7 @@ def frame(results: list[dict]):
         mean = sum(r["accuracy"].values()) / len(r["accuracy"])
         for task, normalised in r["normalised"].items():
             rows.append({"seed": r["seed"], "method": r["method"], "label": r["label"], "task": task, "normalised": normalised,
-                         "accuracy": r["accuracy"].get(task, mean)})
+                         "accuracy": r["accuracy"].get(task, mean), "validation": r["validation"]})
     return pd.DataFrame(rows)
 
 

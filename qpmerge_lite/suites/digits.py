@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import MergeError
 from ..moments import Moments
 
 SPLITS = {"train": slice(0, 1200), "test": slice(1200, 1797)}
@@ -53,14 +54,14 @@ class Digits:
         return torch.tensor([[function(a * self.updates[0] + b * self.updates[1]) for a in axis] for b in axis], dtype=torch.float64)
 
     @torch.no_grad()
-    def accuracy(self, update: Tensor, split: str = "test") -> float:
-        """Mean over tasks of the accuracy of ``W0 + update`` (m, 65) under each task's own head."""
-        right = []
+    def correct(self, update: Tensor, split: str = "test") -> int:
+        """How many images of all tasks together ``W0 + update`` (m, 65) gets right, each under its own task's head."""
+        right = 0
         for task, splits in self.data.items():
             X, labels = splits[split]
             logits = self.heads[task](torch.relu(X @ (self.W0 + update).mT))
-            right.append((logits.argmax(1) == labels).double().mean())
-        return float(torch.stack(right).mean())
+            right += int((logits.argmax(1) == labels).sum())
+        return right
 
 
 def _fit(encoder, head, X, labels, steps):
@@ -82,13 +83,18 @@ def _weight(encoder):
     return torch.cat([encoder.weight, encoder.bias[:, None]], 1).detach()
 
 
-def load(groups=HALVES, width: int = 16, steps: int = 150, seed: int = 0) -> Digits:
+def load(groups=HALVES, width: int = 16, steps: int = 150, seed: int = 0, tier: str = "smoke") -> Digits:
     """Train base and experts (full-batch Adam on the training split) and hand them out as one layer's merge.
 
     Args:
         groups: digits of each task.
         width: number of outputs m of the hidden layer.
+        tier: the data have one size, so only ``smoke`` exists.
+    Raises: MergeError for any other tier.
     """
+    if tier != "smoke":
+        raise MergeError(f"suite digits: expected tier 'smoke', the only one it has, found {tier!r}; run this chapter with "
+                         "tier='smoke', and larger tiers on the benchmark chapters (qpmerge book run --only)")
     from sklearn.datasets import load_digits
 
     images, labels = (torch.tensor(z) for z in load_digits(return_X_y=True))

@@ -163,8 +163,8 @@ def expert(base, base_sha256, dataset, collate, classes, recipe, seed, task, fol
     """One expert and its head from the cache of a suite, trained when they are not there yet."""
     inputs, labels = tensors(dataset, collate)
     facts = {"task": task, "seed": seed, "classes": classes, "recipe": asdict(recipe), "base": base_sha256}
-    key = content_key(**facts, data=digest(*inputs.values(), labels))
     device = next(base.parameters()).device
+    key = content_key(**facts, data=digest(*inputs.values(), labels), device=device.type)
 
     def train():
         placed = {name: value.to(device) for name, value in inputs.items()}
