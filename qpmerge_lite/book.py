@@ -100,7 +100,7 @@ def run(root=None, tier="smoke", only=None, force=False, parameters=None, progre
 
     Args:
         only: beginning of a notebook's name, e.g. ``05``; default all of them.
-        force: also execute those whose fingerprint has not changed.
+        force: also execute those whose fingerprint has not changed, and make the merges again that were kept; experts stay.
         parameters: values for the parameters cells; a name that a chosen notebook does not have is an error.
         report: called with each ``Outcome`` as it is known.
     Returns: the outcomes. Raises: BookError before anything runs when a parameter is unknown.
@@ -129,7 +129,7 @@ def _run_one(path, chapters, tier, parameters, force, progress):
     partial = chapter.with_name(f".{path.stem}.partial.ipynb")
     begin = time.monotonic()
     try:
-        _execute(path, partial, parameters, progress)
+        _execute(path, partial, parameters, progress, recompute=force)
         _stamp(partial, mark, tier, parameters, records)
         os.replace(partial, chapter)
         failed.unlink(missing_ok=True)
@@ -143,10 +143,12 @@ def _run_one(path, chapters, tier, parameters, force, progress):
     return Outcome(path.stem, "executed", time.monotonic() - begin, str(chapter))
 
 
-def _execute(path, target, parameters, progress):
+def _execute(path, target, parameters, progress, recompute):
     import papermill
 
-    with _warning_filter(NO_WIDGETS):
+    # of several warning filters the last one counts
+    warnings = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), NO_WIDGETS]))
+    with _environment(PYTHONWARNINGS=warnings, QPMERGE_RECOMPUTE=str(int(recompute))):
         papermill.execute_notebook(
             os.path.relpath(path),
             os.path.relpath(target),
@@ -158,15 +160,16 @@ def _execute(path, target, parameters, progress):
 
 
 @contextmanager
-def _warning_filter(rule):
-    """Kernels started inside get one more warning filter, after those of ``PYTHONWARNINGS`` and so before them in rank."""
-    before = os.environ.get("PYTHONWARNINGS")
-    os.environ["PYTHONWARNINGS"] = f"{before},{rule}" if before else rule
+def _environment(**values):
+    """Kernels started inside inherit these variables; afterwards the environment is as it was."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        del os.environ["PYTHONWARNINGS"]
-        os.environ.update({"PYTHONWARNINGS": before} if before else {})
+        for name, value in before.items():
+            del os.environ[name]
+            os.environ.update({name: value} if value is not None else {})
 
 
 def _stamp(path, mark, tier, parameters, records):
