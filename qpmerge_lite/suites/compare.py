@@ -72,7 +72,7 @@ ENTRIES = {
     "regmean_plus_plus": Entry("RegMean++", methods.regmean_plus_plus, lambda k, seed: _product(alpha=ALPHAS)),
     **{f"qp_{f}": Entry(f"QP {f.replace('_', ' ')}", methods.qp, lambda k, seed, f=f: _product(basis=(f,), targets=tuple(TARGETS)))
        for f in FAMILIES},
-    "qp_weights": Entry("QP elements, weights only", methods.qp, lambda k, seed: _product(
+    "qp_weights": Entry("QP weights only", methods.qp, lambda k, seed: _product(
         basis=("elements",), targets=tuple(TARGETS), scope=("weights",))),
 }
 
@@ -143,7 +143,7 @@ def choices(results: list[dict]):
     def words(result, name, value):
         if name == "weights":
             return "uniform" if len(set(value)) == 1 else f"more {list(result['accuracy'])[value.index(max(value))]}"
-        return f"{name} {value:.3g}{'*' * (name in at_grid_edge(result))}" if isinstance(value, float) else f"{name} {value}"
+        return f"{name} {value:.3g}{'*' * (name in at_grid_edge(result))}" if isinstance(value, float) else str(value)
 
     table: dict[str, dict] = {}
     for r in results:
