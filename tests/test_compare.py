@@ -58,6 +58,14 @@ def test_results_are_kept_and_belong_to_their_experts(suite, monkeypatch):
         compare.result(suite, "soup", 8)
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_results_belong_to_the_images_they_are_judged_on(suite, split):
+    before = compare._fingerprint(suite)
+    assert compare._fingerprint(suite) == before
+    suite.tensors("b", split)[0]["pixels"] += 1
+    assert compare._fingerprint(suite) != before
+
+
 @pytest.mark.parametrize("name, options, edge", [
     ("ties", {"density": 0.1, "scale": 0.2}, ["scale"]), ("ties", {"density": 0.02, "scale": 1.2}, ["density", "scale"]),
     ("task_arithmetic", {"scale": 0.2}, []), ("regmean", {"alpha": 1.0}, []), ("regmean", {"alpha": 0.5}, ["alpha"]),

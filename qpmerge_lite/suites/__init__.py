@@ -93,11 +93,15 @@ class Suite:
         state = {name: state_dict[name].to(value) for name, value in own.items()}
         return {task: self._accuracy(state, task, split) for task in self._known(tasks)}
 
-    @torch.no_grad()
-    def _accuracy(self, state, task, split) -> float:
+    def tensors(self, task, split) -> tuple[dict[str, Tensor], Tensor]:
+        """Arguments of the encoder and labels of a whole split on the suite's device, converted once and held."""
         if (task, split) not in self._held:
             self._held[task, split] = training.tensors(self._split(task, split), self.collate, self.device)
-        (inputs, labels), head = self._held[task, split], self.heads[task]
+        return self._held[task, split]
+
+    @torch.no_grad()
+    def _accuracy(self, state, task, split) -> float:
+        (inputs, labels), head = self.tensors(task, split), self.heads[task]
         found = torch.cat([functional_call(self.base, state, (), batch) for batch in training.batches(inputs)])
         scores = found @ head["weight"].T + head["bias"]
         return int((scores.argmax(1) == labels).sum()) / len(labels)

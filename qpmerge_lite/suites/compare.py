@@ -83,7 +83,8 @@ def _fingerprint(suite: Suite) -> str:
     skip = {"cli.py", "book.py", "plots.py", "claims.py", "regression.py", "records.py", "bench.py", "digits.py", "synthetic.py"}
     sources = sorted([*package.glob("*.py"), *Path(__file__).parent.glob("*.py")])
     code = b"".join(p.read_bytes() for p in sources if p.name not in skip)
-    data = [training.digest(training.tensors(suite.data[t][s], suite.collate)[1]) for t in suite.tasks for s in ("validation", "test")]
+    judged = [suite.tensors(t, s) for t in suite.tasks for s in ("validation", "test")]
+    data = [training.digest(*inputs.values(), labels) for inputs, labels in judged]
     states = [training.digest(*e.values()) for e in (*suite.experts.values(), *suite.heads.values())]
     return hashlib.sha256(code + json.dumps([data, states, str(suite.device), torch.__version__]).encode()).hexdigest()
 
