@@ -55,8 +55,7 @@ def disjoint(moments: Moments, updates: Tensor, family: str, ridges=(0.0,), *, p
         fitted = moments.pool([f for f in range(moments.folds) if f != out], weights)
         held = moments.pool([out], weights)
         basis = build(family, updates, fitted, groups=groups)
-        factored = Factored(programme(fitted, basis), penalty)
-        solutions = (factored.solve(r, basis.uniform(prior)).d for r in ridges)
+        solutions = Factored(programme(fitted, basis), penalty).path(ridges, basis.uniform(prior))
         scores[out] = torch.tensor([held.captured(basis.combine(d)) for d in solutions])
     return scores
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .errors import MergeError
 
@@ -32,6 +33,10 @@ class View:
     def reads(self):
         """Views of one tensor with equal ``reads`` have equal samples and are solved together."""
         return type(self), self.bias
+
+    def output(self, state, x: Tensor) -> Tensor:
+        """What the module puts out for its inputs x under the parameters of a state dict, in the precision of x."""
+        return functional_call(self.module, {p.removeprefix(f"{self.name}."): state[p] for p in self.parameters}, (x,))
 
     def _with_one(self, x: Tensor) -> Tensor:
         return torch.cat([x, torch.ones_like(x[..., :1])], -1) if self.bias else x

@@ -88,15 +88,18 @@ class QP:
         return max(scores, key=lambda s: s[2])
 
 
-def qp(base, experts, calibration, *, inputs="merged", targets="own", folds=4, scope="all", blocks=None, progress=False, **solver) -> Merge:
-    """The merge programme through all layers; ``solver`` takes the fields of :class:`QP`."""
+def qp(base, experts, calibration, *, inputs="merged", targets="own", folds=4, scope="all", blocks=None, layers=None, progress=False,
+       **solver) -> Merge:
+    """The merge programme through all layers, or some; ``solver`` takes the fields of :class:`QP`."""
     return merge_sequentially(base, experts, calibration, QP(**solver), inputs=inputs, targets=targets, folds=folds, scope=scope,
-                              blocks=blocks, progress=progress)
+                              blocks=blocks, layers=layers, progress=progress)
 
 
 @dataclass(frozen=True)
-class _RegMean:
-    alpha: float
+class RegMean:
+    """RegMean's closed form as a layer solver: elements, on Gram matrices whose off-diagonal entries are multiplied by ``alpha``."""
+
+    alpha: float = 0.95
     full_energy = False
 
     def __post_init__(self):
@@ -123,13 +126,13 @@ def regmean(base, experts, calibration, *, alpha=0.95, blocks=None, progress=Fal
 
     Weights of dense layers only; biases, norms and embeddings are averaged.
     """
-    return merge_sequentially(base, experts, calibration, _RegMean(alpha), inputs="expert", targets="propagated", scope="weights",
+    return merge_sequentially(base, experts, calibration, RegMean(alpha), inputs="expert", targets="propagated", scope="weights",
                               folds=1, blocks=blocks, progress=progress)
 
 
 def regmean_plus_plus(base, experts, calibration, *, alpha=0.95, blocks=None, progress=False) -> Merge:
     """RegMean++ (arXiv:2508.03121): RegMean on the merged model's block inputs, the expert running within the block."""
-    return merge_sequentially(base, experts, calibration, _RegMean(alpha), inputs="block", targets="propagated", scope="weights",
+    return merge_sequentially(base, experts, calibration, RegMean(alpha), inputs="block", targets="propagated", scope="weights",
                               folds=1, blocks=blocks, progress=progress)
 
 

@@ -54,16 +54,24 @@ class Factored:
         self.values = torch.where(self.kept, values, 0.0)
         self.rank = int(self.kept.sum()) * programme.f.shape[1]
 
+    def path(self, ridges, prior: Tensor | None = None) -> Tensor:
+        """Coefficients (R, b, s, q) of the minimisers for R relative ridges ``λ ≥ 0`` towards ``prior`` (b, s, q), zero by default."""
+        if min(ridges) < 0:
+            raise MergeError(f"ridge: expected a number ≥ 0, found {min(ridges)}")
+        prior = torch.zeros_like(self.programme.f) if prior is None else prior.to(self.programme.f)
+        root = self.gamma.sqrt().unsqueeze(1)
+        pull = (-self.programme.gradient(prior) / root) @ self.vectors
+        steps = []
+        for ridge in ridges:
+            inverse = torch.where(self.kept, 1 / torch.where(self.kept, self.values + ridge, 1.0), 0.0)
+            steps.append(pull * inverse.unsqueeze(1))
+        return prior + torch.stack(steps) @ self.vectors.mT / root
+
     def solve(self, ridge: float = 0.0, prior: Tensor | None = None) -> Solution:
         """Minimiser for a relative ridge ``λ ≥ 0`` towards ``prior`` (b, s, q), zero (the base) by default."""
-        if ridge < 0:
-            raise MergeError(f"ridge: expected a number ≥ 0, found {ridge}")
         P = self.programme
-        prior = torch.zeros_like(P.f) if prior is None else prior.to(P.f)
-        root = self.gamma.sqrt().unsqueeze(1)
-        inverse = torch.where(self.kept, 1 / torch.where(self.kept, self.values + ridge, 1.0), 0.0)
-        step = ((-P.gradient(prior) / root) @ self.vectors * inverse.unsqueeze(1)) @ self.vectors.mT / root
-        d = prior + step
+        d = self.path((ridge,), prior)[0]
+        step = d if prior is None else d - prior.to(d)
         stationarity = P.gradient(d) + ridge * self.gamma.unsqueeze(1) * step
         residual = float(stationarity.norm() / P.f.norm()) if P.f.norm() > 0 else float(stationarity.norm())
         return Solution(d, P.objective(d), self.rank, P.basis.p, ridge, residual, self._status(ridge))

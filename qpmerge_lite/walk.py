@@ -76,21 +76,27 @@ class Walker:
     def __len__(self):
         return len(self.blocks) + 2
 
+    def chunk_of(self, layer: str) -> int:
+        """Index of the first chunk that a change of a layer can affect: its block's, or 0 for a layer outside the blocks."""
+        inside = [index for index in range(len(self.blocks)) if layer.startswith(f"{self.path}.{index}.")]
+        return inside[0] + 1 if inside else 0
+
     def check(self, state: Mapping[str, Tensor], carry: Carry) -> None:
         """Raise MergeError unless walking chunk by chunk gives what the model gives."""
         walked = carry
         for chunk in range(len(self)):
             walked = self._forward(chunk, state, walked)
-        walked, whole = (_tensor(z) for z in (walked.hidden, _call(self.model, state, (), carry.batch)))
+        walked, whole = (tensor(z) for z in (walked.hidden, _call(self.model, state, (), carry.batch)))
         scale = float(whole.nan_to_num().abs().max())  # activations that are not finite are reported where they arise
         if walked.shape != whole.shape or not torch.allclose(walked, whole, rtol=1e-2, atol=1e-3 * scale, equal_nan=True):
             raise MergeError(f"blocks {self.path!r}: running them one after the other does not give what the model gives; it does something "
                              "else between them. Put that into the blocks, or name the list that is the model's backbone")
 
-    def run(self, chunk: int, state: Mapping[str, Tensor], carry: Carry, reads=(), stop=False):
+    def run(self, chunk: int, state: Mapping[str, Tensor], carry: Carry, reads=(), stop=False, puts=None):
         """Run a chunk under ``state``: the carry behind it, and the activations read by the named layers.
 
-        With ``stop`` the chunk ends before the first layer of ``reads`` and the carry is returned unchanged.
+        With ``stop`` the chunk ends before the first layer of ``reads`` and the carry is returned unchanged. What the layers of
+        ``reads`` put out is added to ``puts``, where that is a dict.
         """
         inputs, hooks = {}, []
         for name in reads:
@@ -98,7 +104,14 @@ class Walker:
                 inputs[name] = args[0]
                 if stop:
                     raise _Stop
-            hooks.append(self.views[name].module.register_forward_pre_hook(read))
+
+            def put(_, args, output, name=name):
+                puts[name] = output
+
+            module = self.views[name].module
+            hooks.append(module.register_forward_pre_hook(read))
+            if puts is not None:
+                hooks.append(module.register_forward_hook(put))
         try:
             carry = self._forward(chunk, state, carry)
         except _Stop:
@@ -176,7 +189,7 @@ class Walker:
         return list(groups.values())
 
 
-def _tensor(output) -> Tensor:
+def tensor(output) -> Tensor:
     """The main tensor of a model's output: itself, or the first of a tuple or mapping."""
     if isinstance(output, Mapping):
         output = tuple(output.values())

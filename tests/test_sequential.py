@@ -357,3 +357,77 @@ def test_a_layer_called_twice_is_averaged_and_listed():
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(MissingLayer, match="the model has"):
         q.qp(nn.Sequential(nn.Linear(2, 2)), {"a": nn.Sequential(nn.Linear(2, 2)).state_dict()}, {"a": [{"input": torch.zeros(4, 2)}]})
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_an_audit_in_sample_gives_the_captured_energy_of_every_layer(problem):
+    base, experts, calibration = PROBLEMS[problem]()
+    merge = q.qp(base, experts, calibration, basis="rows", ridge=1e-3)
+    found = q.audit(base, merge.state_dict, experts, calibration)
+    assert list(found["layers"]) == [r["layer"] for r in merge.table]
+    for row in merge.table:
+        assert found["layers"][row["layer"]] == pytest.approx(row["captured"], rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_an_audit_end_to_end_is_what_whole_models_show(problem):
+    """Output and hidden states of whole models run by hand, tasks weighing the same per token."""
+    base, experts, calibration = PROBLEMS[problem]()
+    state = q.soup(base, experts).state_dict
+    run = lambda s, t: torch.cat([loaded(base, s)(**batch) for batch in calibration[t]]).detach()
+    share = [sum(float((run(s, t) - run(experts[t], t)).square().sum()) / len(run(s, t)) for t in TASKS) for s in (state, base.state_dict())]
+    found = q.audit(base, state, experts, calibration)
+    assert found["output"] == pytest.approx(1 - share[0] / share[1]) and len(found["drift"]) == len(base.blocks)
+    merged = q.audit(base, experts["a"], {"a": experts["a"]}, calibration)
+    assert set(merged["layers"].values()) == {1.0} and merged["output"] == 1.0 and set(merged["drift"]) == {0.0}
+    nothing = q.audit(base, base.state_dict(), dict.fromkeys(TASKS, base.state_dict()), calibration)
+    assert set(nothing["layers"].values()) == {None} and nothing["output"] is None
+
+
+def test_an_audit_leaves_the_base_alone_and_refuses_what_does_not_fit():
+    base, experts, calibration = tokens()
+    base.train()
+    q.audit(base, experts["a"], experts, calibration)
+    assert base.training
+    with pytest.raises(MissingLayer, match="expert 'merge' lacks parameter 'norm.weight'"):
+        q.audit(base, {k: v for k, v in experts["a"].items() if k != "norm.weight"}, experts, calibration)
+
+
+def test_named_layers_alone_are_solved_and_as_in_a_whole_pass_when_they_come_first():
+    base, experts, calibration = vision()
+    whole, part = (q.qp(base, experts, calibration, basis="rows", layers=layers) for layers in (None, ["embed", "blocks.0.norm1"]))
+    assert [r["layer"] for r in part.table] == ["embed", "blocks.0.norm1"]
+    soup = q.soup(base, experts).state_dict
+    for name, value in part.state_dict.items():
+        same = whole.state_dict if name.startswith(("embed", "blocks.0.norm1")) else soup
+        torch.testing.assert_close(value, same[name])
+    assert "blocks.0.up.weight" in part.averaged
+    with pytest.raises(MissingLayer, match="layer 'blocks.7.up': not among the layers of scope 'all', which are .*'blocks.0.attention.key'"):
+        q.qp(base, experts, calibration, layers=["blocks.7.up"])
+
+
+@pytest.mark.parametrize("layer", ["blocks.0.up", "blocks.1.norm1"])
+def test_moments_of_one_layer_price_merges_in_it(layer):
+    """For experts that differ in one layer: any basis solved from its moments is the merge that a pass makes."""
+    base, _, calibration = vision()
+    experts = {t: {k: e[k] if k.startswith(layer + ".") else v for k, v in base.state_dict().items()} for t, e in experts_of(base).items()}
+    view, moments, updates = q.layer_moments(base, experts, calibration, layer)
+    for targets in ("own", "propagated"):
+        merge = q.qp(base, experts, calibration, basis="rotated_rows", targets=targets, layers=[layer])
+        update, row = q.QP("rotated_rows")(moments, updates)
+        parts = view.parts(view.matrix(base.state_dict()) + update)
+        for name, value in merge.state_dict.items():
+            torch.testing.assert_close(value, parts.get(name, base.state_dict()[name]), rtol=1e-8, atol=1e-10)
+        assert merge.table[0]["captured"] == pytest.approx(row["captured"], rel=1e-9)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_a_sweep_depends_on_the_weights_before_a_layer_only(problem, monkeypatch):
+    """Starting from other weights in the layers to be solved ends in the same place: a second sweep would change nothing."""
+    import qpmerge_lite.sequential as sequential
+
+    base, experts, calibration = PROBLEMS[problem]()
+    first = q.qp(base, experts, calibration, basis="elements")
+    monkeypatch.setattr(sequential, "average", lambda *_: {k: v.clone() for k, v in first.state_dict.items()})
+    for name, value in q.qp(base, experts, calibration, basis="elements").state_dict.items():
+        torch.testing.assert_close(value, first.state_dict[name], rtol=1e-10, atol=1e-12)

@@ -14,7 +14,7 @@ from strategies import FAMILIES, FREE, layers, make_layer, normal, outputs
 from qpmerge_lite import solve
 from qpmerge_lite.bases import build
 from qpmerge_lite.errors import Infeasible, MergeError
-from qpmerge_lite.programme import programme
+from qpmerge_lite.programme import Programme, programme
 from qpmerge_lite.solve import Factored, minimise, minimise_constrained
 
 CONSTRAINTS = [{"nonnegative": True}, {"sum_to_one": True}, {"nonnegative": True, "sum_to_one": True}]
@@ -214,3 +214,16 @@ def test_bad_input_is_named(monkeypatch):
     with pytest.raises(Infeasible, match="over basis layer: Clarabel reports DualInfeasible"):
         minimise_constrained(unbounded, nonnegative=True)
     assert np.isfinite(minimise_constrained(replace(prog, f=0 * prog.f), nonnegative=True).residual)
+
+
+def test_a_path_is_its_solutions_one_by_one():
+    H = torch.tensor([[[2.0, 1.0], [1.0, 1.0]]], dtype=torch.float64)
+    prog = Programme(type("B", (), {"p": 4, "name": "b"})(), H, torch.tensor([[[1.0, 0.0], [0.5, -1.0]]], dtype=torch.float64), 1.0)
+    prior = torch.full((1, 2, 2), 0.3, dtype=torch.float64)
+    factored = Factored(prog)
+    path = factored.path((0.0, 0.1, 10.0), prior)
+    for d, ridge in zip(path, (0.0, 0.1, 10.0)):
+        torch.testing.assert_close(d, factored.solve(ridge, prior).d)
+        assert_kkt(prog, d, ridge=ridge, gamma=factored.gamma.unsqueeze(1), prior=prior)
+    with pytest.raises(MergeError, match="ridge: expected a number ≥ 0, found -1"):
+        factored.path((0.1, -1.0))
