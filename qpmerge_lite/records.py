@@ -17,7 +17,7 @@ from .errors import MergeError
 
 SCHEMA = 1
 ID = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
-PACKAGES = ("torch", "numpy", "safetensors", "datasets", "scikit-learn", "qpmerge-lite")
+PACKAGES = ("torch", "numpy", "safetensors", "datasets", "scikit-learn", "wordfreq", "qpmerge-lite")
 
 
 class RecordError(MergeError):
