@@ -111,25 +111,25 @@ def run(root=None, tier="smoke", only=None, force=False, parameters=None, progre
     chapters.mkdir(parents=True, exist_ok=True)
     if only is None:
         _prune(chapters, records_root() / tier, {path.stem for path in chosen})
-    outcomes = []
+    outcomes, not_before = [], time.time() if force else 0  # chapters share the merges made during one forced run
     for path, given in chosen.items():
-        outcomes.append(_run_one(path, chapters, tier, given, force, progress))
+        outcomes.append(_run_one(path, chapters, tier, given, not_before, progress))
         report(outcomes[-1])
     return outcomes
 
 
-def _run_one(path, chapters, tier, parameters, force, progress):
+def _run_one(path, chapters, tier, parameters, not_before, progress):
     from papermill.exceptions import PapermillExecutionError
 
     chapter, records = chapters / path.name, records_root() / tier / f"{path.stem}.json"
     failed = chapter.with_suffix(".failed.ipynb")
     mark = fingerprint(path, parameters)
-    if not force and _is_current(chapter, mark, records):
+    if not not_before and _is_current(chapter, mark, records):
         return Outcome(path.stem, "up to date", 0.0, str(chapter))
     partial = chapter.with_name(f".{path.stem}.partial.ipynb")
     begin = time.monotonic()
     try:
-        _execute(path, partial, parameters, progress, recompute=force)
+        _execute(path, partial, parameters, progress, not_before)
         _stamp(partial, mark, tier, parameters, records)
         os.replace(partial, chapter)
         failed.unlink(missing_ok=True)
@@ -143,12 +143,12 @@ def _run_one(path, chapters, tier, parameters, force, progress):
     return Outcome(path.stem, "executed", time.monotonic() - begin, str(chapter))
 
 
-def _execute(path, target, parameters, progress, recompute):
+def _execute(path, target, parameters, progress, not_before):
     import papermill
 
     # of several warning filters the last one counts
     warnings = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), NO_WIDGETS]))
-    with _environment(PYTHONWARNINGS=warnings, QPMERGE_RECOMPUTE=str(int(recompute))):
+    with _environment(PYTHONWARNINGS=warnings, QPMERGE_NOT_BEFORE=str(not_before)):
         papermill.execute_notebook(
             os.path.relpath(path),
             os.path.relpath(target),

@@ -5,7 +5,7 @@ A suite is one declarative module, registered below by name and tier, with
     TASKS       names of the tasks, in order
     N_CLASSES   labels of each task
     MANIFEST    name of the manifest that its sources are checked against
-    RECIPE      how experts are trained (``training.Recipe``)
+    RECIPE      how experts are trained (``training.Recipe``); LAYER_RECIPE the same for experts trained in one layer
     base()      the encoder and the SHA-256 of its weights; its blocks are the ``nn.ModuleList`` named ``blocks``
     data(task, seed)   a ``datasets.DatasetDict``: splits train, validation, test; a ``label`` column beside the inputs
     collate(rows)      columns of some rows to the keyword arguments of ``encoder.forward``, which returns (B, d)
@@ -16,7 +16,8 @@ together with its expert.
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,10 @@ from tqdm import tqdm
 
 from ..errors import MergeError, MissingLayer, ShapeMismatch
 from ..manifests import load_manifest, verify
+from ..walk import Carry, Walker
 from . import training
 
-REGISTRY = {("vision", "smoke"): "qpmerge_lite.suites.vision"}
+REGISTRY = {(name, "smoke"): f"qpmerge_lite.suites.{name}" for name in ("vision", "language")}
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Suite:
         experts: task -> state dict of the same encoder after fine-tuning.
         heads: task -> state dict of the task's linear head, never merged.
         n_classes: task -> number of labels.
+        layer: the one layer in which experts differ from the base; None when all were trained.
     """
 
     name: str
@@ -54,10 +57,13 @@ class Suite:
     heads: dict[str, dict[str, Tensor]]
     n_classes: dict[str, int]
     collate: Callable = field(repr=False)
+    layer: str | None = None
     _ceilings: dict = field(default_factory=dict, repr=False)
     _held: dict = field(default_factory=dict, repr=False)
+    _prefixes: dict = field(default_factory=dict, repr=False)
+    _walker: Walker | None = field(default=None, repr=False)
 
-    def calibration(self, n, split="train", seed=None, batch_size=64, tasks=None) -> dict[str, list[dict]]:
+    def calibration(self, n, split="train", seed=None, batch_size=128, tasks=None, skip=0) -> dict[str, list[dict]]:
         """Unlabelled inputs of each task, drawn without replacement.
 
         A larger n extends a smaller one with the same seed.
@@ -65,17 +71,18 @@ class Suite:
         Args:
             n: examples per task.
             seed: of the draw; the suite's own by default.
+            skip: leave out the first so many of the draw, which gives a set disjoint from that one.
         Returns: task -> batches of at most ``batch_size``, each the keyword arguments of ``base.forward``.
         Raises: MergeError when a split has fewer than n examples, or a task is unknown.
         """
         seed = self.seed if seed is None else seed
-        return {task: self._draw(task, n, split, seed, batch_size) for task in self._known(tasks)}
+        return {task: self._draw(task, n, split, seed, batch_size, skip) for task in self._known(tasks)}
 
-    def _draw(self, task, n, split, seed, batch_size):
+    def _draw(self, task, n, split, seed, batch_size, skip):
         rows = self._split(task, split)
-        if not 0 < n <= len(rows):
-            raise MergeError(f"{task}/{split}: expected 1 to {len(rows)} calibration examples, found {n}; ask for fewer")
-        chosen = torch.randperm(len(rows), generator=training.seeded(seed, task, "calibration"))[:n]
+        if not 0 < n <= len(rows) - skip:
+            raise MergeError(f"{task}/{split}: expected 1 to {len(rows) - skip} calibration examples, found {n}; ask for fewer")
+        chosen = torch.randperm(len(rows), generator=training.seeded(seed, task, "calibration"))[skip : skip + n]
         return training.batches(training.tensors(rows, self.collate, self.device, chosen)[0], batch_size)
 
     def evaluate(self, state_dict: dict[str, Tensor], split="test", tasks=None) -> dict[str, float]:
@@ -101,19 +108,39 @@ class Suite:
 
     @torch.no_grad()
     def _accuracy(self, state, task, split) -> float:
-        (inputs, labels), head = self.tensors(task, split), self.heads[task]
-        found = torch.cat([functional_call(self.base, state, (), batch) for batch in training.batches(inputs)])
+        labels, head = self.tensors(task, split)[1], self.heads[task]
+        found = self._features(state, task, split)
         scores = found @ head["weight"].T + head["bias"]
         return int((scores.argmax(1) == labels).sum()) / len(labels)
 
+    def _features(self, state, task, split) -> Tensor:
+        """Features (N, d) of a split. A model that is the base but for ``layer`` starts at that layer's block, with what the base gave."""
+        own = self.base.state_dict()
+        if self.layer is None or any(not torch.equal(v, own[k]) for k, v in state.items() if not k.startswith(f"{self.layer}.")):
+            return torch.cat([functional_call(self.base, state, (), batch) for batch in training.batches(self.tensors(task, split)[0])])
+        if self._walker is None:
+            self._walker = Walker(self.base, "blocks")
+        start = self._walker.chunk_of(self.layer)
+        if (task, split) not in self._prefixes:
+            carries = [Carry(task, batch, torch.zeros(0)) for batch in training.batches(self.tensors(task, split)[0])]
+            for chunk in range(start):
+                carries = [self._walker.run(chunk, own, carry)[0] for carry in carries]
+            self._prefixes[task, split] = carries
+        carries = self._prefixes[task, split]
+        for chunk in range(start, len(self._walker)):
+            carries = [self._walker.run(chunk, state, carry)[0] for carry in carries]
+        return torch.cat([carry.hidden for carry in carries])
+
     def normalised(self, state_dict: dict[str, Tensor], split="test", tasks=None) -> dict[str, float]:
         """Accuracy over that of the task's expert on the same split, for each task and as their ``mean``."""
-        tasks = self._known(tasks)
-        for task in tasks:
+        return self.over_experts(self.evaluate(state_dict, split, tasks), split)
+
+    def over_experts(self, accuracy: dict[str, float], split="test") -> dict[str, float]:
+        """Accuracies by task divided by those of the experts, and their ``mean``."""
+        for task in accuracy:
             if (task, split) not in self._ceilings:
                 self._ceilings[task, split] = self.evaluate(self.experts[task], split, [task])[task]
-        accuracy = self.evaluate(state_dict, split, tasks)
-        ratios = {task: accuracy[task] / self._ceilings[task, split] for task in tasks}
+        ratios = {task: value / self._ceilings[task, split] for task, value in accuracy.items()}
         return {**ratios, "mean": sum(ratios.values()) / len(ratios)}
 
     def _known(self, tasks) -> list[str]:
@@ -132,30 +159,46 @@ def _choose(wanted, known, where) -> list[str]:
     return list(known) if wanted is None else [task for task in known if task in wanted]
 
 
-def load(name: str, tier="smoke", seed=0, device="cpu", progress=True, tasks=None) -> Suite:
+@lru_cache(maxsize=64)
+def _data(definition: str, task: str, seed: int):
+    """Data of a task, and its training split as tensors: experts of several kinds are trained on the same."""
+    module = importlib.import_module(definition)
+    data = module.data(task, seed)
+    return data, training.tensors(data["train"], module.collate)
+
+
+def _definition(name: str, tier: str):
+    if (name, tier) not in REGISTRY:
+        known = ", ".join(f"{n} ({t})" for n, t in REGISTRY)
+        raise MergeError(f"suite: expected one of {known}, found {name} ({tier})")
+    return importlib.import_module(REGISTRY[name, tier])
+
+
+def task_names(name: str, tier="smoke") -> list[str]:
+    """Tasks of a suite, in order. Raises: MergeError for an unknown suite or tier."""
+    return list(_definition(name, tier).TASKS)
+
+
+def load(name: str, tier="smoke", seed=0, device="cpu", progress=True, tasks=None, layer=None) -> Suite:
     """Load a suite; its experts are read from the cache or trained, one by one, and kept.
 
     Args:
         seed: of training images, batch order, heads and calibration; base, validation and test never vary.
         tasks: a selection of the suite's tasks; all by default.
+        layer: train this layer of the encoder alone, by the suite's recipe for that; all of it by default.
     Raises: MergeError for an unknown suite, tier or task; ManifestError when a source is not what the manifest says.
     """
-    if (name, tier) not in REGISTRY:
-        known = ", ".join(f"{n} ({t})" for n, t in REGISTRY)
-        raise MergeError(f"suite: expected one of {known}, found {name} ({tier})")
-    definition = importlib.import_module(REGISTRY[name, tier])
+    definition = _definition(name, tier)
     tasks = _choose(tasks, definition.TASKS, f"suite {name!r}")
     verify(load_manifest(definition.MANIFEST))
     base, sha256 = definition.base()
     base.to(device).eval().requires_grad_(False)
-    data = {task: definition.data(task, seed) for task in tasks}
+    data, examples = ({task: _data(REGISTRY[name, tier], task, seed)[i] for task in tasks} for i in (0, 1))
+    recipe = definition.RECIPE if layer is None else replace(definition.LAYER_RECIPE, layer=layer)
     folder = training.cache_folder() / f"{name}-{tier}"
     experts, heads = {}, {}
     for task in tqdm(tasks, desc=f"{name} experts", disable=not progress):
-        parts = training.expert(
-            base, sha256, data[task]["train"], definition.collate, definition.N_CLASSES[task], definition.RECIPE,
-            seed, task, folder, progress,
-        )  # fmt: skip
+        parts = training.expert(base, sha256, *examples[task], definition.N_CLASSES[task], recipe, seed, task, folder, progress)
         experts[task], heads[task] = ({k: v.to(device) for k, v in part.items()} for part in parts)
     classes = {task: definition.N_CLASSES[task] for task in tasks}
-    return Suite(name, tier, seed, device, tasks, data, base, experts, heads, classes, definition.collate)
+    return Suite(name, tier, seed, device, tasks, data, base, experts, heads, classes, definition.collate, layer)

@@ -13,7 +13,7 @@ import torch
 
 from .. import methods
 from ..records import read_json, write_json
-from ..sequential import TARGETS
+from ..sequential import TARGETS, audit
 from . import Suite, load, training
 
 
@@ -25,12 +25,10 @@ class Entry:
     call: Callable
     grid: Callable[[int, int], list[dict]]  # of the number of experts and the seed
 
-    def tuned(self, suite: Suite, calibration) -> tuple[methods.Merge, dict, float]:
-        """The merge with the highest mean normalised validation accuracy, its options, and that accuracy."""
+    def tuned(self, suite: Suite, calibration) -> tuple[methods.Merge, dict, list[float]]:
+        """The merge with the highest mean normalised validation accuracy, its options, and that accuracy for every entry of the grid."""
         score = lambda state: suite.normalised(state, "validation")["mean"]
-        grid = self.grid(len(suite.experts), suite.seed)
-        merge, options, scores = methods.tune(self.call, grid, score, suite.base, suite.experts, calibration)
-        return merge, options, max(scores)
+        return methods.tune(self.call, self.grid(len(suite.experts), suite.seed), score, suite.base, suite.experts, calibration)
 
 
 def _base(base, experts, calibration=None):
@@ -65,9 +63,9 @@ ENTRIES = {
     "task_arithmetic": Entry("task arithmetic", methods.task_arithmetic, lambda k, seed: _product(
         scale=(0.05, 0.1, 1 / k, 0.15, 0.2, 0.3, 0.4, 0.6, 1.0))),
     "ties": Entry("TIES", methods.ties, lambda k, seed: _product(
-        density=(0.02, 0.05, 0.1, 0.2, 0.4), scale=(0.2, 0.35, 0.5, 0.8, 1.2))),
+        density=(0.03, 0.1, 0.3), scale=(0.2, 0.35, 0.5, 0.8, 1.2))),
     "dare": Entry("DARE", methods.dare, lambda k, seed: _product(
-        drop=(0.1, 0.3, 0.6, 0.9), scale=(0.05, 0.1, 1 / k, 0.2, 0.3), seed=(seed,))),
+        drop=(0.1, 0.5, 0.9), scale=(0.05, 0.1, 1 / k, 0.3), seed=(seed,))),
     "regmean": Entry("RegMean", methods.regmean, lambda k, seed: _product(alpha=ALPHAS)),
     "regmean_plus_plus": Entry("RegMean++", methods.regmean_plus_plus, lambda k, seed: _product(alpha=ALPHAS)),
     **{f"qp_{f}": Entry(f"QP {f.replace('_', ' ')}", methods.qp, lambda k, seed, f=f: _product(basis=(f,), targets=tuple(TARGETS)))
@@ -89,27 +87,68 @@ def _fingerprint(suite: Suite) -> str:
     return hashlib.sha256(code + json.dumps([data, states, str(suite.device), torch.__version__]).encode()).hexdigest()
 
 
+def kept(suite: Suite, name: str, settings, make: Callable[[], dict]) -> dict:
+    """What ``make`` returns, from the cache or computed and kept under the hash of all it depends on.
+
+    Args:
+        settings: whatever else decides the result, as JSON.
+    The environment variable ``QPMERGE_NOT_BEFORE`` (seconds since the epoch) has results made again that were kept before that moment.
+    """
+    key = hashlib.sha256(json.dumps([_fingerprint(suite), suite.tier, suite.seed, name, settings]).encode()).hexdigest()
+    path = training.cache_folder() / f"{suite.name}-{suite.tier}" / "merges" / f"{name}-{key[:16]}.json"
+    if not path.exists() or path.stat().st_mtime < float(os.environ.get("QPMERGE_NOT_BEFORE", 0)):
+        write_json(path, make())
+    return read_json(path)
+
+
+def judged(suite: Suite, name: str, label: str, merge: methods.Merge, options: dict, scores: list[float]) -> dict:
+    """A chosen merge on the test split: the one time that a method and seed touch it."""
+    accuracy = suite.evaluate(merge.state_dict)
+    return {"method": name, "label": label, "seed": suite.seed, "options": options, "scores": scores, "validation": max(scores),
+            "accuracy": accuracy, "normalised": suite.over_experts(accuracy)}
+
+
+def energies(suite: Suite, state: dict, size: int) -> dict:
+    """Captured energies of any merge on the calibration examples and on as many disjoint ones.
+
+    Returns: ``in_sample`` and ``disjoint``, each with the mean over ``layers`` and that of the ``output``; see ``sequential.audit``.
+    """
+    found = {}
+    for where, skip in (("in_sample", 0), ("disjoint", size)):
+        audited = audit(suite.base, state, suite.experts, suite.calibration(size, skip=skip))
+        found[where] = {"layers": sum(audited["layers"].values()) / len(audited["layers"]), "output": audited["output"]}
+    return found
+
+
 def result(suite: Suite, name: str, size: int) -> dict:
-    """One method on one suite, from the cache or computed and kept; ``QPMERGE_RECOMPUTE=1`` does not read the cache.
+    """One method on one suite, kept.
 
     Args:
         name: a key of ``ENTRIES``.
         size: calibration examples per task, drawn from the training split with the suite's seed.
-    Returns: method, seed, options chosen, their validation score, accuracy and normalised accuracy by task on the test split, seconds.
+    Returns: method, seed, options chosen, validation scores over the grid, accuracy and normalised accuracy by task on the test split,
+        captured energies, seconds.
     """
     entry = ENTRIES[name]
-    facts = [_fingerprint(suite), suite.tier, suite.seed, name, entry.grid(len(suite.experts), suite.seed), size]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    path = training.cache_folder() / f"{suite.name}-{suite.tier}" / "merges" / f"{name}-{key[:16]}.json"
-    if path.exists() and os.environ.get("QPMERGE_RECOMPUTE") != "1":
-        return read_json(path)
-    started = time.perf_counter()
-    merge, options, validation = entry.tuned(suite, suite.calibration(size))
-    found = {"method": name, "label": entry.label, "seed": suite.seed, "options": options, "validation": validation,
-             "seconds": time.perf_counter() - started, "accuracy": suite.evaluate(merge.state_dict),
-             "normalised": suite.normalised(merge.state_dict)}
-    write_json(path, found)
-    return found
+
+    def make():
+        started = time.perf_counter()
+        merge, options, scores = entry.tuned(suite, suite.calibration(size))
+        found = judged(suite, name, entry.label, merge, options, scores) | {"seconds": time.perf_counter() - started}
+        return found | {"captured": energies(suite, merge.state_dict, size)}
+
+    return kept(suite, name, [entry.grid(len(suite.experts), suite.seed), size], make)
+
+
+def variant(suite: Suite, size: int, **options) -> dict:
+    """One programme with the given options of ``methods.qp``, kept: validation accuracy, table, and its audit on disjoint examples."""
+
+    def make():
+        merge = methods.qp(suite.base, suite.experts, suite.calibration(size), **options)
+        audited = audit(suite.base, merge.state_dict, suite.experts, suite.calibration(size, skip=size))
+        return {"validation": suite.normalised(merge.state_dict, "validation")["mean"], "table": merge.table, "audit": audited}
+
+    return kept(suite, "variant", [size, options], make)
 
 
 def own_accuracy(suite: Suite, split: str = "test") -> dict[str, float]:
@@ -122,8 +161,8 @@ def compare(name: str, seeds: int, size: int, tier="smoke", device="cpu", first_
     found = []
     for seed in range(first_seed, first_seed + seeds):
         suite = load(name, tier, seed, device, progress=False)
-        found.append({"method": "experts", "label": "experts", "seed": seed, "options": {}, "validation": 1.0, "accuracy": own_accuracy(suite),
-                      "normalised": {**dict.fromkeys(suite.tasks, 1.0), "mean": 1.0}, "seconds": 0.0})
+        found.append({"method": "experts", "label": "experts", "seed": seed, "options": {}, "scores": [1.0], "validation": 1.0,
+                      "accuracy": own_accuracy(suite), "normalised": {**dict.fromkeys(suite.tasks, 1.0), "mean": 1.0}, "seconds": 0.0})
         found += [result(suite, entry, size) for entry in entries]
     return found
 
@@ -175,3 +214,36 @@ def seed_interval(values, level: float = 0.95) -> tuple[float, tuple[float, floa
     values = np.asarray(values, dtype=float)
     mean, half = values.mean(), stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
     return float(mean), (float(mean - half), float(mean + half))
+
+
+def summarise(records, name: str, results: list[dict]):
+    """Record, under ids that begin with ``name``, every method's accuracy, the picks of validation, and paired differences over seeds.
+
+    Returns: labels by method; normalised mean accuracy as a ``pandas.DataFrame``, a row per seed and a column per method, best
+        first; and (mean, interval) by method.
+    """
+    overall = frame(results).query("task == 'mean'")
+    labels = dict(zip(overall.method, overall.label))
+    means = overall.pivot(index="seed", columns="method", values="normalised").drop(columns="experts")
+    means = means[means.mean().sort_values(ascending=False).index]
+    intervals = {m: seed_interval(means[m]) for m in means}
+    validation = overall.groupby("method").validation.mean()
+    programmes = [f"qp_{f}" for f in FAMILIES]
+    heuristic, best = validation[list(HEURISTICS)].idxmax(), validation[programmes].idxmax()
+
+    def keep(id, mean_and_interval):
+        records.record(f"{name}.{id}", mean_and_interval[0], n=len(means), interval=mean_and_interval[1])
+
+    keep("experts.raw", seed_interval(overall[overall.method == "experts"].accuracy))
+    for m, found in intervals.items():
+        keep(f"{m}.accuracy", found)
+    for id, m in (("best_heuristic", heuristic), ("best_qp", best)):
+        records.record(f"{name}.{id}.label", labels[m])
+        keep(f"{id}.accuracy", intervals[m])
+    pairs = [(f"{p}.minus_{id}", p, m) for p in (*programmes, "qp_weights") for id, m in (("best_heuristic", heuristic), ("regmean", "regmean"))]
+    pairs += [(f"best_qp.minus_{id}", best, m) for id, m in (("best_heuristic", heuristic), ("regmean", "regmean"))]
+    pairs += [("soup.minus_base", "soup", "base"), ("regmean.minus_soup", "regmean", "soup"),
+              ("qp_elements.minus_regmean_plus_plus", "qp_elements", "regmean_plus_plus"), ("qp_rotated_rows.minus_qp_rows", "qp_rotated_rows", "qp_rows")]
+    for id, first, second in pairs:
+        keep(id, seed_interval(means[first] - means[second]))
+    return labels, means, intervals

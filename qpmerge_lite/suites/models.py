@@ -13,10 +13,10 @@ class Attention(nn.Module):
         self.heads = heads
         self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend within each sequence: (B, T, d) to (B, T, d)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend within each sequence, to the tokens whose ``mask`` (B, 1, 1, T) is true: (B, T, d) to (B, T, d)."""
         q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value))
-        return self.output(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.output(scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -28,9 +28,9 @@ class Block(nn.Module):
         self.attention = Attention(width, heads)
         self.up, self.down = nn.Linear(width, ratio * width), nn.Linear(ratio * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Transform a sequence: (B, T, d) to (B, T, d)."""
-        x = x + self.attention(self.norm1(x))
+        x = x + self.attention(self.norm1(x), mask)
         return x + self.down(gelu(self.up(self.norm2(x))))
 
 
@@ -62,3 +62,37 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.norm(x)[:, 0]
+
+
+class TextTransformer(nn.Module):
+    """Compact encoder of character sequences, pre-norm, with the mean over a sequence as its feature.
+
+    Args:
+        characters: size of the vocabulary.
+        length: longest sequence.
+        width, depth, heads, ratio: as in :class:`VisionTransformer`.
+    """
+
+    def __init__(self, characters: int, length: int, width=64, depth=4, heads=4, ratio=2):
+        super().__init__()
+        self.embed = nn.Embedding(characters, width)
+        self.position = nn.Parameter(0.02 * torch.randn(1, length, width))
+        self.blocks = nn.ModuleList(Block(width, heads, ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Normed state of every token: (B, T) int64 and its mask, 1 for text and 0 for padding, to (B, T, d)."""
+        x, mask = self.embed(input_ids) + self.position[:, : input_ids.shape[1]], attention_mask[:, None, None].bool()
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)
+
+    @staticmethod
+    def pool(states: Tensor, attention_mask: Tensor) -> Tensor:
+        """Mean over a sequence, padding left out: (B, T, d) to (B, d)."""
+        mask = attention_mask.unsqueeze(-1).to(states)
+        return (states * mask).sum(1) / mask.sum(1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Feature of every sequence: (B, d)."""
+        return self.pool(self.states(input_ids, attention_mask), attention_mask)

@@ -1,7 +1,8 @@
 """Make the shipped base of a suite: ``python -m qpmerge_lite.suites.pretrain vision``.
 
-The encoder learns to tell apart the pre-training classes of the suite; the head of that task is thrown away and the
-weights are written as half-precision safetensors, with seed, steps, data hash and training figures in the header.
+The encoder learns the suite's own pre-training task (to tell glyphs apart, to guess masked characters); the head of that
+task is thrown away and the weights are written as half-precision safetensors, with seed, steps, data hash and training
+figures in the header.
 """
 
 import argparse
@@ -23,30 +24,28 @@ def pretrain(suite, seed=0, steps=STEPS, stop=None, progress=True) -> tuple[nn.M
     """Train the base of a suite module from scratch.
 
     Args:
-        suite: module with ``build``, ``base_masters`` and ``pretraining_batch``.
+        suite: module with ``build``, ``pretraining_data``, ``pretraining_head`` and ``pretraining_batch``.
         seed: of the weights, the order and the variations.
         steps: length of the schedule.
         stop: leave after so many steps of it.
     Returns: the encoder, and the loss and the accuracy of every batch.
     """
     torch.manual_seed(seed)
-    images, labels = suite.base_masters()
     encoder, generator = suite.build(), torch.Generator().manual_seed(seed)
-    head = nn.Linear(encoder.norm.normalized_shape[0], int(labels.max()) + 1)
+    head = suite.pretraining_head(encoder)
     parameters = [*encoder.parameters(), *head.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=RATE, weight_decay=DECAY)
     losses, accuracies = [], []
     for step in tqdm(range(stop or steps), desc="pre-training", disable=not progress, mininterval=5):
         optimiser.param_groups[0]["lr"] = RATE * schedule(step, steps, WARMUP)
-        chosen = torch.randint(len(labels), (BATCH,), generator=generator)
-        scores = head(encoder(suite.pretraining_batch(images[chosen], generator)))
-        loss = cross_entropy(scores, labels[chosen])
+        scores, labels = suite.pretraining_batch(encoder, head, generator, BATCH)
+        loss = cross_entropy(scores, labels)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         losses.append(loss.item())
-        accuracies.append((scores.argmax(1) == labels[chosen]).float().mean().item())
+        accuracies.append((scores.argmax(1) == labels).float().mean().item())
     return encoder, losses, accuracies
 
 
@@ -55,7 +54,7 @@ def header(suite, seed: int, steps: int, losses: list[float], accuracies: list[f
     return {
         "seed": str(seed),
         "steps": str(steps),
-        "data_sha256": digest(*suite.base_masters()),
+        "data_sha256": digest(*suite.pretraining_data()),
         "early_loss": f"{sum(losses[EARLY - 50 : EARLY]) / 50:.6f}",
         "train_accuracy": f"{sum(accuracies[-100:]) / len(accuracies[-100:]):.6f}",
         "torch": torch.__version__.split("+")[0],

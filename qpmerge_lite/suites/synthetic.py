@@ -90,7 +90,8 @@ def compare(tasks: int, alignment: float, overlap: float, seed: int, keep: int, 
         keep: directions kept in the truncated comparison. few: calibration samples per task in the disjoint one.
     Returns: ``full`` ρ(rotated) - ρ(rows) with all directions, ``truncated`` with ``keep`` of them, ``disjoint`` the
         cross-fitted difference from ``few`` samples a task, each family at its best ridge; and three predictors:
-        ``off_diagonal``; ``promise``, the same times what rows leave, 1 - ρ(rows); ``capture``, the gain in spectral capture at ``keep``.
+        ``off_diagonal``; ``promise``, the same times what rows leave, 1 - ρ(rows); ``reach``, the same times what rows leave of what a
+        linear layer can capture at all, ρ(elements) - ρ(rows); ``capture``, the gain in spectral capture at ``keep``.
     """
     settings = {"alignment": alignment, "overlap": overlap, "seed": seed}
     moments, updates = draw(tasks, **settings)
@@ -99,5 +100,11 @@ def compare(tasks: int, alignment: float, overlap: float, seed: int, keep: int, 
     truncated, capture = rotation_gain(updates, pooled, keep)
     scarce, updates = draw(tasks, tokens=few, **settings)
     rotated, rows = (cross_fitted(scarce, updates, family)[1] for family in ("rotated_rows", "rows"))
-    share, left = off_diagonal(pooled), 1 - captured_energy(programme(pooled, build("rows", updates, pooled)))
-    return {"full": full, "truncated": truncated, "disjoint": rotated - rows, "off_diagonal": share, "promise": share * left, "capture": capture}
+    return {"full": full, "truncated": truncated, "disjoint": rotated - rows, "capture": capture} | promises(updates, pooled)
+
+
+def promises(updates: Tensor, pooled: Pooled) -> dict[str, float]:
+    """Forecasts of what turning the rows gains, from calibration moments: ``off_diagonal``, ``promise`` and ``reach``, see :func:`compare`."""
+    share = off_diagonal(pooled)
+    rows, most = (captured_energy(programme(pooled, build(family, updates, pooled))) for family in ("rows", "elements"))
+    return {"off_diagonal": share, "promise": share * (1 - rows), "reach": share * (most - rows)}

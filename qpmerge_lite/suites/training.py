@@ -23,7 +23,7 @@ CHUNK = 512
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an expert is made: a linear probe on the base, then encoder and head together under AdamW."""
+    """How an expert is made: a linear probe on the base, then encoder (or one ``layer`` of it) and head together under AdamW."""
 
     steps: int = 150
     batch: int = 128
@@ -32,6 +32,7 @@ class Recipe:
     warmup: float = 0.1
     probe_iterations: int = 100
     probe_decay: float = 1e-3
+    layer: str | None = None
 
 
 def seeded(seed: int, *purpose: str) -> torch.Generator:
@@ -105,18 +106,18 @@ def linear_probe(x: Tensor, y: Tensor, classes: int, recipe: Recipe, generator: 
     return head
 
 
-def train_expert(base, inputs, labels, classes, recipe, seed, task, progress=True):
-    """Probe the base on a task, then train encoder and head together.
+def train_expert(base, probe, inputs, labels, recipe, seed, task, progress=True):
+    """Train encoder and head together, from the base and a probe on it.
 
     Args:
-        base: encoder; it is copied, not changed.
+        base, probe: encoder, and linear head fitted on its features; they are copied, not changed.
         inputs: keyword arguments of the encoder, each with N examples; labels (N,) on the same device.
-        classes: number of labels.
     Returns: state dicts of the encoder and of its linear head.
     """
-    head = linear_probe(features(base, inputs), labels, classes, recipe, seeded(seed, task, "head"))
-    encoder = copy.deepcopy(base).train().requires_grad_(True)
-    optimiser = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], weight_decay=recipe.decay, fused=True)
+    head = copy.deepcopy(probe)
+    encoder = copy.deepcopy(base).train()
+    trained = (encoder if recipe.layer is None else encoder.get_submodule(recipe.layer)).requires_grad_(True)
+    optimiser = torch.optim.AdamW([*trained.parameters(), *head.parameters()], weight_decay=recipe.decay, fused=True)
     order, epochs = seeded(seed, task, "order"), -(-recipe.steps * recipe.batch // len(labels))
     stream = torch.cat([torch.randperm(len(labels), generator=order) for _ in range(epochs)])
     for step in tqdm(range(recipe.steps), desc=task, leave=False, disable=not progress, mininterval=1):
@@ -159,15 +160,19 @@ def cached_expert(folder: Path, key: str, task: str, train) -> tuple[dict, dict]
     return tuple({k.partition(".")[2]: v for k, v in parts.items() if k.startswith(p)} for p in ("encoder.", "head."))
 
 
-def expert(base, base_sha256, dataset, collate, classes, recipe, seed, task, folder, progress=True):
-    """One expert and its head from the cache of a suite, trained when they are not there yet."""
-    inputs, labels = tensors(dataset, collate)
-    facts = {"task": task, "seed": seed, "classes": classes, "recipe": asdict(recipe), "base": base_sha256}
+_PROBES: dict[str, nn.Linear] = {}  # experts of one task that differ in what is trained start from one probe
+
+
+def expert(base, base_sha256, inputs, labels, classes, recipe, seed, task, folder, progress=True):
+    """One expert and its head from the cache of a suite, trained on ``inputs`` and ``labels`` when they are not there yet."""
     device = next(base.parameters()).device
-    key = content_key(**facts, data=digest(*inputs.values(), labels), device=device.type)
+    facts = {"task": task, "seed": seed, "classes": classes, "base": base_sha256, "data": digest(*inputs.values(), labels), "device": device.type}
 
     def train():
-        placed = {name: value.to(device) for name, value in inputs.items()}
-        return train_expert(base, placed, labels.to(device), classes, recipe, seed, task, progress)
+        placed, targets = {name: value.to(device) for name, value in inputs.items()}, labels.to(device)
+        start = content_key(**facts, recipe={k: v for k, v in asdict(recipe).items() if k.startswith("probe")})
+        if start not in _PROBES:
+            _PROBES[start] = linear_probe(features(base, placed), targets, classes, recipe, seeded(seed, task, "head"))
+        return train_expert(base, _PROBES[start], placed, targets, recipe, seed, task, progress)
 
-    return cached_expert(folder, key, task, train)
+    return cached_expert(folder, content_key(**facts, recipe=asdict(recipe)), task, train)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from ..manifests import load_manifest, locate
 from . import glyphs
@@ -21,6 +21,7 @@ from .training import Recipe, seeded, shipped
 WEIGHTS = Path(__file__).parent / "weights" / "vision_base.safetensors"
 MANIFEST = "smoke-vision"
 RECIPE = Recipe(steps=220, batch=64, rate=1e-3)
+LAYER_RECIPE = Recipe(steps=80, batch=64, rate=1e-2)
 SPLITS = {"train": 4096, "validation": 512, "test": 1024}
 FACES = {
     "train": (
@@ -188,15 +189,22 @@ def base_characters() -> tuple[str, ...]:
 
 
 @cache
-def base_masters() -> tuple[Tensor, Tensor]:
+def pretraining_data() -> tuple[Tensor, Tensor]:
     """Masters (N, 56, 56) of the pre-training characters in the training typefaces, and their classes (N,)."""
     return masters(base_characters(), FACES["train"])
 
 
-def pretraining_batch(images: Tensor, generator: Generator) -> Tensor:
-    """Masters (B, 56, 56) shown in the mild media of the base, in turn: float pixels (B, 1, 28, 28)."""
-    n = len(BASE_MEDIA)
-    shown = torch.empty(len(images), glyphs.SIDE, glyphs.SIDE, dtype=torch.uint8)
+def pretraining_head(encoder: VisionTransformer) -> nn.Linear:
+    """Scores of every pre-training character."""
+    return nn.Linear(encoder.norm.normalized_shape[0], int(pretraining_data()[1].max()) + 1)
+
+
+def pretraining_batch(encoder, head, generator: Generator, size: int) -> tuple[Tensor, Tensor]:
+    """Scores and classes of ``size`` masters drawn at random, shown in the mild media of the base in turn."""
+    images, labels = pretraining_data()
+    chosen = torch.randint(len(labels), (size,), generator=generator)
+    shown = torch.empty(size, glyphs.SIDE, glyphs.SIDE, dtype=torch.uint8)
     for index, medium in enumerate(BASE_MEDIA):
-        shown[index::n] = glyphs.show(images[index::n], medium, generator)
-    return collate({"pixels": shown})["pixels"]
+        turn = slice(index, None, len(BASE_MEDIA))
+        shown[turn] = glyphs.show(images[chosen[turn]], medium, generator)
+    return head(encoder(**collate({"pixels": shown}))), labels[chosen]

@@ -1,0 +1,100 @@
+"""The single-layer setting and the evidence for the diagnostic, on toy suites."""
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from toys import TASKS
+
+import qpmerge_lite as q
+from qpmerge_lite.records import Records, load_records
+from qpmerge_lite.suites import compare, population, single
+
+LAYER = "blocks.0.up"
+
+
+@pytest.fixture
+def one_layer(suite):
+    base = suite.base.state_dict()
+    suite.experts = {t: {k: e[k] if k.startswith(LAYER + ".") else v for k, v in base.items()} for t, e in suite.experts.items()}
+    suite.layer = LAYER
+    return suite
+
+
+def test_energies_of_one_layer_are_those_of_an_audit(one_layer):
+    found = single.result(one_layer, 8)
+    assert [m["method"] for m in found["methods"]] == ["base", *compare.HEURISTICS, "regmean", *(f"qp_{f}" for f in single.FAMILIES)]
+    problem = single.Problem.of(one_layer, 8)
+    for solver, method in ((q.QP("rows"), "qp_rows"), (q.QP("elements"), "qp_elements")):
+        merge, kept = problem.solve(solver), next(m for m in found["methods"] if m["method"] == method)
+        assert kept["captured"]["in_sample"] == pytest.approx(merge.table[0]["captured"])
+        for where, skip in (("in_sample", 0), ("disjoint", 8)):
+            audited = q.audit(one_layer.base, merge.state_dict, one_layer.experts, one_layer.calibration(8, skip=skip))
+            assert kept["captured"][where] == pytest.approx(audited["layers"][LAYER], rel=1e-6, abs=1e-9)
+
+
+def test_only_the_layer_is_merged(one_layer):
+    problem = single.Problem.of(one_layer, 8, "weights")
+    merge = problem.solve(q.RegMean(1.0))
+    full = q.regmean(one_layer.base, one_layer.experts, one_layer.calibration(8), alpha=1.0)
+    for name, value in merge.state_dict.items():
+        if not name.startswith(LAYER):
+            torch.testing.assert_close(value, one_layer.base.state_dict()[name])
+    torch.testing.assert_close(merge.state_dict[f"{LAYER}.bias"], full.state_dict[f"{LAYER}.bias"])
+    X = problem.moments.pool().C
+    difference = problem.update(merge.state_dict) - problem.update(full.state_dict)
+    assert float(((difference @ X) * difference).sum()) <= 1e-12 * float(X.diagonal(dim1=-2, dim2=-1).sum())
+
+
+def test_the_full_span_wins_in_sample(one_layer):
+    energies = {m["method"]: m["captured"]["in_sample"] for m in single.result(one_layer, 8)["methods"] if m["method"] != "qp_elements"}
+    best = single.Problem.of(one_layer, 8).solve(q.QP("elements", ridge=0.0))
+    assert max(energies.values()) <= best.table[0]["captured"] + 1e-9 and energies["base"] == 0
+
+
+def test_summaries_pair_methods_by_seed(suite, tmp_path):
+    results = []
+    for seed in range(3):
+        suite.seed = seed
+        results += [compare.result(suite, name, 8) for name in compare.ENTRIES]
+        results.append({"method": "experts", "label": "experts", "seed": seed, "validation": 1.0, "accuracy": dict.fromkeys(TASKS, 0.5),
+                        "normalised": {"mean": 1.0}})
+    labels, means, intervals = compare.summarise(Records("05_toy", "smoke", root=tmp_path), "toy", results)
+    kept = load_records("smoke", tmp_path)
+    assert list(means.mean()) == sorted(means.mean(), reverse=True) and "experts" not in means
+    mean, interval = compare.seed_interval(means["soup"] - means["base"])
+    assert (kept["toy.soup.minus_base"].value, kept["toy.soup.minus_base"].interval) == (mean, interval)
+    validation = {m: np.mean([r["validation"] for r in results if r["method"] == m]) for m in compare.HEURISTICS}
+    assert kept["toy.best_heuristic.label"].value == labels[max(validation, key=validation.get)]
+    assert kept["toy.soup.accuracy"].value == intervals["soup"][0] and kept["toy.experts.raw"].value == 0.5
+
+
+def test_results_tell_every_validation_score_and_captured_energies(suite):
+    found = compare.result(suite, "qp_rows", 8)
+    assert len(found["scores"]) == 3 and found["validation"] == max(found["scores"])
+    merge = q.qp(suite.base, suite.experts, suite.calibration(8), **found["options"])
+    assert found["captured"] == compare.energies(suite, merge.state_dict, 8)
+    made = compare.variant(suite, 8, **found["options"])
+    assert made["validation"] == found["validation"] and made["audit"]["output"] == found["captured"]["disjoint"]["output"]
+
+
+def evidence(noise):
+    draw = np.random.default_rng(0)
+    rows = [{"problem": f"p{p}", "method": f"m{m}", "disjoint": m + 100 * p, "accuracy": m - 10 * p + noise * draw.normal()}
+            for p in range(4) for m in range(6)]
+    return pd.DataFrame([*rows, *({"problem": f"p{p}", "method": "base", "disjoint": 0, "accuracy": 99} for p in range(4))])
+
+
+def test_rank_correlation_within_problems_and_pooled():
+    """Inside every problem perfect, across them reversed; the base does not count."""
+    value, (low, high) = population.rank_correlation(evidence(0), "disjoint", 200, 0, within=True)
+    assert value == pytest.approx(1) and low == pytest.approx(1) and high == pytest.approx(1)
+    pooled, (low, high) = population.rank_correlation(evidence(0), "disjoint", 200, 0, within=False)
+    assert pooled < 0 and low <= pooled <= high
+    noisy, (low, high) = population.rank_correlation(evidence(3), "disjoint", 200, 0, within=True)
+    assert low < noisy < high < 1
+
+
+def test_evidence_has_a_row_per_merge(one_layer):
+    frame = population.one_layer([single.result(one_layer, 8) | {"suite": "toy"}])
+    assert len(frame) == len(frame.method.unique()) == 6 + 1 + len(single.FAMILIES) and frame.problem.nunique() == 1
+    assert set(frame.kind) == {population.HEURISTIC, population.REGMEAN, population.PROGRAMME}
