@@ -187,6 +187,39 @@ def scatter(panels: dict, groups, label: str) -> Figure:
     return _finish(figure)
 
 
+def agreement(panels: dict, labels, lined: int = 1) -> Figure:
+    """One scatter per panel, title -> (x, y, xlabel, ylabel), a line at y = 0 and, in the first ``lined`` ones, where y = x.
+
+    Args:
+        labels: (N,) names of the points' groups, told apart by marker and colour.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.9))
+    labels = np.asarray(labels)
+    for number, (axis, (title, (x, y, xlabel, ylabel))) in enumerate(zip(axes, panels.items())):
+        for label, marker, colour in zip(dict.fromkeys(labels), MARKERS, sns.color_palette()):
+            axis.plot(np.asarray(x)[labels == label], np.asarray(y)[labels == label], marker, color=colour, markeredgecolor="black",
+                      markersize=6, alpha=0.8, linestyle="none", label=label)
+        axis.axhline(0, color="black", linewidth=1)
+        if number < lined:
+            axis.axline((0, 0), slope=1, color="0.4", linewidth=1, linestyle="--")
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axis.locator_params(axis="x", nbins=3)
+    _key(figure, axis, 2)
+    return _finish(figure)
+
+
+def correlations(frames: dict, x: str, y: str, xlabel: str, ylabel: str, columns: int = 2) -> Figure:
+    """One scatter per ``pandas.DataFrame``, title -> frame with columns x, y and ``kind``, which marker and colour tell apart."""
+    rows = -(-len(frames) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 2.5 * rows + 0.6), squeeze=False)
+    for axis, (title, frame) in zip(axes.flat, frames.items()):
+        for (kind, part), marker, colour in zip(frame.groupby("kind"), MARKERS, sns.color_palette()):
+            axis.plot(part[x], part[y], marker, color=colour, markeredgecolor="black", markeredgewidth=0.5, markersize=5, linestyle="none", label=kind)
+        axis.set(title=title, ylabel=ylabel if axis in axes[:, 0] else "", xlabel=xlabel if axis in axes[-1] else "")
+    _key(figure, axes.flat[0], 3)
+    return _finish(figure)
+
+
 def gallery(images: dict, columns: int) -> Figure:
     """One row of grey images per title: title -> (at least ``columns``, side, side)."""
     figure, axes = plt.subplots(len(images), columns, figsize=(WIDTH, 0.62 * len(images)))
@@ -218,23 +251,25 @@ def ranking(seeds: dict, intervals: dict, xlabel: str, line: float | None = None
     return _finish(figure)
 
 
-def heat(table, label: str, low: float, high: float) -> Figure:
+def heat(table, label: str, low: float, high: float, fmt: str = ".2f") -> Figure:
     """A table of numbers (a ``pandas.DataFrame``) as annotated shades."""
     figure, axis = plt.subplots(figsize=(WIDTH, 0.3 * len(table) + 1.1))
-    sns.heatmap(table, annot=True, fmt=".2f", cmap=SEQUENTIAL, vmin=low, vmax=high, linewidths=0.6, annot_kws={"size": 9},
+    sns.heatmap(table, annot=True, fmt=fmt, cmap=SEQUENTIAL, vmin=low, vmax=high, linewidths=0.6, annot_kws={"size": 9},
                 cbar_kws={"label": label}, ax=axis)
     axis.set(xlabel="", ylabel="")
-    axis.tick_params(axis="x", rotation=30)
+    plt.setp(axis.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
     return _finish(figure)
 
 
-def depth(names, panels: dict) -> Figure:
-    """Curves over the layers of a model: panel title -> label -> value per layer, the layers' names under the last panel."""
+def depth(names, panels: dict, xlabel: str = "") -> Figure:
+    """Curves over the layers or blocks of a model: panel title -> label -> value per layer, the layers' names under the last panel."""
+    names = list(map(str, names))
     figure, axes = plt.subplots(len(panels), 1, figsize=(WIDTH, 2.1 * len(panels) + 1.6), sharex=True)
     for axis, (title, curves) in zip(np.atleast_1d(axes), panels.items()):
         for (label, values), line, marker in zip(curves.items(), LINES, MARKERS):
             axis.plot(range(len(values)), values, linestyle=line, marker=marker, markersize=5, label=label)
         axis.set_title(title)
-        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=9)
+        axis.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 4 else 0, fontsize=9)
+    axis.set_xlabel(xlabel)
     _key(figure, axis, 3)
     return _finish(figure)

@@ -1,6 +1,7 @@
 """The small layers of the first chapters, and the figures drawn from them."""
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -125,6 +126,10 @@ def figures():
     yield plots.cumulative({"a": [0.2, 0.6, 1.0], "b": [0.1, 0.2, 0.3]}, "x", "y")
     yield plots.phases([0, 1, 2], [0, 1, 2], {"wins": np.stack([values, values]), "loses": np.stack([values - 2, -values])}, ["K = 2", "K = 4"], "x", "y")
     yield plots.bands([1, 2, 3], {"a": values, "b": -values}, "x", "y")
+    yield plots.agreement({"a": ([1, 2], [1, 2], "x", "y"), "b": ([1, 2], [2, 1], "x", "y")}, ["p", "q"])
+    frame = pd.DataFrame({"x": [1, 2, 3], "y": [1, 2, 3], "kind": ["p", "q", "p"]})
+    yield plots.correlations({"a": frame, "b": frame, "c": frame}, "x", "y", "x", "y")
+    yield plots.depth(["one", "a longer name"], {"a": {"p": [1, 2], "q": [2, 1]}, "b": {"p": [1, 2], "q": [1, 1]}}, "layer")
     yield plots.scatter({"a": ([1, 2, 3], [1, 2, 3], "x", "y"), "b": ([3, 2, 1], [1, 2, 3], "x", "")}, [2, 2, 4], "K = ")
 
 
