@@ -71,7 +71,7 @@ def test_all_top_rows_are_the_rows():
 
 def test_a_comparison_holds_its_predictors_in_range():
     found = synthetic.compare(3, 0.2, 0.5, seed=0, keep=6, few=16)
-    assert 0 <= found["promise"] <= found["off_diagonal"] < 1 and 0 <= found["capture"] <= 1
+    assert 0 <= found["reach"] <= found["promise"] <= found["off_diagonal"] < 1 and 0 <= found["capture"] <= 1
     assert found["truncated"] > found["full"]
 
 

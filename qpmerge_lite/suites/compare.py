@@ -63,7 +63,7 @@ ENTRIES = {
     "task_arithmetic": Entry("task arithmetic", methods.task_arithmetic, lambda k, seed: _product(
         scale=(0.05, 0.1, 1 / k, 0.15, 0.2, 0.3, 0.4, 0.6, 1.0))),
     "ties": Entry("TIES", methods.ties, lambda k, seed: _product(
-        density=(0.03, 0.1, 0.3), scale=(0.2, 0.35, 0.5, 0.8, 1.2))),
+        density=(0.03, 0.1, 0.2, 0.4), scale=(0.2, 0.35, 0.5, 0.7, 1.0))),
     "dare": Entry("DARE", methods.dare, lambda k, seed: _product(
         drop=(0.1, 0.5, 0.9), scale=(0.05, 0.1, 1 / k, 0.3), seed=(seed,))),
     "regmean": Entry("RegMean", methods.regmean, lambda k, seed: _product(alpha=ALPHAS)),
