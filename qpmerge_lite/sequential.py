@@ -201,6 +201,8 @@ def layer_moments(base: nn.Module, experts, calibration, layer: str, *, scope: s
 
     merge_sequentially(base, experts, calibration, keep, targets="propagated", scope=scope, folds=folds, blocks=blocks, layers=(layer,),
                        progress=False)
+    if not kept:
+        raise MissingLayer(f"layer {layer!r}: expected to be called once in a forward pass, found none or several calls; choose another layer")
     return Walker(base, blocks, scope).views[layer], *kept[0]
 
 
@@ -223,7 +225,9 @@ def audit(base: nn.Module, state, experts, calibration, *, blocks: str | None = 
     training = base.training
     base.eval()
     try:
-        chunks = _views_by_chunk(walker, reference, next(iter(streams.values()))[0])
+        probe = next(iter(streams.values()))[0]
+        walker.check(reference, probe)
+        chunks = _views_by_chunk(walker, reference, probe)
         for task, stream in streams.items():
             for carry in stream:
                 _audit_batch(walker, chunks, {"merge": state, "base": reference, "expert": experts[task]}, carry, sums)

@@ -391,6 +391,9 @@ def test_an_audit_leaves_the_base_alone_and_refuses_what_does_not_fit():
     assert base.training
     with pytest.raises(MissingLayer, match="expert 'merge' lacks parameter 'norm.weight'"):
         q.audit(base, {k: v for k, v in experts["a"].items() if k != "norm.weight"}, experts, calibration)
+    base, experts, calibration = chain(nn.Linear(4, 4), nn.Linear(4, 4), between=lambda: nn.LayerNorm(4))
+    with pytest.raises(MergeError, match="running them one after the other does not give what the model gives"):
+        q.audit(base, experts["a"], experts, calibration)
 
 
 def test_named_layers_alone_are_solved_and_as_in_a_whole_pass_when_they_come_first():
@@ -431,3 +434,17 @@ def test_a_sweep_depends_on_the_weights_before_a_layer_only(problem, monkeypatch
     monkeypatch.setattr(sequential, "average", lambda *_: {k: v.clone() for k, v in first.state_dict.items()})
     for name, value in q.qp(base, experts, calibration, basis="elements").state_dict.items():
         torch.testing.assert_close(value, first.state_dict[name], rtol=1e-10, atol=1e-12)
+
+
+def test_a_layer_that_is_called_twice_has_no_moments():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.again = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.again(torch.tanh(self.again(x)))
+
+    base, experts, calibration = chain(Twice())
+    with pytest.raises(MissingLayer, match="layer 'blocks.0.again': expected to be called once in a forward pass"):
+        q.layer_moments(base, experts, calibration, "blocks.0.again")
