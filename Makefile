@@ -1,6 +1,7 @@
 # make book       run the notebooks that changed and build the pages      make test   the same, then every test
 # make notebooks  only run them       make html   only build the pages    make check  run all again, compare the records
 # make bench      time a merge        make lock   resolve the pins anew   make clean  drop chapters, records and pages
+# make oracles    hold the methods to other people's implementations of them, in a second environment
 #
 # A notebook that has not changed is not executed again, by make test neither; after make clean, every one is.
 # make clean keeps the environment and the trained experts (.cache); .ci/run starts without either.
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.installed
 QPMERGE := $(BIN)/qpmerge
 export QPMERGE_TIER := $(TIER)
 
-.PHONY: book test notebooks html check bench lock clean
+.PHONY: book test notebooks html check bench oracles lock clean
 .DELETE_ON_ERROR:
 
 book: notebooks
@@ -36,6 +37,17 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m qpmerge_lite.suites.bench
+
+oracles: $(VENV)-oracles/.installed
+	$(VENV)-oracles/bin/python tests/oracles.py
+
+# our pins hold there too
+$(VENV)-oracles/.installed: requirements.lock requirements-torch.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-oracles
+	sed -nE 's/^([a-z0-9_.-]+==[^\]*[^\ ]) *\\?$$/\1/p' requirements.lock > $(VENV)-oracles/constraints.txt
+	$(VENV)-oracles/bin/pip install --quiet $(TORCH_ARGS) -r requirements-torch.txt
+	$(VENV)-oracles/bin/pip install --quiet -c $(VENV)-oracles/constraints.txt -e '.[suites,qp,oracles]'
+	touch $@
 
 # torch comes second and without hashes: CPU and CUDA builds of one version differ
 $(STAMP): requirements.lock requirements-torch.txt pyproject.toml

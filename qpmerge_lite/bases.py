@@ -38,8 +38,8 @@ class Basis:
         """Merged update ``Σ_j d_j B_j``: (g, m, n) for d (b, s, q)."""
         raise NotImplementedError
 
-    def uniform(self, scale: float) -> Tensor:
-        """Coefficients (b, s, q) whose merge is the task arithmetic ``scale Σ_k Δ_k`` (the soup for ``scale = 1/K``)."""
+    def arithmetic(self, scales: float | Tensor) -> Tensor:
+        """Coefficients (b, s, q) whose merge is the task arithmetic ``Σ_k λ_k Δ_k``, λ (K,) or one number (the soup for 1/K)."""
         raise NotImplementedError
 
     def elements(self) -> Tensor:
@@ -80,10 +80,10 @@ class RowBasis(Basis):
         rows = torch.einsum("grk,kgrn->grn", per_row, self.D)
         return rows if self.U is None else self.U @ rows
 
-    def uniform(self, scale):
+    def arithmetic(self, scales):
         if self.U is not None and self.U.shape[-1] < self.U.shape[-2]:
             raise MergeError(f"basis {self.name} keeps {self.U.shape[-1]} of {self.U.shape[-2]} directions: task arithmetic is outside its span")
-        return self.D.new_full(self.size, scale)
+        return _each(scales, self.D).expand(self.size)
 
 
 class ColumnBasis(Basis):
@@ -122,8 +122,9 @@ class ColumnBasis(Basis):
         update = torch.einsum("gki,kgmi->gmi", self._per_column(d), self.D)
         return update if self.V is None else update @ self.V.mT
 
-    def uniform(self, scale):
-        return self.D.new_full(self.size, scale)
+    def arithmetic(self, scales):
+        scales = _each(scales, self.D)
+        return (scales if self.V is not None else scales.repeat_interleave(self.D.shape[-1])).expand(self.size)
 
 
 class SingularBasis(Basis):
@@ -132,10 +133,11 @@ class SingularBasis(Basis):
     name = "singular"
 
     def __init__(self, updates: Tensor, rtol: float = 1e-10):
-        parts = []
-        for update in updates:
+        self.D, self.owner, parts = updates, [], []
+        for k, update in enumerate(updates):
             U, S, Vh = torch.linalg.svd(update, full_matrices=False)
             rank = int((S > rtol * S.amax(-1, keepdim=True)).sum(-1).max())
+            self.owner += [k] * rank
             parts.append((U[..., :rank], S[..., :rank], Vh.mT[..., :rank]))
         self.U, self.S, self.V = (torch.cat(z, -1) for z in zip(*parts))  # (g, m, p), (g, p), (g, n, p)
         self.size = (self.S.shape[0], 1, self.S.shape[1])
@@ -149,8 +151,8 @@ class SingularBasis(Basis):
     def combine(self, d):
         return (self.U * d.to(self.U).reshape(self.size)) @ self.V.mT
 
-    def uniform(self, scale):
-        return scale * self.S.reshape(self.size)
+    def arithmetic(self, scales):
+        return (_each(scales, self.D)[self.owner] * self.S).reshape(self.size)
 
 
 class ElementBasis(Basis):
@@ -162,8 +164,7 @@ class ElementBasis(Basis):
     name = "elements"
 
     def __init__(self, updates: Tensor):
-        self.total = updates.sum(0)
-        self.size = tuple(self.total.shape)
+        self.D, self.size = updates, tuple(updates.shape[1:])
 
     def quadratic(self, C):
         return C
@@ -172,10 +173,15 @@ class ElementBasis(Basis):
         return A
 
     def combine(self, d):
-        return d.to(self.total).reshape(self.size)
+        return d.to(self.D).reshape(self.size)
 
-    def uniform(self, scale):
-        return scale * self.total
+    def arithmetic(self, scales):
+        return torch.tensordot(_each(scales, self.D), self.D, 1)
+
+
+def _each(scales, updates: Tensor) -> Tensor:
+    """One scale per update, (K,), from as many or from one for all."""
+    return torch.as_tensor(scales, dtype=updates.dtype, device=updates.device).expand(len(updates))
 
 
 def _eigenvectors(S: Tensor, keep: int | None) -> Tensor:

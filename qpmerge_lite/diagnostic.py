@@ -40,12 +40,12 @@ def gap(pooled: Pooled, update: Tensor, family: str = "elements", updates: Tenso
     return pooled.loss(update) - minimise(prog).objective
 
 
-def disjoint(moments: Moments, updates: Tensor, family: str, ridges=(0.0,), *, prior: float = 0.0, groups: Tensor | None = None,
+def disjoint(moments: Moments, updates: Tensor, family: str, ridges=(0.0,), *, prior: float | Tensor = 0.0, groups: Tensor | None = None,
              weights: str = "tokens", penalty: str = "mean") -> Tensor:
     r"""Disjoint captured energy ``ρ̃`` (F, len(ridges)): solved, rotation included, on all folds but one, scored on that one.
 
-    Negative values are overfitting. In closed form from the moments; no second pass over data. ``prior`` is the scale of the
-    task arithmetic that the ridge pulls towards.
+    Negative values are overfitting. In closed form from the moments; no second pass over data. ``prior`` is the scale, or one
+    scale (K,) for each update, of the task arithmetic that the ridge pulls towards.
     Raises: EmptyCalibration when a fold lacks a task or there is only one fold.
     """
     if moments.folds < 2:
@@ -55,7 +55,7 @@ def disjoint(moments: Moments, updates: Tensor, family: str, ridges=(0.0,), *, p
         fitted = moments.pool([f for f in range(moments.folds) if f != out], weights)
         held = moments.pool([out], weights)
         basis = build(family, updates, fitted, groups=groups)
-        solutions = Factored(programme(fitted, basis), penalty).path(ridges, basis.uniform(prior))
+        solutions = Factored(programme(fitted, basis), penalty).path(ridges, basis.arithmetic(prior))
         scores[out] = torch.tensor([held.captured(basis.combine(d)) for d in solutions])
     return scores
 

@@ -1,7 +1,4 @@
-r"""Merging methods, all called alike: ``method(base, experts, calibration, **options) -> Merge``.
-
-Data-free methods ignore the calibration inputs. ``θ_0`` is the base, ``τ_k = θ_k - θ_0`` the task vectors.
-"""
+r"""Methods that solve layers on calibration inputs, and tuning: ``method(base, experts, calibration, **options) -> Merge``."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +12,7 @@ from .diagnostic import RIDGES, cross_fitted, gap
 from .errors import MergeError
 from .moments import Moments
 from .programme import programme
-from .sequential import Merge, average, check_experts, merge_sequentially
+from .sequential import Merge, merge_sequentially
 from .solve import Factored, minimise
 
 
@@ -27,7 +24,8 @@ class QP:
         basis: a family, or several to choose from per layer by cross-fitted captured energy.
         ridge: λ relative to Γ, or ``cross-fitted`` to choose it from ``ridges`` per layer.
         prior: the ridge, and where H is singular the choice among minimisers, pull towards ``prior · Σ_k Δ_k``: 0 is the base
-            (then ridge 0 gives ``-H⁺f``), 1/K the soup, the default: where calibration is silent, average.
+            (then ridge 0 gives ``-H⁺f``), 1/K the soup, the default: where calibration is silent, average. Towards the anchor where
+            one is given, which joins the updates that the basis is built from.
         groups: number of equal groups of output rows (family ``groups``), e.g. attention heads.
         weights, penalty: see ``moments.pool`` and ``solve.Factored``.
     """
@@ -52,20 +50,20 @@ class QP:
             raise MergeError("basis: expected a family or several to choose from, found none")
         return families
 
-    def __call__(self, moments: Moments, updates: Tensor) -> tuple[Tensor, dict]:
-        """Update (g, m, n) of one layer and its table row."""
+    def __call__(self, moments: Moments, updates: Tensor, anchor: Tensor | None = None) -> tuple[Tensor, dict]:
+        """Update (g, m, n) of one layer and its table row; ``anchor`` (g, m, n) is another merge's update."""
         if self.ridge != "cross-fitted" and not isinstance(self.ridge, (int, float)):
             raise MergeError(f"ridge: expected a number ≥ 0 or 'cross-fitted', found {self.ridge!r}")
+        prior: float | Tensor = 1 / len(updates) if self.prior is None else self.prior
+        if anchor is not None:
+            updates, prior = torch.cat([updates, anchor[None]]), torch.eye(len(updates) + 1)[-1]
         pooled = moments.pool(weights=self.weights)
-        family, ridge, score = self._choose(moments, updates)
+        family, ridge, score = self._choose(moments, updates, prior)
         basis = build(family, updates, pooled, groups=self._labels(updates))
-        solution = Factored(programme(pooled, basis), self.penalty).solve(ridge, basis.uniform(self._prior(updates)))
+        solution = Factored(programme(pooled, basis), self.penalty).solve(ridge, basis.arithmetic(prior))
         update = basis.combine(solution.d)
         row = {"basis": family, "p": solution.p, "rank": solution.rank, "ridge": ridge, "cross_fitted": score}
         return update, row | _shares(pooled, update)
-
-    def _prior(self, updates):
-        return 1 / len(updates) if self.prior is None else self.prior
 
     def _labels(self, updates):
         if self.groups is None:
@@ -75,7 +73,7 @@ class QP:
             raise MergeError(f"groups: {rows} output rows do not fall into {self.groups} equal groups")
         return torch.arange(rows) // (rows // self.groups)
 
-    def _choose(self, moments, updates):
+    def _choose(self, moments, updates, prior):
         """(family, ridge, cross-fitted captured energy), by the latter where there is a choice."""
         families = self._families
         ridges = self.ridges if self.ridge == "cross-fitted" else (float(self.ridge),)
@@ -83,16 +81,20 @@ class QP:
             if len(families) * len(ridges) > 1:
                 raise MergeError("one fold leaves nothing to choose by: give a number as ridge and one basis, or use more folds")
             return families[0], ridges[0], None
-        options = {"weights": self.weights, "penalty": self.penalty, "prior": self._prior(updates), "groups": self._labels(updates)}
+        options = {"weights": self.weights, "penalty": self.penalty, "prior": prior, "groups": self._labels(updates)}
         scores = [(f, *cross_fitted(moments, updates, f, ridges, **options)) for f in families]
         return max(scores, key=lambda s: s[2])
 
 
-def qp(base, experts, calibration, *, inputs="merged", targets="own", folds=4, scope="all", blocks=None, layers=None, progress=False,
-       **solver) -> Merge:
-    """The merge programme through all layers, or some; ``solver`` takes the fields of :class:`QP`."""
+def qp(base, experts, calibration, *, inputs="merged", targets="own", folds=4, scope="all", blocks=None, layers=None, anchor=None,
+       progress=False, **solver) -> Merge:
+    """The merge programme through all layers, or some; ``solver`` takes the fields of :class:`QP`.
+
+    Args:
+        anchor: state dict of any merge. The ridge then runs from it (λ → ∞) to the programme over a basis that contains it.
+    """
     return merge_sequentially(base, experts, calibration, QP(**solver), inputs=inputs, targets=targets, folds=folds, scope=scope,
-                              blocks=blocks, layers=layers, progress=progress)
+                              blocks=blocks, layers=layers, anchor=anchor, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -136,63 +138,39 @@ def regmean_plus_plus(base, experts, calibration, *, alpha=0.95, blocks=None, pr
                               folds=1, blocks=blocks, progress=progress)
 
 
-def soup(base, experts, calibration=None, *, weights: Sequence[float] | None = None) -> Merge:
-    """Model soup ``Σ_k w_k θ_k``; uniform by default. Raises: MergeError unless the weights sum to one."""
-    if weights is not None and (len(weights) != len(experts) or abs(sum(weights) - 1) > 1e-9):
-        raise MergeError(f"soup weights: expected {len(experts)} numbers with sum 1, found {list(weights)}; task_arithmetic scales freely")
-    state = average(base, check_experts(base, experts), weights)
-    return Merge(state, averaged=sorted(state))
+def lot(base, experts, calibration, *, blocks=None, progress=False) -> Merge:
+    """LOT Merging (arXiv:2505.23859): layer-wise feature drift on every expert's own inputs, ``W_0 + (Σ Δ_t C_t) (Σ C_t)⁺``.
 
-
-def _add(base, update: dict[str, Tensor], scale: float) -> Merge:
-    state = {k: (v.double() + scale * update[k]).to(v) if k in update else v.clone() for k, v in base.state_dict().items()}
-    return Merge(state)
-
-
-def _task_vectors(base, experts) -> list[dict[str, Tensor]]:
-    reference = {k: v.double() for k, v in base.state_dict().items() if v.is_floating_point()}
-    return [{k: e[k].double() - v for k, v in reference.items()} for e in check_experts(base, experts).values()]
-
-
-def task_arithmetic(base, experts, calibration=None, *, scale: float = 0.3) -> Merge:
-    """Task arithmetic (arXiv:2212.04089): ``θ_0 + λ Σ_k τ_k``, the sum and not the mean; ``scale`` is λ."""
-    vectors = _task_vectors(base, experts)
-    return _add(base, {k: sum(v[k] for v in vectors) for k in vectors[0]}, scale)
-
-
-def dare(base, experts, calibration=None, *, drop: float = 0.5, scale: float = 0.3, seed: int = 0) -> Merge:
-    """DARE (arXiv:2311.03099): every entry of τ_k is dropped with probability ``drop``, the rest divided by ``1 - drop``; then task arithmetic."""
-    if not 0 <= drop < 1:
-        raise MergeError(f"drop: expected a probability in [0, 1), found {drop}")
-    generator = torch.Generator().manual_seed(seed)
-    total: dict[str, Tensor] = {}
-    for vector in _task_vectors(base, experts):
-        for k in sorted(vector):
-            kept = torch.rand(vector[k].shape, generator=generator).to(vector[k].device) >= drop
-            total[k] = total.get(k, 0) + kept * vector[k] / (1 - drop)
-    return _add(base, total, scale)
-
-
-def ties(base, experts, calibration=None, *, density: float = 0.2, scale: float = 1.0) -> Merge:
-    """TIES (arXiv:2306.01708): trim each τ_k to its largest entries, elect a sign per entry, average the entries that agree; ``θ_0 + λ τ``.
-
-    As the authors' code: one trim over the whole flat vector of a model, keeping entries not below the (d - ⌊d·density⌋)-th smallest
-    magnitude; entries whose signs cancel take the sign of the majority; the mean is over non-zero agreeing entries.
+    The programme over single entries with no ridge. Biases are folded into their layers; the authors' treatment of them is not known to us.
     """
-    if not 0 < density <= 1:
-        raise MergeError(f"density: expected a fraction in (0, 1], found {density}")
-    vectors = _task_vectors(base, experts)
-    names = sorted(vectors[0])
-    flat = torch.stack([torch.cat([v[k].flatten() for k in names]) for v in vectors])
-    cut = flat.shape[1] - int(flat.shape[1] * density)
-    if cut > 0:
-        flat = flat * (flat.abs() >= flat.abs().kthvalue(cut, dim=1, keepdim=True).values)
-    sign = flat.sum(0).sign()
-    sign = torch.where(sign == 0, sign.sum().sign(), sign)
-    agree = torch.where(sign > 0, flat > 0, flat < 0)
-    merged = (flat * agree).sum(0) / agree.sum(0).clamp(min=1)
-    pieces = merged.split([vectors[0][k].numel() for k in names])
-    return _add(base, {k: p.reshape(vectors[0][k].shape) for k, p in zip(names, pieces)}, scale)
+    return qp(base, experts, calibration, basis="elements", ridge=0.0, prior=0.0, inputs="expert", folds=1, blocks=blocks, progress=progress)
+
+
+@dataclass(frozen=True)
+class FeatCal:
+    """FeatCal's closed form as a layer solver: elements, ``ω_t = 1/‖C_t‖``, an absolute ``ridge`` towards ``anchor · Σ_k Δ_k``."""
+
+    ridge: float = 0.05
+    anchor: float = 0.66
+    full_energy = False
+
+    def __call__(self, moments: Moments, updates: Tensor):
+        C, A = (z.sum(1) for z in (moments.C, moments.A))  # (T, g, ·, n)
+        norms = C.flatten(2).norm(dim=2)[:, :, None, None].clamp(min=torch.finfo(C.dtype).tiny)
+        C, A, anchor = (C / norms).sum(0), (A / norms).sum(0), self.anchor * updates.to(C).sum(0)
+        H = C + (self.ridge + 1e-8) * torch.eye(C.shape[-1]).to(C)
+        update = torch.linalg.solve(H, A + self.ridge * anchor, left=False)
+        row = {"basis": "elements", "p": update.numel(), "rank": update.numel(), "ridge": self.ridge, "cross_fitted": None}
+        return update, row | _shares(moments.pool(), update)
+
+
+def featcal(base, experts, calibration, *, ridge=0.05, anchor=0.66, blocks=None, progress=False) -> Merge:
+    """FeatCal (arXiv:2605.13030): in forward order, a ridge regression of each layer to a quarter own and three quarters propagated targets.
+
+    The authors' constants: ridge 0.05, anchor ``2.2 · 0.3`` times the sum of the updates. Their reduced weight of all but the class
+    token in the last block is not applied here, biases are folded into their layers, and what no layer covers is averaged.
+    """
+    return merge_sequentially(base, experts, calibration, FeatCal(ridge, anchor), targets=0.25, folds=1, blocks=blocks, progress=progress)
 
 
 def tune(method: Callable[..., Merge], grid: Iterable[dict], score: Callable[[dict], float], base, experts, calibration=None) -> tuple[Merge, dict, list[float]]:

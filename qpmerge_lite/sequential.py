@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,9 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .errors import MergeError, MissingLayer, NonFinite, ShapeMismatch
-from .layers import View
 from .moments import Moments
-from .walk import Walker, carries, tensor
+from .walk import Walker, carries
 
 INPUTS = ("merged", "expert", "block")
 TARGETS = {"own": 1.0, "blend": 0.5, "propagated": 0.0}
@@ -64,10 +64,21 @@ def average(base: nn.Module, experts: Mapping[str, Mapping[str, Tensor]], weight
     return {k: mean(k, v) if v.is_floating_point() else v.clone() for k, v in base.state_dict().items()}
 
 
+@contextmanager
+def evaluating(model: nn.Module):
+    """The model in evaluation mode, and as it was afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 class _Pass:
     """State of one sequential merge."""
 
-    def __init__(self, base, experts, calibration, solver, inputs, beta, scope, folds, blocks, layers):
+    def __init__(self, base, experts, calibration, solver, inputs, beta, scope, folds, blocks, layers, anchor):
         self.base, self.solver, self.inputs, self.folds = base.state_dict(), solver, inputs, folds
         self.experts = check_experts(base, experts)
         self.beta = beta if inputs == "merged" else 0.0  # on an expert's own inputs both targets agree
@@ -75,7 +86,8 @@ class _Pass:
         self.wanted = set(self.walker.views if layers is None else layers)
         for name in sorted(self.wanted - self.walker.views.keys()):
             raise MissingLayer(f"layer {name!r}: not among the layers of scope {scope!r}, which are {sorted(self.walker.views)}")
-        self.merged = average(base, self.experts)
+        self.anchor = None if anchor is None else check_experts(base, {"anchor": anchor})["anchor"]
+        self.merged = average(base, self.experts) if anchor is None else {k: v.clone() for k, v in self.anchor.items()}
         streams = carries(calibration, list(self.experts), folds, next(base.parameters()).device)
         self.walker.check(self.base, next(iter(streams.values()))[0])
         self.own = {t: list(c) for t, c in streams.items()} if inputs == "expert" or self.beta else None
@@ -138,7 +150,8 @@ class _Pass:
             updates = torch.stack([v.matrix(e) - base for e in self.experts.values()])
             part = replace(moments.rows(row, row + base.shape[1]), layer=v.name)
             row += base.shape[1]
-            update, facts = self.solver(part, updates)
+            anchor = () if self.anchor is None else (v.matrix(self.anchor) - base,)
+            update, facts = self.solver(part, updates, *anchor)
             for name, value in v.parts(base + update).items():
                 self.merged[name] = value.to(self.base[name]).contiguous()
             self.table.append({"layer": v.name, **facts})
@@ -149,7 +162,7 @@ class _Pass:
 @torch.no_grad()
 def merge_sequentially(base: nn.Module, experts, calibration, solver: Solver, *, inputs: str = "merged", targets: str | float = "own",
                        scope: str = "all", folds: int = 4, blocks: str | None = None, layers: Iterable[str] | None = None,
-                       progress: bool = True) -> Merge:
+                       anchor: Mapping[str, Tensor] | None = None, progress: bool = True) -> Merge:
     """Merge experts into one model, layer by layer in forward order.
 
     Args:
@@ -166,6 +179,8 @@ def merge_sequentially(base: nn.Module, experts, calibration, solver: Solver, *,
         scope: see :func:`layers.view`; what no layer covers is averaged and listed.
         folds: number of folds of sequences kept apart for cross-fitting.
         layers: names of the only layers to solve, the others being averaged; all by default.
+        anchor: state dict of another merge, which stands in for the average where no layer is solved; the solver is given its update
+            (g, m, n) of every layer as a third argument.
     Returns: Merge; rows in forward order. Cost: one run of each expert block, and one partial run of the merged block per stage.
     Raises: MissingLayer, ShapeMismatch, NonFinite, EmptyCalibration; MergeError for an unknown option, a batch that the model does not
         take, or a model that does more between its blocks than pass the hidden state on.
@@ -173,97 +188,11 @@ def merge_sequentially(base: nn.Module, experts, calibration, solver: Solver, *,
     beta = TARGETS.get(targets, targets) if isinstance(targets, str) else targets
     if inputs not in INPUTS or not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
         raise MergeError(f"expected inputs in {INPUTS} and targets in {tuple(TARGETS)} or a number in [0, 1]; found {inputs!r}, {targets!r}")
-    training = base.training
-    base.eval()
-    try:
-        state = _Pass(base, experts, calibration, solver, inputs, float(beta), scope, folds, blocks, layers)
+    with evaluating(base):
+        state = _Pass(base, experts, calibration, solver, inputs, float(beta), scope, folds, blocks, layers, anchor)
         for index in tqdm(range(len(state.walker)), desc="merging", unit="chunk", disable=not progress):
             if state.wanted:
                 state.chunk(index)
-    finally:
-        base.train(training)
     solved = {p for row in state.table for p in state.walker.views[row["layer"]].parameters}
-    return Merge(state.merged, state.table, sorted(k for k, v in state.base.items() if v.is_floating_point() and k not in solved))
-
-
-def layer_moments(base: nn.Module, experts, calibration, layer: str, *, scope: str = "all", folds: int = 4,
-                  blocks: str | None = None) -> tuple[View, Moments, Tensor]:
-    """View, moments (all of M, propagated targets) and residual updates (K, g, m, n) of one layer, to be solved in any basis.
-
-    Its inputs come from the averaged experts. For experts that differ in this layer only, all choices of inputs and targets agree.
-    Arguments and errors as in :func:`merge_sequentially`.
-    """
-    kept = []
-
-    def keep(moments, updates):
-        kept.append((moments, updates))
-        return torch.zeros_like(updates[0]), {}
-
-    merge_sequentially(base, experts, calibration, keep, targets="propagated", scope=scope, folds=folds, blocks=blocks, layers=(layer,),
-                       progress=False)
-    if not kept:
-        raise MissingLayer(f"layer {layer!r}: expected to be called once in a forward pass, found none or several calls; choose another layer")
-    return Walker(base, blocks, scope).views[layer], *kept[0]
-
-
-@torch.no_grad()
-def audit(base: nn.Module, state, experts, calibration, *, blocks: str | None = None) -> dict:
-    r"""Captured energy ``1 - L(W)/E`` of any merge on any inputs, layer by layer and end to end; no programme is solved.
-
-    In every layer, ``L`` compares what it puts out in the merged model with what it puts out in each expert, both on their own
-    streams; ``E`` puts the base's weights in its place. On inputs that no layer was solved on this is the strictly disjoint figure.
-    Tasks weigh the same per token; activations keep the model's precision, sums are float64.
-
-    Args:
-        state: merged state dict, by any method. The other arguments are those of :func:`merge_sequentially`.
-    Returns: ``layers`` (name -> captured energy, in forward order); ``drift`` (per block, ``Σ‖h - h_t‖² / Σ‖h_base - h_t‖²`` of the hidden
-        state behind it); ``output``, one minus that of what the model returns, which is what heads read. None where there is no residual energy.
-    """
-    experts, state, reference = check_experts(base, experts), check_experts(base, {"merge": state})["merge"], base.state_dict()
-    streams = carries(calibration, list(experts), 1, next(base.parameters()).device)
-    walker, sums = Walker(base, blocks), {}
-    training = base.training
-    base.eval()
-    try:
-        probe = next(iter(streams.values()))[0]
-        walker.check(reference, probe)
-        chunks = _views_by_chunk(walker, reference, probe)
-        for task, stream in streams.items():
-            for carry in stream:
-                _audit_batch(walker, chunks, {"merge": state, "base": reference, "expert": experts[task]}, carry, sums)
-    finally:
-        base.train(training)
-    shares = {}
-    for key, tasks in sums.items():
-        lost, energy = (sum(t[i] / t[2] for t in tasks.values()) for i in (0, 1))
-        shares[key] = lost / energy if energy else None
-    captured = lambda share: None if share is None else 1 - share
-    return {"layers": {v.name: captured(shares[v.name]) for views in chunks for v in views},
-            "drift": [shares[i] for i in range(1, len(chunks) - 1)], "output": captured(shares[len(chunks) - 1])}
-
-
-def _views_by_chunk(walker, state, carry) -> list[list[View]]:
-    chunks = []
-    for index in range(len(walker)):
-        chunks.append([v for stage in walker.stages(index, state, carry) for v in stage])
-        carry, _ = walker.run(index, state, carry)
-    return chunks
-
-
-def _audit_batch(walker, chunks, states, carry, sums):
-    """Add to ``sums[layer name or chunk][task]`` the squared errors of merge and base, and the number of tokens."""
-    def add(key, made, plain, aim):
-        made, plain, aim = (carry.samples(z) for z in (made, plain, aim))
-        total = sums.setdefault(key, {}).setdefault(carry.task, [0.0, 0.0, 0])
-        for i, z in enumerate((made, plain)):
-            total[i] += float((z - aim).square().sum(dtype=torch.float64))
-        total[2] += len(aim)
-
-    at = dict.fromkeys(states, carry)
-    for index, views in enumerate(chunks):
-        read, put = {}, {who: {} for who in states}
-        for who, state in states.items():
-            at[who], read[who] = walker.run(index, state, at[who], [v.name for v in views], puts=put[who])
-        for v in views:
-            add(v.name, put["merge"][v.name], v.output(states["base"], read["merge"][v.name]), put["expert"][v.name])
-        add(index, *(tensor(at[who].hidden) for who in ("merge", "base", "expert")))
+    averaged = sorted(k for k, v in state.base.items() if v.is_floating_point() and k not in solved and anchor is None)
+    return Merge(state.merged, state.table, averaged)

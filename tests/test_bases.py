@@ -88,10 +88,10 @@ def test_blocks_equal_the_dense_formula(device, family, layer, seed):
 @pytest.mark.parametrize("family", FAMILIES)
 @given(layer=layers(), scale=st.floats(-2, 2))
 def test_task_arithmetic_lies_in_every_basis(family, layer, scale):
-    """``combine(uniform(s)) = s Σ_k Δ_k``."""
+    """``combine(arithmetic(s)) = s Σ_k Δ_k``."""
     basis = layer.basis(family)
     total = layer.updates.sum(0)
-    update = basis.combine(basis.uniform(scale))
+    update = basis.combine(basis.arithmetic(scale))
     assert_relative(update, scale * total, 1e-9, scale=float(layer.updates.abs().max()))
 
 
@@ -205,7 +205,7 @@ def test_bad_input_is_named():
     with pytest.raises(ShapeMismatch, match=r"basis layer, residual updates: expected shape \(1, 3, 4\), found \(1, 3, 3\)"):
         build("layer", layer.updates[..., :3], pooled)
     with pytest.raises(MergeError, match="keeps 1 of 3 directions: task arithmetic is outside its span"):
-        build("rotated_rows", layer.updates, pooled, keep=1).uniform(1.0)
+        build("rotated_rows", layer.updates, pooled, keep=1).arithmetic(1.0)
     with pytest.raises(MergeError, match="rotated for other moments"):
         programme(make_layer(1).moments().pool(), build("rotated_columns", layer.updates, pooled))
     for keep in (0, -1, 4):

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from toys import TASKS
 
-from qpmerge_lite import methods
+from qpmerge_lite import datafree
 from qpmerge_lite.suites import Suite, compare
 
 
@@ -23,7 +23,7 @@ def test_choices_look_at_validation_and_test_is_scored_for_the_chosen_merge_only
     on_test = {id(state) for split, state in seen if split == "test"} - set(experts)
     on_validation = {id(state) for split, state in seen if split == "validation"} - set(experts)
     assert len(on_test) == 1 and len(on_validation) == len(compare.ENTRIES["task_arithmetic"].grid(3, 0))
-    scores = [suite.normalised(methods.task_arithmetic(suite.base, suite.experts, **o).state_dict, "validation")["mean"]
+    scores = [suite.normalised(datafree.task_arithmetic(suite.base, suite.experts, **o).state_dict, "validation")["mean"]
               for o in compare.ENTRIES["task_arithmetic"].grid(3, 0)]
     assert found["options"] == compare.ENTRIES["task_arithmetic"].grid(3, 0)[int(np.argmax(scores))]
     assert found["validation"] == max(scores)
@@ -51,8 +51,9 @@ def test_results_belong_to_the_images_they_are_judged_on(suite, split):
 
 
 @pytest.mark.parametrize("name, options, edge", [
-    ("ties", {"density": 0.1, "scale": 0.2}, ["scale"]), ("ties", {"density": 0.03, "scale": 1.0}, ["density", "scale"]),
+    ("ties", {"density": 0.2, "scale": 0.2}, ["scale"]), ("ties", {"density": 0.05, "scale": 1.0}, ["density", "scale"]),
     ("task_arithmetic", {"scale": 0.2}, []), ("regmean", {"alpha": 1.0}, []), ("regmean", {"alpha": 0.5}, ["alpha"]),
+    ("qp_rows", {"basis": "rows", "targets": "own", "prior": 0.125}, []),
     ("dare", {"drop": 0.3, "scale": 0.1, "seed": 0}, []), ("qp_rows", {"basis": "rows", "targets": "own"}, []),
 ])
 def test_choices_at_an_end_of_their_grid_are_marked(name, options, edge):
@@ -64,3 +65,9 @@ def test_choices_at_an_end_of_their_grid_are_marked(name, options, edge):
 def test_seed_interval_is_students():
     mean, (low, high) = compare.seed_interval([1.0, 2.0, 3.0])
     assert mean == 2 and high - mean == pytest.approx(4.302653 / 3**0.5, rel=1e-6) and mean - low == pytest.approx(high - mean)
+
+
+def test_ranks_are_places_among_the_merges_of_a_seed():
+    row = lambda method, value: {"method": method, "label": method, "seed": 0, "validation": 1.0, "accuracy": {"a": value}, "normalised": {"mean": value}}
+    places = compare.ranks([row("experts", 1.0), row("multitask", 0.99), row("x", 0.8), row("y", 0.9), row("z", 0.8)])
+    assert places.loc[0].to_dict() == {"x": 2.5, "y": 1.0, "z": 2.5}

@@ -414,7 +414,7 @@ def test_moments_of_one_layer_price_merges_in_it(layer):
     """For experts that differ in one layer: any basis solved from its moments is the merge that a pass makes."""
     base, _, calibration = vision()
     experts = {t: {k: e[k] if k.startswith(layer + ".") else v for k, v in base.state_dict().items()} for t, e in experts_of(base).items()}
-    view, moments, updates = q.layer_moments(base, experts, calibration, layer)
+    view, moments, updates = q.layer_moments(base, experts, calibration, [layer])[layer]
     for targets in ("own", "propagated"):
         merge = q.qp(base, experts, calibration, basis="rotated_rows", targets=targets, layers=[layer])
         update, row = q.QP("rotated_rows")(moments, updates)
@@ -447,4 +447,4 @@ def test_a_layer_that_is_called_twice_has_no_moments():
 
     base, experts, calibration = chain(Twice())
     with pytest.raises(MissingLayer, match="layer 'blocks.0.again': expected to be called once in a forward pass"):
-        q.layer_moments(base, experts, calibration, "blocks.0.again")
+        q.layer_moments(base, experts, calibration, ["blocks.0.again"])

@@ -13,7 +13,8 @@ LAYER = "blocks.0.up"
 
 
 @pytest.fixture
-def one_layer(suite):
+def one_layer(suite, monkeypatch):
+    monkeypatch.setattr(compare, "multitask", lambda suite: (suite, suite.base.state_dict()))  # toy suites are not trained
     base = suite.base.state_dict()
     suite.experts = {t: {k: e[k] if k.startswith(LAYER + ".") else v for k, v in base.items()} for t, e in suite.experts.items()}
     suite.layer = LAYER
@@ -22,7 +23,8 @@ def one_layer(suite):
 
 def test_energies_of_one_layer_are_those_of_an_audit(one_layer):
     found = single.result(one_layer, 8)
-    assert [m["method"] for m in found["methods"]] == ["base", *compare.HEURISTICS, "regmean", *(f"qp_{f}" for f in single.FAMILIES)]
+    assert [m["method"] for m in found["methods"]] == [
+        "base", *compare.HEURISTICS, *single.ANYWHERE, "regmean", "featcal", "lot", *(f"qp_{f}" for f in single.FAMILIES), "multitask"]
     problem = single.Problem.of(one_layer, 8)
     for solver, method in ((q.QP("rows"), "qp_rows"), (q.QP("elements"), "qp_elements")):
         merge, kept = problem.solve(solver), next(m for m in found["methods"] if m["method"] == method)
@@ -46,7 +48,7 @@ def test_only_the_layer_is_merged(one_layer):
 
 
 def test_the_full_span_wins_in_sample(one_layer):
-    energies = {m["method"]: m["captured"]["in_sample"] for m in single.result(one_layer, 8)["methods"] if m["method"] != "qp_elements"}
+    energies = {m["method"]: m["captured"]["in_sample"] for m in single.result(one_layer, 8)["methods"] if "captured" in m}
     best = single.Problem.of(one_layer, 8).solve(q.QP("elements", ridge=0.0))
     assert max(energies.values()) <= best.table[0]["captured"] + 1e-9 and energies["base"] == 0
 
@@ -70,7 +72,7 @@ def test_summaries_pair_methods_by_seed(suite, tmp_path):
 
 def test_results_tell_every_validation_score_and_captured_energies(suite):
     found = compare.result(suite, "qp_rows", 8)
-    assert len(found["scores"]) == 3 and found["validation"] == max(found["scores"])
+    assert len(found["scores"]) == 4 and found["validation"] == max(found["scores"])
     merge = q.qp(suite.base, suite.experts, suite.calibration(8), **found["options"])
     assert found["captured"] == compare.energies(suite, merge.state_dict, 8)
     made = compare.variant(suite, 8, **found["options"])
@@ -96,5 +98,5 @@ def test_rank_correlation_within_problems_and_pooled():
 
 def test_evidence_has_a_row_per_merge(one_layer):
     frame = population.one_layer([single.result(one_layer, 8) | {"suite": "toy"}])
-    assert len(frame) == len(frame.method.unique()) == 6 + 1 + len(single.FAMILIES) and frame.problem.nunique() == 1
-    assert set(frame.kind) == {population.HEURISTIC, population.REGMEAN, population.PROGRAMME}
+    assert len(frame) == len(frame.method.unique()) == 6 + len(single.ANYWHERE) + 3 + len(single.FAMILIES) and frame.problem.nunique() == 1
+    assert set(frame.kind) == {population.HEURISTIC, population.NEIGHBOUR, population.PROGRAMME}

@@ -31,13 +31,13 @@ def counted(tmp_path, monkeypatch):
     monkeypatch.setattr(vision, "RECIPE", QUICK)
     monkeypatch.setattr(vision, "SPLITS", {"train": 64, "validation": 24, "test": 24})
     monkeypatch.setattr(suites, "_data", suites._data.__wrapped__)
-    trained, original = [], training.train_expert
+    trained, original = [], training.train
 
-    def train_expert(*args, **options):
-        trained.append(args[6])
+    def train(*args, **options):
+        trained.append(", ".join(args[2]))
         return original(*args, **options)
 
-    monkeypatch.setattr(training, "train_expert", train_expert)
+    monkeypatch.setattr(training, "train", train)
     return trained
 
 
@@ -212,6 +212,15 @@ def test_experts_of_one_layer_are_the_base_elsewhere(single, counted):
         assert changed == {f"{LAYER}.weight", f"{LAYER}.bias"}
 
 
+def test_one_encoder_is_trained_on_all_tasks_and_kept(counted):
+    suite = suites.load("vision", progress=False, tasks=PAIR)
+    joint, state = suites.multitask(suite)
+    assert counted == [*PAIR, ", ".join(PAIR)] and set(joint.heads) == set(PAIR)
+    again, kept = suites.multitask(suite)
+    assert len(counted) == 3 and same(state, kept) and all(same(joint.heads[t], again.heads[t]) for t in PAIR)
+    assert joint.evaluate(state).keys() == suite.evaluate(state).keys() and not same(joint.heads["greek"], suite.heads["greek"])
+
+
 def test_evaluation_from_the_changed_block_on_is_evaluation(single, monkeypatch):
     """With a kept prefix or from the start, for states that differ in the layer, and for one that differs elsewhere too."""
     elsewhere = {**single.experts["greek"], "blocks.0.up.bias": torch.ones_like(single.base.blocks[0].up.bias)}
@@ -232,17 +241,17 @@ def test_training_is_deterministic(counted, monkeypatch, tmp_path):
 
 
 def test_interrupted_training_keeps_the_experts_that_were_ready(counted, monkeypatch):
-    working = training.train_expert
+    working = training.train
 
     def interrupted(*args, **options):
-        if args[6] == "digits":
+        if "digits" in args[2]:
             raise KeyboardInterrupt
         return working(*args, **options)
 
-    monkeypatch.setattr(training, "train_expert", interrupted)
+    monkeypatch.setattr(training, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         suites.load("vision", progress=False, tasks=PAIR)
-    monkeypatch.setattr(training, "train_expert", working)
+    monkeypatch.setattr(training, "train", working)
     suites.load("vision", progress=False, tasks=PAIR)
     assert counted == PAIR
 

@@ -17,13 +17,15 @@ together with its expert.
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import linear
 from tqdm import tqdm
 
+from ..assess import Layers, layer_moments
 from ..errors import MergeError, MissingLayer, ShapeMismatch
 from ..manifests import load_manifest, verify
 from ..walk import Carry, Walker
@@ -85,6 +87,13 @@ class Suite:
         chosen = torch.randperm(len(rows), generator=training.seeded(seed, task, "calibration"))[skip : skip + n]
         return training.batches(training.tensors(rows, self.collate, self.device, chosen)[0], batch_size)
 
+    def layers(self, n, skip=0) -> Layers:
+        """Moments of every layer on the experts' own inputs, of n calibration examples per task; made once and held."""
+        if ("layers", n, skip) not in self._held:
+            batches = self.calibration(n, skip=skip)
+            self._held["layers", n, skip] = layer_moments(self.base, self.experts, batches, folds=1, full_energy=False)
+        return self._held["layers", n, skip]
+
     def evaluate(self, state_dict: dict[str, Tensor], split="test", tasks=None) -> dict[str, float]:
         """Accuracy of an encoder on each task with the task's own head.
 
@@ -106,11 +115,13 @@ class Suite:
             self._held[task, split] = training.tensors(self._split(task, split), self.collate, self.device)
         return self._held[task, split]
 
+    def classifiers(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Task -> its head as a function of features (N, d) to logits (N, classes)."""
+        return {t: partial(linear, weight=head["weight"], bias=head["bias"]) for t, head in self.heads.items()}
+
     @torch.no_grad()
     def _accuracy(self, state, task, split) -> float:
-        labels, head = self.tensors(task, split)[1], self.heads[task]
-        found = self._features(state, task, split)
-        scores = found @ head["weight"].T + head["bias"]
+        labels, scores = self.tensors(task, split)[1], self.classifiers()[task](self._features(state, task, split))
         return int((scores.argmax(1) == labels).sum()) / len(labels)
 
     def _features(self, state, task, split) -> Tensor:
@@ -179,6 +190,17 @@ def task_names(name: str, tier="smoke") -> list[str]:
     return list(_definition(name, tier).TASKS)
 
 
+def _parts(name, tier, seed, device, tasks, layer):
+    """Definition of a suite, its base beside its hash, and by task the data, and the training split as tensors."""
+    definition = _definition(name, tier)
+    verify(load_manifest(definition.MANIFEST))
+    base, sha256 = definition.base()
+    base.to(device).eval().requires_grad_(False)
+    recipe = definition.RECIPE if layer is None else replace(definition.LAYER_RECIPE, layer=layer)
+    data, examples = ({task: _data(REGISTRY[name, tier], task, seed)[i] for task in tasks} for i in (0, 1))
+    return definition, base, sha256, recipe, data, examples
+
+
 def load(name: str, tier="smoke", seed=0, device="cpu", progress=True, tasks=None, layer=None) -> Suite:
     """Load a suite; its experts are read from the cache or trained, one by one, and kept.
 
@@ -188,17 +210,24 @@ def load(name: str, tier="smoke", seed=0, device="cpu", progress=True, tasks=Non
         layer: train this layer of the encoder alone, by the suite's recipe for that; all of it by default.
     Raises: MergeError for an unknown suite, tier or task; ManifestError when a source is not what the manifest says.
     """
-    definition = _definition(name, tier)
-    tasks = _choose(tasks, definition.TASKS, f"suite {name!r}")
-    verify(load_manifest(definition.MANIFEST))
-    base, sha256 = definition.base()
-    base.to(device).eval().requires_grad_(False)
-    data, examples = ({task: _data(REGISTRY[name, tier], task, seed)[i] for task in tasks} for i in (0, 1))
-    recipe = definition.RECIPE if layer is None else replace(definition.LAYER_RECIPE, layer=layer)
-    folder = training.cache_folder() / f"{name}-{tier}"
-    experts, heads = {}, {}
+    tasks = _choose(tasks, task_names(name, tier), f"suite {name!r}")
+    definition, base, sha256, recipe, data, examples = _parts(name, tier, seed, device, tasks, layer)
+    experts, heads, folder = {}, {}, training.cache_folder() / f"{name}-{tier}"
     for task in tqdm(tasks, desc=f"{name} experts", disable=not progress):
-        parts = training.expert(base, sha256, *examples[task], definition.N_CLASSES[task], recipe, seed, task, folder, progress)
+        parts = training.expert(base, sha256, examples[task], definition.N_CLASSES[task], recipe, seed, task, folder, progress)
         experts[task], heads[task] = ({k: v.to(device) for k, v in part.items()} for part in parts)
     classes = {task: definition.N_CLASSES[task] for task in tasks}
     return Suite(name, tier, seed, device, tasks, data, base, experts, heads, classes, definition.collate, layer)
+
+
+def multitask(suite: Suite, progress=False) -> tuple[Suite, dict[str, Tensor]]:
+    """The ceiling of merging: one encoder trained on all tasks at once, and the suite with the heads trained with it. Kept like an expert.
+
+    Twice the steps of an expert, each with a quarter of its batch of every task.
+    """
+    _, base, sha256, recipe, _, examples = _parts(suite.name, suite.tier, suite.seed, suite.device, suite.tasks, suite.layer)
+    recipe = replace(recipe, steps=2 * recipe.steps, batch=recipe.batch // 4)
+    folder = training.cache_folder() / f"{suite.name}-{suite.tier}"
+    state, heads = training.multitask(base, sha256, examples, suite.n_classes, recipe, suite.seed, folder, progress)
+    on = lambda part: {k: v.to(suite.device) for k, v in part.items()}
+    return replace(suite, heads={t: on(head) for t, head in heads.items()}, _held=suite._held, _ceilings={}), on(state)

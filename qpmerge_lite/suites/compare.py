@@ -7,14 +7,16 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from .. import methods
+from .. import datafree, gradient, methods
+from ..assess import audit
 from ..records import read_json, write_json
-from ..sequential import TARGETS, audit
-from . import Suite, load, training
+from ..sequential import Merge
+from . import Suite, load, multitask, training
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,20 @@ class Entry:
     label: str
     call: Callable
     grid: Callable[[int, int], list[dict]]  # of the number of experts and the seed
+    heads: bool = False  # whether the call takes the tasks' heads
 
-    def tuned(self, suite: Suite, calibration) -> tuple[methods.Merge, dict, list[float]]:
+    def bound(self, suite: Suite) -> Callable:
+        """The call, with the suite's heads where it takes them."""
+        return partial(self.call, heads=suite.classifiers()) if self.heads else self.call
+
+    def tuned(self, suite: Suite, calibration) -> tuple[Merge, dict, list[float]]:
         """The merge with the highest mean normalised validation accuracy, its options, and that accuracy for every entry of the grid."""
         score = lambda state: suite.normalised(state, "validation")["mean"]
-        return methods.tune(self.call, self.grid(len(suite.experts), suite.seed), score, suite.base, suite.experts, calibration)
+        return methods.tune(self.bound(suite), self.grid(len(suite.experts), suite.seed), score, suite.base, suite.experts, calibration)
 
 
 def _base(base, experts, calibration=None):
-    return methods.Merge(dict(base.state_dict()))
+    return Merge(dict(base.state_dict()))
 
 
 def _tilted(k: int) -> list[dict]:
@@ -55,23 +62,32 @@ def _once(k, seed):
 
 FAMILIES = ("layer", "rows", "rotated_rows", "rotated_columns", "elements")
 HEURISTICS = ("soup", "weighted_soup", "task_arithmetic", "ties", "dare")
+NEIGHBOURS = ("fisher", "tsv_merge", "iso_c", "wudi", "adamerging", "featcal", "lot", "regmean", "regmean_plus_plus")
+ANCHOR = 0.66  # FeatCal's anchor, in units of the sum of the updates
 ALPHAS = (0.5, 0.9, 0.95, 1.0)
 ENTRIES = {
     "base": Entry("base", _base, _once),
-    "soup": Entry("uniform soup", methods.soup, _once),
-    "weighted_soup": Entry("weighted soup", methods.soup, lambda k, seed: _tilted(k)),
-    "task_arithmetic": Entry("task arithmetic", methods.task_arithmetic, lambda k, seed: _product(
+    "soup": Entry("uniform soup", datafree.soup, _once),
+    "weighted_soup": Entry("weighted soup", datafree.soup, lambda k, seed: _tilted(k)),
+    "task_arithmetic": Entry("task arithmetic", datafree.task_arithmetic, lambda k, seed: _product(
         scale=(0.05, 0.1, 1 / k, 0.15, 0.2, 0.3, 0.4, 0.6, 1.0))),
-    "ties": Entry("TIES", methods.ties, lambda k, seed: _product(
-        density=(0.03, 0.1, 0.2, 0.4), scale=(0.2, 0.35, 0.5, 0.7, 1.0))),
-    "dare": Entry("DARE", methods.dare, lambda k, seed: _product(
+    "ties": Entry("TIES", datafree.ties, lambda k, seed: _product(
+        density=(0.05, 0.2, 0.4), scale=(0.2, 0.35, 0.5, 0.7, 1.0))),
+    "dare": Entry("DARE", datafree.dare, lambda k, seed: _product(
         drop=(0.1, 0.5, 0.9), scale=(0.05, 0.1, 1 / k, 0.3), seed=(seed,))),
+    "fisher": Entry("Fisher", gradient.fisher, lambda k, seed: _product(normalise=(False, True), seed=(seed,)), heads=True),
+    "tsv_merge": Entry("TSV-M", datafree.tsv_merge, lambda k, seed: _product(scale=(0.2, 0.35, 0.5, 0.7, 1.0))),
+    "iso_c": Entry("Iso-C", datafree.iso_c, lambda k, seed: _product(scale=(0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5))),
+    "wudi": Entry("WUDI", datafree.wudi, lambda k, seed: [{"rate": 1e-5, "scale": 1.0}, *_product(rate=(1e-4, 1e-3), scale=(0.35, 0.7))]),
+    "adamerging": Entry("AdaMerging", gradient.adamerging, lambda k, seed: _product(scale=(0.1, 0.3), seed=(seed,)), heads=True),
+    "featcal": Entry("FeatCal", methods.featcal, lambda k, seed: _product(ridge=(0.05, 0.25), anchor=(0.25, ANCHOR, 1.2))),
+    "lot": Entry("LOT", methods.lot, _once),
     "regmean": Entry("RegMean", methods.regmean, lambda k, seed: _product(alpha=ALPHAS)),
     "regmean_plus_plus": Entry("RegMean++", methods.regmean_plus_plus, lambda k, seed: _product(alpha=ALPHAS)),
-    **{f"qp_{f}": Entry(f"QP {f.replace('_', ' ')}", methods.qp, lambda k, seed, f=f: _product(basis=(f,), targets=tuple(TARGETS)))
-       for f in FAMILIES},
+    **{f"qp_{f}": Entry(f"QP {f.replace('_', ' ')}", methods.qp, lambda k, seed, f=f: _product(
+        basis=(f,), targets=("own", "propagated"), prior=(1 / k, ANCHOR))) for f in FAMILIES},
     "qp_weights": Entry("QP weights only", methods.qp, lambda k, seed: _product(
-        basis=("elements",), targets=tuple(TARGETS), scope=("weights",))),
+        basis=("elements",), targets=("own", "propagated"), prior=(1 / k, ANCHOR), scope=("weights",))),
 }
 
 
@@ -101,7 +117,7 @@ def kept(suite: Suite, name: str, settings, make: Callable[[], dict]) -> dict:
     return read_json(path)
 
 
-def judged(suite: Suite, name: str, label: str, merge: methods.Merge, options: dict, scores: list[float]) -> dict:
+def judged(suite: Suite, name: str, label: str, merge: Merge, options: dict, scores: list[float]) -> dict:
     """A chosen merge on the test split: the one time that a method and seed touch it."""
     accuracy = suite.evaluate(merge.state_dict)
     return {"method": name, "label": label, "seed": suite.seed, "options": options, "scores": scores, "validation": max(scores),
@@ -118,6 +134,12 @@ def energies(suite: Suite, state: dict, size: int) -> dict:
         audited = audit(suite.base, state, suite.experts, suite.calibration(size, skip=skip))
         found[where] = {"layers": sum(audited["layers"].values()) / len(audited["layers"]), "output": audited["output"]}
     return found
+
+
+def again(suite: Suite, name: str, size: int) -> Merge:
+    """The merge that :func:`result` chose, made again from its options."""
+    entry = ENTRIES[name]
+    return entry.bound(suite)(suite.base, suite.experts, suite.calibration(size), **result(suite, name, size)["options"])
 
 
 def result(suite: Suite, name: str, size: int) -> dict:
@@ -156,23 +178,34 @@ def own_accuracy(suite: Suite, split: str = "test") -> dict[str, float]:
     return {t: suite.evaluate(suite.experts[t], split, [t])[t] for t in suite.tasks}
 
 
+def ceilings(suite: Suite) -> list[dict]:
+    """Results of the experts themselves and of one encoder trained on all tasks at once, as of :func:`result`."""
+
+    def row(name, label, accuracy):
+        return {"method": name, "label": label, "seed": suite.seed, "options": {}, "scores": [1.0], "validation": 1.0, "accuracy": accuracy,
+                "normalised": suite.over_experts(accuracy), "seconds": 0.0}
+
+    joint, state = multitask(suite)
+    return [row("experts", "experts", own_accuracy(suite)), row("multitask", "multi-task training", joint.evaluate(state))]
+
+
 def compare(name: str, seeds: int, size: int, tier="smoke", device="cpu", first_seed=0, entries=tuple(ENTRIES)) -> list[dict]:
-    """Results of all entries and of the experts themselves over seeds; suites are loaded one at a time."""
+    """Results of all entries and of the ceilings over seeds; suites are loaded one at a time."""
     found = []
     for seed in range(first_seed, first_seed + seeds):
         suite = load(name, tier, seed, device, progress=False)
-        found.append({"method": "experts", "label": "experts", "seed": seed, "options": {}, "scores": [1.0], "validation": 1.0,
-                      "accuracy": own_accuracy(suite), "normalised": {**dict.fromkeys(suite.tasks, 1.0), "mean": 1.0}, "seconds": 0.0})
+        found += ceilings(suite)
         found += [result(suite, entry, size) for entry in entries]
     return found
 
 
 def at_grid_edge(found: dict) -> list[str]:
-    """Options chosen at an end of their grid, where a wider one might have done better; α = 1, RegMean unshrunk, is no such end."""
+    """Options chosen at an end of their grid, where a wider one might have done better; α = 1, RegMean unshrunk, and the programme's
+    two priors are no such ends."""
     if found["method"] not in ENTRIES:
         return []
     grid = ENTRIES[found["method"]].grid(len(found["accuracy"]), found["seed"])
-    return [k for k, v in found["options"].items() if isinstance(v, float) and (k, v) != ("alpha", 1.0)
+    return [k for k, v in found["options"].items() if isinstance(v, float) and (k, v) != ("alpha", 1.0) and k != "prior"
             and v in (min(g[k] for g in grid), max(g[k] for g in grid))]
 
 
@@ -216,8 +249,14 @@ def seed_interval(values, level: float = 0.95) -> tuple[float, tuple[float, floa
     return float(mean), (float(mean - half), float(mean + half))
 
 
+def ranks(results: list[dict]):
+    """Place of every merge among all merges of its seed, 1 the best, as a ``pandas.DataFrame``: a row per seed, a column per method."""
+    merges = frame(results).query("task == 'mean' and method not in ('experts', 'multitask')")
+    return merges.pivot(index="seed", columns="method", values="normalised").rank(axis=1, ascending=False)
+
+
 def summarise(records, name: str, results: list[dict]):
-    """Record, under ids that begin with ``name``, every method's accuracy, the picks of validation, and paired differences over seeds.
+    """Record, under ids that begin with ``name``, every method's accuracy and rank, the picks of validation, and paired differences.
 
     Returns: labels by method; normalised mean accuracy as a ``pandas.DataFrame``, a row per seed and a column per method, best
         first; and (mean, interval) by method.
@@ -228,8 +267,8 @@ def summarise(records, name: str, results: list[dict]):
     means = means[means.mean().sort_values(ascending=False).index]
     intervals = {m: seed_interval(means[m]) for m in means}
     validation = overall.groupby("method").validation.mean()
-    programmes = [f"qp_{f}" for f in FAMILIES]
-    heuristic, best = validation[list(HEURISTICS)].idxmax(), validation[programmes].idxmax()
+    picks = {"best_heuristic": HEURISTICS, "best_neighbour": NEIGHBOURS, "best_qp": [f"qp_{f}" for f in FAMILIES]}
+    picks = {id: validation[list(methods)].idxmax() for id, methods in picks.items()}
 
     def keep(id, mean_and_interval):
         records.record(f"{name}.{id}", mean_and_interval[0], n=len(means), interval=mean_and_interval[1])
@@ -237,13 +276,21 @@ def summarise(records, name: str, results: list[dict]):
     keep("experts.raw", seed_interval(overall[overall.method == "experts"].accuracy))
     for m, found in intervals.items():
         keep(f"{m}.accuracy", found)
-    for id, m in (("best_heuristic", heuristic), ("best_qp", best)):
+    for m, places in ranks(results).items():
+        keep(f"{m}.rank", seed_interval(places))
+    for id, m in picks.items():
         records.record(f"{name}.{id}.label", labels[m])
         keep(f"{id}.accuracy", intervals[m])
-    pairs = [(f"{p}.minus_{id}", p, m) for p in (*programmes, "qp_weights") for id, m in (("best_heuristic", heuristic), ("regmean", "regmean"))]
-    pairs += [(f"best_qp.minus_{id}", best, m) for id, m in (("best_heuristic", heuristic), ("regmean", "regmean"))]
-    pairs += [("soup.minus_base", "soup", "base"), ("regmean.minus_soup", "regmean", "soup"),
-              ("qp_elements.minus_regmean_plus_plus", "qp_elements", "regmean_plus_plus"), ("qp_rotated_rows.minus_qp_rows", "qp_rotated_rows", "qp_rows")]
-    for id, first, second in pairs:
+    for id, first, second in _pairs(picks):
         keep(id, seed_interval(means[first] - means[second]))
     return labels, means, intervals
+
+
+def _pairs(picks: dict[str, str]) -> list[tuple[str, str, str]]:
+    """(id, method, method subtracted from it) of the differences that are recorded."""
+    rivals = {**{id: m for id, m in picks.items() if id != "best_qp"}, "regmean": "regmean"}
+    programmes = {**{f"qp_{f}": f"qp_{f}" for f in (*FAMILIES, "weights")}, "best_qp": picks["best_qp"]}
+    return [*((f"{p}.minus_{id}", m, other) for p, m in programmes.items() for id, other in rivals.items()),
+            ("soup.minus_base", "soup", "base"), ("regmean.minus_soup", "regmean", "soup"),
+            ("best_neighbour.minus_best_heuristic", picks["best_neighbour"], picks["best_heuristic"]),
+            ("qp_elements.minus_regmean_plus_plus", "qp_elements", "regmean_plus_plus"), ("qp_rotated_rows.minus_qp_rows", "qp_rotated_rows", "qp_rows")]

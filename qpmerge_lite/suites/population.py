@@ -1,12 +1,14 @@
 """All merges of a suite, one layer or many, with their captured energies and their accuracy: what the diagnostic is judged on."""
 from __future__ import annotations
 
+from .compare import NEIGHBOURS
+
 ENERGIES = ("in_sample", "disjoint")
-HEURISTIC, REGMEAN, PROGRAMME = "heuristics", "RegMean", "programme"
+HEURISTIC, NEIGHBOUR, PROGRAMME = "heuristics", "neighbours", "programme"
 
 
 def _kind(method: str) -> str:
-    return PROGRAMME if method.startswith("qp_") else REGMEAN if method.startswith("regmean") else HEURISTIC
+    return PROGRAMME if method.startswith("qp_") else NEIGHBOUR if method in NEIGHBOURS else HEURISTIC
 
 
 def one_layer(results: list[dict]):
@@ -16,7 +18,7 @@ def one_layer(results: list[dict]):
     return pd.DataFrame([{"suite": r["suite"], "problem": f"{r['suite']} {r['layer']} {r['seed']}", "layer": r["layer"], "seed": r["seed"],
                           "method": m["method"], "label": m["label"], "kind": _kind(m["method"]), "accuracy": m["normalised"]["mean"],
                           "validation": m["validation"], **m["captured"]}
-                         for r in results for m in r["methods"]])
+                         for r in results for m in r["methods"] if "captured" in m])
 
 
 def many_layers(name: str, results: list[dict], energy: str):
@@ -26,7 +28,7 @@ def many_layers(name: str, results: list[dict], energy: str):
     return pd.DataFrame([{"suite": name, "problem": f"{name} {r['seed']}", "seed": r["seed"], "method": r["method"], "label": r["label"],
                           "kind": _kind(r["method"]), "accuracy": r["normalised"]["mean"], "validation": r["validation"],
                           **{where: r["captured"][where][energy] for where in ENERGIES}}
-                         for r in results if r["method"] != "experts"])
+                         for r in results if "captured" in r])
 
 
 def rank_correlation(frame, energy: str, draws: int, seed: int, within: bool) -> tuple[float, tuple[float, float]]:

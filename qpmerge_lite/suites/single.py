@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .. import methods
+from ..assess import layer_moments
+from ..diagnostic import gap
 from ..layers import View
 from ..moments import Moments
-from ..sequential import average, layer_moments
+from ..sequential import Merge, average
 from . import Suite, compare, load, task_names
 from .synthetic import promises
 
@@ -20,6 +22,7 @@ LAYERS = {"vision": ("blocks.0.attention.value", "blocks.1.up"), "language": ("b
 FAMILIES = ("layer", "groups", "rows", "rotated_rows", "columns", "rotated_columns", "singular", "elements")
 HEADS = 4  # groups of rows
 TASKS = 3  # the first ones of a suite
+ANYWHERE = ("fisher", "tsv_merge", "iso_c", "wudi", "adamerging")  # neighbours that merge whole models, whatever differs
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Problem:
     @classmethod
     def of(cls, suite: Suite, size: int, scope: str = "all") -> Problem:
         """The problem of a suite loaded with ``layer``; ``size`` examples per task on either side."""
-        gather = lambda skip: layer_moments(suite.base, suite.experts, suite.calibration(size, skip=skip), suite.layer, scope=scope)
+        gather = lambda skip: layer_moments(suite.base, suite.experts, suite.calibration(size, skip=skip), (suite.layer,), scope=scope)[suite.layer]
         view, moments, updates = gather(0)
         return cls(suite, view, moments, gather(size)[1], updates, scope)
 
@@ -44,17 +47,19 @@ class Problem:
         """``W - W0`` (g, m, n) of a merged state dict."""
         return self.view.matrix(state) - self.view.matrix(self.suite.base.state_dict())
 
-    def solve(self, solver) -> methods.Merge:
+    def solve(self, solver) -> Merge:
         """The merge that a layer solver finds; a bias outside the scope is averaged."""
         update, row = solver(self.moments, self.updates)
         state, base = average(self.suite.base, self.suite.experts), self.suite.base.state_dict()
         parts = self.view.parts(self.view.matrix(base) + update)
-        return methods.Merge(state | {k: v.to(base[k]) for k, v in parts.items()}, [{"layer": self.view.name, **row}])
+        return Merge(state | {k: v.to(base[k]) for k, v in parts.items()}, [{"layer": self.view.name, **row}])
 
 
 def _solvers(problem: Problem, weights: Problem) -> dict:
-    """name -> (label, candidate merges as (options, merge)); RegMean's α is tuned on validation data, ridges need no label."""
-    entries = {"regmean": ("RegMean", [({"alpha": a}, weights.solve(methods.RegMean(a))) for a in compare.ALPHAS])}
+    """name -> (label, candidate merges as (options, merge)); α and FeatCal's constants are tuned on validation data, ridges need no label."""
+    entries = {"regmean": ("RegMean", [({"alpha": a}, weights.solve(methods.RegMean(a))) for a in compare.ALPHAS]),
+               "featcal": ("FeatCal", [(o, problem.solve(methods.FeatCal(**o))) for o in compare.ENTRIES["featcal"].grid(TASKS, 0)]),
+               "lot": ("LOT", [({}, problem.solve(methods.QP("elements", ridge=0.0, prior=0.0)))])}
     for family in FAMILIES:
         solver = methods.QP(basis=family, groups=HEADS if family == "groups" else None)
         entries[f"qp_{family}"] = f"QP {family.replace('_', ' ')}", [({}, problem.solve(solver))]
@@ -63,9 +68,9 @@ def _solvers(problem: Problem, weights: Problem) -> dict:
 
 def _chosen(suite: Suite, problem: Problem, size: int):
     """Every method with its merge, options and validation scores."""
-    for name in ("base", *compare.HEURISTICS):
+    for name in ("base", *compare.HEURISTICS, *ANYWHERE):
         entry = compare.ENTRIES[name]
-        yield name, entry.label, *entry.tuned(suite, None)
+        yield name, entry.label, *entry.tuned(suite, suite.calibration(size))
     for name, (label, candidates) in _solvers(problem, Problem.of(suite, size, "weights")).items():
         scores = [suite.normalised(merge.state_dict, "validation")["mean"] for _, merge in candidates]
         options, merge = candidates[scores.index(max(scores))]
@@ -86,7 +91,9 @@ def result(suite: Suite, size: int) -> dict:
         for name, label, merge, options, scores in _chosen(suite, problem, size):
             row = compare.judged(suite, name, label, merge, options, scores)
             row["captured"] = {where: pool.captured(problem.update(merge.state_dict)) for where, pool in pools.items()}
-            found.append(row | {"ridge": merge.table[0]["ridge"] if merge.table else None})
+            row["certificate"] = gap(pools["in_sample"], problem.update(merge.state_dict)) / pools["in_sample"].energy
+            found.append(row | {"ridge": merge.table[0].get("ridge") if merge.table else None})
+        found.append(compare.ceilings(suite)[1])
         return {"layer": suite.layer, "seed": suite.seed, "facts": facts(problem), "methods": found}
 
     return compare.kept(suite, "single", [suite.layer, size, FAMILIES, compare.ALPHAS], make)

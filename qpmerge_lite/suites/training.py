@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..errors import MergeError
 
 # Raised whenever this file changes what an expert's weights are.
-CODE_VERSION = 1
+CODE_VERSION = 2
 CHUNK = 512
 
 
@@ -106,28 +106,33 @@ def linear_probe(x: Tensor, y: Tensor, classes: int, recipe: Recipe, generator: 
     return head
 
 
-def train_expert(base, probe, inputs, labels, recipe, seed, task, progress=True):
-    """Train encoder and head together, from the base and a probe on it.
+def train(base, probes, data, recipe, seed, progress=True):
+    """Train one encoder and the heads of one or several tasks together, from the base and probes on it.
 
     Args:
-        base, probe: encoder, and linear head fitted on its features; they are copied, not changed.
-        inputs: keyword arguments of the encoder, each with N examples; labels (N,) on the same device.
-    Returns: state dicts of the encoder and of its linear head.
+        base, probes: encoder, and by task a linear head fitted on its features; they are copied, not changed.
+        data: task -> inputs, the keyword arguments of the encoder, each with N examples, and labels (N,) on the same device. Every
+            step takes ``recipe.batch`` examples of each task.
+    Returns: state dict of the encoder, and by task that of its head.
     """
-    head = copy.deepcopy(probe)
-    encoder = copy.deepcopy(base).train()
+    heads, encoder = copy.deepcopy(nn.ModuleDict(probes)), copy.deepcopy(base).train()
     trained = (encoder if recipe.layer is None else encoder.get_submodule(recipe.layer)).requires_grad_(True)
-    optimiser = torch.optim.AdamW([*trained.parameters(), *head.parameters()], weight_decay=recipe.decay, fused=True)
-    order, epochs = seeded(seed, task, "order"), -(-recipe.steps * recipe.batch // len(labels))
-    stream = torch.cat([torch.randperm(len(labels), generator=order) for _ in range(epochs)])
-    for step in tqdm(range(recipe.steps), desc=task, leave=False, disable=not progress, mininterval=1):
+    optimiser = torch.optim.AdamW([*trained.parameters(), *heads.parameters()], weight_decay=recipe.decay, fused=True)
+    streams = {}
+    for task, (_, labels) in data.items():
+        order, epochs = seeded(seed, task, "order"), -(-recipe.steps * recipe.batch // len(labels))
+        streams[task] = torch.cat([torch.randperm(len(labels), generator=order) for _ in range(epochs)])
+    for step in tqdm(range(recipe.steps), desc=", ".join(data), leave=False, disable=not progress, mininterval=1):
         optimiser.param_groups[0]["lr"] = recipe.rate * schedule(step, recipe.steps, recipe.warmup)
-        rows = stream[step * recipe.batch : (step + 1) * recipe.batch].to(labels.device)
-        scores = head(encoder(**{name: value[rows] for name, value in inputs.items()}))
-        cross_entropy(scores, labels[rows]).backward()
+        rows = {t: stream[step * recipe.batch : (step + 1) * recipe.batch].to(data[t][1].device) for t, stream in streams.items()}
+        names = next(iter(data.values()))[0]
+        found = encoder(**{name: torch.cat([data[t][0][name][r] for t, r in rows.items()]) for name in names})
+        parts = zip(rows.items(), found.split([len(r) for r in rows.values()]))
+        sum(cross_entropy(heads[t](z), data[t][1][r]) for (t, r), z in parts).backward()
         optimiser.step()
         optimiser.zero_grad()
-    return tuple({k: v.detach() for k, v in module.state_dict().items()} for module in (encoder, head))
+    state = lambda module: {k: v.detach() for k, v in module.state_dict().items()}
+    return state(encoder), {t: state(head) for t, head in heads.items()}
 
 
 def cache_folder() -> Path:
@@ -163,16 +168,40 @@ def cached_expert(folder: Path, key: str, task: str, train) -> tuple[dict, dict]
 _PROBES: dict[str, nn.Linear] = {}  # experts of one task that differ in what is trained start from one probe
 
 
-def expert(base, base_sha256, inputs, labels, classes, recipe, seed, task, folder, progress=True):
-    """One expert and its head from the cache of a suite, trained on ``inputs`` and ``labels`` when they are not there yet."""
-    device = next(base.parameters()).device
+def _probe(base, facts, inputs, labels, recipe) -> nn.Linear:
+    start = content_key(**facts, recipe={k: v for k, v in asdict(recipe).items() if k.startswith("probe")})
+    if start not in _PROBES:
+        _PROBES[start] = linear_probe(features(base, inputs), labels, facts["classes"], recipe, seeded(facts["seed"], facts["task"], "head"))
+    return _PROBES[start]
+
+
+def _placed(base, base_sha256, examples, classes, seed, task):
+    """Facts that determine a task's probe and expert, and its examples beside the base."""
+    (inputs, labels), device = examples, next(base.parameters()).device
     facts = {"task": task, "seed": seed, "classes": classes, "base": base_sha256, "data": digest(*inputs.values(), labels), "device": device.type}
+    return facts, ({name: value.to(device) for name, value in inputs.items()}, labels.to(device))
 
-    def train():
-        placed, targets = {name: value.to(device) for name, value in inputs.items()}, labels.to(device)
-        start = content_key(**facts, recipe={k: v for k, v in asdict(recipe).items() if k.startswith("probe")})
-        if start not in _PROBES:
-            _PROBES[start] = linear_probe(features(base, placed), targets, classes, recipe, seeded(seed, task, "head"))
-        return train_expert(base, _PROBES[start], placed, targets, recipe, seed, task, progress)
 
-    return cached_expert(folder, content_key(**facts, recipe=asdict(recipe)), task, train)
+def expert(base, base_sha256, examples, classes, recipe, seed, task, folder, progress=True):
+    """One expert and its head from the cache of a suite, trained on ``examples`` (inputs, labels) when they are not there yet."""
+    facts, placed = _placed(base, base_sha256, examples, classes, seed, task)
+
+    def make():
+        encoder, heads = train(base, {task: _probe(base, facts, *placed, recipe)}, {task: placed}, recipe, seed, progress)
+        return encoder, heads[task]
+
+    return cached_expert(folder, content_key(**facts, recipe=asdict(recipe)), task, make)
+
+
+def multitask(base, base_sha256, examples, classes, recipe, seed, folder, progress=True):
+    """One encoder trained on all tasks at once, with their heads by task, likewise; ``examples`` and ``classes`` by task."""
+    parts = {t: _placed(base, base_sha256, examples[t], classes[t], seed, t) for t in examples}
+
+    def make():
+        probes = {t: _probe(base, facts, *placed, recipe) for t, (facts, placed) in parts.items()}
+        encoder, heads = train(base, probes, {t: placed for t, (_, placed) in parts.items()}, recipe, seed, progress)
+        return encoder, {f"{t}.{k}": v for t, head in heads.items() for k, v in head.items()}
+
+    key = content_key(tasks=[facts for facts, _ in parts.values()], recipe=asdict(recipe))
+    encoder, flat = cached_expert(folder, key, "multitask", make)
+    return encoder, {t: {k.removeprefix(f"{t}."): v for k, v in flat.items() if k.startswith(f"{t}.")} for t in examples}
