@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 WIDTH = 7.4  # inches: the text column
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "p")
+HATCHES = ("", "////", "....", "xx", "++")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 SEQUENTIAL, DIVERGING = "cividis", "PuOr_r"
 NOTHING = 2e-3  # differences of captured energy below this are no loss
@@ -258,6 +259,25 @@ def heat(table, label: str, low: float, high: float, fmt: str = ".2f") -> Figure
                 cbar_kws={"label": label}, ax=axis)
     axis.set(xlabel="", ylabel="")
     plt.setp(axis.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
+    return _finish(figure)
+
+
+def bars(names, panels: dict, ylabel: str, columns: int = 2) -> Figure:
+    """Stacked bars over the layers of a model: panel title -> label -> height per layer; hatches tell the parts apart without colour."""
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 1.25 * rows + 2.0), sharex=True, sharey=True, squeeze=False)
+    for axis, (title, parts) in zip(axes.flat, panels.items()):
+        floor = np.zeros(len(names))
+        for (label, heights), hatch, colour in zip(parts.items(), HATCHES, sns.color_palette()):
+            axis.bar(range(len(names)), heights, 0.8, bottom=floor, color=colour, hatch=hatch, linewidth=0, label=label)
+            floor = floor + np.asarray(heights)
+        axis.set_title(title)
+        axis.grid(axis="x", visible=False)
+    for axis in axes.flat:
+        axis.set_xticks(range(len(names)), list(names), rotation=90, fontsize=9)
+    figure.supylabel(ylabel, fontsize=10)
+    if len(parts) > 1:
+        _key(figure, axes.flat[0], 2)
     return _finish(figure)
 
 

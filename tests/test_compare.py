@@ -54,7 +54,7 @@ def test_results_belong_to_the_images_they_are_judged_on(suite, split):
     ("ties", {"density": 0.2, "scale": 0.2}, ["scale"]), ("ties", {"density": 0.05, "scale": 1.0}, ["density", "scale"]),
     ("task_arithmetic", {"scale": 0.2}, []), ("regmean", {"alpha": 1.0}, []), ("regmean", {"alpha": 0.5}, ["alpha"]),
     ("qp_rows", {"basis": "rows", "targets": "own", "prior": 0.125}, []),
-    ("dare", {"drop": 0.3, "scale": 0.1, "seed": 0}, []), ("qp_rows", {"basis": "rows", "targets": "own"}, []),
+    ("dare", {"drop": 0.3, "scale": 0.2, "seed": 0}, []), ("qp_rows", {"basis": "rows", "targets": "own"}, []),
 ])
 def test_choices_at_an_end_of_their_grid_are_marked(name, options, edge):
     found = {"method": name, "label": name, "seed": 0, "options": options, "accuracy": dict.fromkeys("abcdefgh", 1.0)}

@@ -1,4 +1,7 @@
 """The small layers of the first chapters, and the figures drawn from them."""
+import re
+from pathlib import Path
+
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -117,6 +120,15 @@ def test_the_unrestricted_optimum_of_a_drawn_layer_is_regmean():
     torch.testing.assert_close(base + free.d[0], regmean, rtol=1e-10, atol=1e-10)
 
 
+def test_the_examples_of_the_readme_run():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    scope: dict = {"__name__": "readme"}
+    exec(compile("\n".join(blocks), "README.md", "exec"), scope)
+    assert len(blocks) == 2 and scope["merge"].state_dict.keys() == scope["base"].state_dict().keys() == scope["liked"].keys()
+    assert all(found["gap"] > 0 for found in scope["q"].certify(scope["layers"], scope["base"], scope["liked"]).values())
+
+
 def figures():
     grid, values = [0.0, 0.5, 1.0], np.add.outer([0.0, 1.0, 2.0], [0.0, 1.0, 2.0])
     yield plots.plane({"left": (grid, values, [1, 2, 3]), "right": (grid, values, [1, 2])}, {"a": (0, 0), "b": (1, 1)}, {"way": [(0, 0), (1, 1)]})
@@ -130,6 +142,7 @@ def figures():
     frame = pd.DataFrame({"x": [1, 2, 3], "y": [1, 2, 3], "kind": ["p", "q", "p"]})
     yield plots.correlations({"a": frame, "b": frame, "c": frame}, "x", "y", "x", "y")
     yield plots.depth(["one", "a longer name"], {"a": {"p": [1, 2], "q": [2, 1]}, "b": {"p": [1, 2], "q": [1, 1]}}, "layer")
+    yield plots.bars(["one", "two"], {"a": {"p": [1, 2], "q": [2, 1]}, "b": {"p": [1, 2], "q": [0, 1]}, "c": {"p": [1, 1]}}, "y")
     yield plots.scatter({"a": ([1, 2, 3], [1, 2, 3], "x", "y"), "b": ([3, 2, 1], [1, 2, 3], "x", "")}, [2, 2, 4], "K = ")
 
 

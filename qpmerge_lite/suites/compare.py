@@ -74,12 +74,13 @@ ENTRIES = {
     "ties": Entry("TIES", datafree.ties, lambda k, seed: _product(
         density=(0.05, 0.2, 0.4), scale=(0.2, 0.35, 0.5, 0.7, 1.0))),
     "dare": Entry("DARE", datafree.dare, lambda k, seed: _product(
-        drop=(0.1, 0.5, 0.9), scale=(0.05, 0.1, 1 / k, 0.3), seed=(seed,))),
+        drop=(0.1, 0.5, 0.9), scale=(0.1, 1 / k, 0.3), seed=(seed,))),
     "fisher": Entry("Fisher", gradient.fisher, lambda k, seed: _product(normalise=(False, True), seed=(seed,)), heads=True),
     "tsv_merge": Entry("TSV-M", datafree.tsv_merge, lambda k, seed: _product(scale=(0.2, 0.35, 0.5, 0.7, 1.0))),
     "iso_c": Entry("Iso-C", datafree.iso_c, lambda k, seed: _product(scale=(0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5))),
     "wudi": Entry("WUDI", datafree.wudi, lambda k, seed: [{"rate": 1e-5, "scale": 1.0}, *_product(rate=(1e-4, 1e-3), scale=(0.35, 0.7))]),
-    "adamerging": Entry("AdaMerging", gradient.adamerging, lambda k, seed: _product(scale=(0.1, 0.3), seed=(seed,)), heads=True),
+    "adamerging": Entry("AdaMerging", gradient.adamerging, lambda k, seed: [
+        {"scale": s, "rate": r, "seed": seed} for s, r in ((0.1, 2e-3), (0.1, 1e-2), (0.3, 2e-2))], heads=True),
     "featcal": Entry("FeatCal", methods.featcal, lambda k, seed: _product(ridge=(0.05, 0.25), anchor=(0.25, ANCHOR, 1.2))),
     "lot": Entry("LOT", methods.lot, _once),
     "regmean": Entry("RegMean", methods.regmean, lambda k, seed: _product(alpha=ALPHAS)),
@@ -137,9 +138,11 @@ def energies(suite: Suite, state: dict, size: int) -> dict:
 
 
 def again(suite: Suite, name: str, size: int) -> Merge:
-    """The merge that :func:`result` chose, made again from its options."""
-    entry = ENTRIES[name]
-    return entry.bound(suite)(suite.base, suite.experts, suite.calibration(size), **result(suite, name, size)["options"])
+    """The merge that :func:`result` chose, made again from its options and held."""
+    if ("merge", name, size) not in suite._held:
+        call, options = ENTRIES[name].bound(suite), result(suite, name, size)["options"]
+        suite._held["merge", name, size] = call(suite.base, suite.experts, suite.calibration(size), **options)
+    return suite._held["merge", name, size]
 
 
 def result(suite: Suite, name: str, size: int) -> dict:
