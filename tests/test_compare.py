@@ -62,6 +62,11 @@ def test_choices_at_an_end_of_their_grid_are_marked(name, options, edge):
     assert compare.choices([found]).loc[name, "seed 0"].count("*") == len(edge)
 
 
+def test_choices_are_named():
+    found = {"method": "fisher", "label": "Fisher", "seed": 0, "options": {"normalise": False, "seed": 0}, "accuracy": dict.fromkeys("ab", 1.0)}
+    assert compare.choices([found]).loc["Fisher", "seed 0"] == "not normalise"
+
+
 def test_seed_interval_is_students():
     mean, (low, high) = compare.seed_interval([1.0, 2.0, 3.0])
     assert mean == 2 and high - mean == pytest.approx(4.302653 / 3**0.5, rel=1e-6) and mean - low == pytest.approx(high - mean)

@@ -219,7 +219,8 @@ def choices(results: list[dict]):
     def words(result, name, value):
         if name == "weights":
             return "uniform" if len(set(value)) == 1 else f"more {list(result['accuracy'])[value.index(max(value))]}"
-        return f"{name} {value:.3g}{'*' * (name in at_grid_edge(result))}" if isinstance(value, float) else str(value)
+        plain = (name if value else f"not {name}") if isinstance(value, bool) else str(value)
+        return f"{name} {value:.3g}{'*' * (name in at_grid_edge(result))}" if isinstance(value, float) else plain
 
     table: dict[str, dict] = {}
     for r in results:
