@@ -203,5 +203,7 @@ def path(suite: Suite, name: str, size: int) -> dict:
 
 
 def _mean_captured(layers, base, state) -> float:
-    found = [c["captured"] for c in certify(layers, base, state).values()]
+    """Mean over layers with residual energy, without the optimum that ``certify`` solves for."""
+    pools = [(view.matrix(state) - view.matrix(base.state_dict()), moments.pool()) for view, moments, _ in layers.values()]
+    found = [pooled.captured(update) for update, pooled in pools if pooled.energy]
     return sum(found) / len(found)

@@ -175,19 +175,26 @@ def _probe(base, facts, inputs, labels, recipe) -> nn.Linear:
     return _PROBES[start]
 
 
-def _placed(base, base_sha256, examples, classes, seed, task):
-    """Facts that determine a task's probe and expert, and its examples beside the base."""
-    (inputs, labels), device = examples, next(base.parameters()).device
-    facts = {"task": task, "seed": seed, "classes": classes, "base": base_sha256, "data": digest(*inputs.values(), labels), "device": device.type}
-    return facts, ({name: value.to(device) for name, value in inputs.items()}, labels.to(device))
+def _facts(base, base_sha256, examples, classes, seed, task) -> dict:
+    """What determines a task's probe and expert, the recipe apart."""
+    inputs, labels = examples
+    device = next(base.parameters()).device
+    return {"task": task, "seed": seed, "classes": classes, "base": base_sha256, "data": digest(*inputs.values(), labels), "device": device.type}
+
+
+def _train_placed(base, facts, examples, recipe, seed, progress):
+    """Train on examples by task, put beside the base only now that they are needed, from each task's probe."""
+    device = next(base.parameters()).device
+    placed = {t: ({k: v.to(device) for k, v in inputs.items()}, labels.to(device)) for t, (inputs, labels) in examples.items()}
+    return train(base, {t: _probe(base, facts[t], *placed[t], recipe) for t in placed}, placed, recipe, seed, progress)
 
 
 def expert(base, base_sha256, examples, classes, recipe, seed, task, folder, progress=True):
     """One expert and its head from the cache of a suite, trained on ``examples`` (inputs, labels) when they are not there yet."""
-    facts, placed = _placed(base, base_sha256, examples, classes, seed, task)
+    facts = _facts(base, base_sha256, examples, classes, seed, task)
 
     def make():
-        encoder, heads = train(base, {task: _probe(base, facts, *placed, recipe)}, {task: placed}, recipe, seed, progress)
+        encoder, heads = _train_placed(base, {task: facts}, {task: examples}, recipe, seed, progress)
         return encoder, heads[task]
 
     return cached_expert(folder, content_key(**facts, recipe=asdict(recipe)), task, make)
@@ -195,13 +202,11 @@ def expert(base, base_sha256, examples, classes, recipe, seed, task, folder, pro
 
 def multitask(base, base_sha256, examples, classes, recipe, seed, folder, progress=True):
     """One encoder trained on all tasks at once, with their heads by task, likewise; ``examples`` and ``classes`` by task."""
-    parts = {t: _placed(base, base_sha256, examples[t], classes[t], seed, t) for t in examples}
+    facts = {t: _facts(base, base_sha256, examples[t], classes[t], seed, t) for t in examples}
 
     def make():
-        probes = {t: _probe(base, facts, *placed, recipe) for t, (facts, placed) in parts.items()}
-        encoder, heads = train(base, probes, {t: placed for t, (_, placed) in parts.items()}, recipe, seed, progress)
+        encoder, heads = _train_placed(base, facts, examples, recipe, seed, progress)
         return encoder, {f"{t}.{k}": v for t, head in heads.items() for k, v in head.items()}
 
-    key = content_key(tasks=[facts for facts, _ in parts.values()], recipe=asdict(recipe))
-    encoder, flat = cached_expert(folder, key, "multitask", make)
+    encoder, flat = cached_expert(folder, content_key(tasks=list(facts.values()), recipe=asdict(recipe)), "multitask", make)
     return encoder, {t: {k.removeprefix(f"{t}."): v for k, v in flat.items() if k.startswith(f"{t}.")} for t in examples}
