@@ -52,7 +52,7 @@ class Suite:
         n_classes: task -> number of labels.
         layer: the one layer in which experts differ from the base; None when all were trained.
         precision: of matrix products in training and evaluation; merges are computed in that of the base's weights.
-        batch: examples evaluated at a time.
+        chunk: examples evaluated at a time.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Suite:
     collate: Callable = field(repr=False)
     layer: str | None = None
     precision: str = "float32"
-    batch: int = training.CHUNK
+    chunk: int = training.CHUNK
     _ceilings: dict = field(default_factory=dict, repr=False)
     _held: dict = field(default_factory=dict, repr=False)
     _prefixes: dict = field(default_factory=dict, repr=False)
@@ -233,8 +233,8 @@ def load(name: str, tier="smoke", seed=0, device="cpu", progress=True, tasks=Non
         parts = training.expert(base, sha256, examples[task], definition.N_CLASSES[task], recipes[task], seed, task, folder, progress)
         experts[task], heads[task] = ({k: v.to(device) for k, v in part.items()} for part in parts)
     classes = {task: definition.N_CLASSES[task] for task in tasks}
-    how = definition.RECIPE.precision, getattr(definition, "BATCH", training.CHUNK)
-    return Suite(name, tier, seed, device, tasks, data, base, experts, heads, classes, definition.collate, layer, *how)
+    how = {"precision": definition.RECIPE.precision, "chunk": definition.RECIPE.chunk}
+    return Suite(name, tier, seed, device, tasks, data, base, experts, heads, classes, definition.collate, layer, **how)
 
 
 def multitask(suite: Suite, progress=False) -> tuple[Suite, dict[str, Tensor]]:

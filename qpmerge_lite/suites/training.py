@@ -25,7 +25,8 @@ CHUNK = 512
 class Recipe:
     """How an expert is made: a linear probe on the base, then encoder (or one ``layer`` of it) and head together under AdamW.
 
-    ``precision`` is that of matrix products under autocast; weights and the probe are float32.
+    ``precision`` is that of the encoder's matrix products, under autocast; weights and heads are float32. ``chunk`` examples pass the
+    encoder at a time where nothing is trained.
     """
 
     steps: int = 150
@@ -37,6 +38,11 @@ class Recipe:
     probe_decay: float = 1e-3
     layer: str | None = None
     precision: str = "float32"
+    chunk: int = CHUNK
+
+
+# Fields that were added when experts had been kept, with what keys mean that do not name them.
+LATER = {"precision": "float32", "chunk": CHUNK}
 
 
 def seeded(seed: int, *purpose: str) -> torch.Generator:
@@ -100,9 +106,10 @@ def autocast(device, precision: str):
 
 
 @torch.no_grad()
-def features(encoder: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Features (N, d) of an encoder, batch by batch."""
-    return torch.cat([encoder(**batch) for batch in batches(inputs)])
+def features(encoder: nn.Module, inputs: dict[str, Tensor], recipe: Recipe) -> Tensor:
+    """Features (N, d) of an encoder, float32, chunk by chunk in the precision of a recipe."""
+    with autocast(next(encoder.parameters()).device, recipe.precision):
+        return torch.cat([encoder(**batch).float() for batch in batches(inputs, recipe.chunk)])
 
 
 def linear_probe(x: Tensor, y: Tensor, classes: int, recipe: Recipe, generator: torch.Generator) -> nn.Linear:
@@ -188,15 +195,15 @@ _PROBES: dict[str, nn.Linear] = {}  # experts of one task that differ in what is
 
 
 def _probe(base, facts, inputs, labels, recipe) -> nn.Linear:
-    start = content_key(**facts, recipe={k: v for k, v in asdict(recipe).items() if k.startswith("probe")})
+    start = content_key(**facts, recipe={k: v for k, v in _recipe(recipe).items() if k.startswith("probe") or k in LATER})
     if start not in _PROBES:
-        _PROBES[start] = linear_probe(features(base, inputs), labels, facts["classes"], recipe, seeded(facts["seed"], facts["task"], "head"))
+        _PROBES[start] = linear_probe(features(base, inputs, recipe), labels, facts["classes"], recipe, seeded(facts["seed"], facts["task"], "head"))
     return _PROBES[start]
 
 
 def _recipe(recipe) -> dict:
-    """Fields of a recipe that a cache key holds; float32 is what keys say that name no precision."""
-    return {k: v for k, v in asdict(recipe).items() if (k, v) != ("precision", "float32")}
+    """Fields of a recipe that a cache key holds."""
+    return {k: v for k, v in asdict(recipe).items() if k not in LATER or v != LATER[k]}
 
 
 def _facts(base, base_sha256, examples, classes, seed, task) -> dict:
