@@ -186,7 +186,7 @@ class Suite:
         return torch.cat([carry.hidden for carry in carries])
 
     def _batches(self, task, split):
-        return training.batches(self.tensors(task, split)[0], self.batch)
+        return training.batches(self.tensors(task, split)[0], self.chunk)
 
     def normalised(self, state_dict: dict[str, Tensor], split="test", tasks=None) -> dict[str, float]:
         """Accuracy over that of the task's expert on the same split, for each task and as their ``mean``."""
