@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .. import manifests
+from .. import sources
 from .training import Recipe, seeded, trim
 
 MANIFEST = None
@@ -43,7 +43,7 @@ class SentenceEncoder(nn.Module):
 
 def data(task: str, seed: int):
     """``datasets.DatasetDict`` of one task, columns ``text`` and ``label``: at most ``SPLITS`` rows, those of validation and test by length."""
-    rows = manifests.rows(task)
+    rows = sources.rows(task)
     for split, most in (SPLITS | MORE.get(task, {})).items():
         order = torch.randperm(len(rows[split]), generator=seeded(seed if split == "train" else 0, task, split))
         rows[split] = rows[split].select(order[:most].tolist())
@@ -58,7 +58,7 @@ def tokenizer():
     """The checkpoint's own ``tokenizers.Tokenizer``, cutting and padding to ``LENGTH``."""
     from tokenizers import Tokenizer
 
-    made = Tokenizer.from_file(str(manifests.checkpoint(CHECKPOINT) / "tokenizer.json"))
+    made = Tokenizer.from_file(str(sources.checkpoint(CHECKPOINT) / "tokenizer.json"))
     made.enable_truncation(LENGTH)
     made.enable_padding(length=LENGTH)
     return made
@@ -83,7 +83,7 @@ def build(folder) -> SentenceEncoder:
 
 def base() -> tuple[SentenceEncoder, str]:
     """The checkpoint in float32, and the SHA-256 of its weights."""
-    folder = manifests.checkpoint(CHECKPOINT)
+    folder = sources.checkpoint(CHECKPOINT)
     path, encoder = folder / "model.safetensors", build(folder)
     unused = ("pooler.", "embeddings.position_ids")
     encoder.bert.load_state_dict({k: v for k, v in load_file(path).items() if not k.startswith(unused)})
