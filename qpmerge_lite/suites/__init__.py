@@ -163,7 +163,7 @@ class Suite:
     @torch.no_grad()
     def _accuracy(self, state, task, split) -> float:
         with training.autocast(self.device, self.precision):
-            features = self._features(state, task, split).float()
+            features = self._features(state, task, split).to(self.heads[task]["weight"])
         labels, scores = self.tensors(task, split)[1], self.classifiers()[task](features)
         return int((scores.argmax(1) == labels).sum()) / len(labels)
 

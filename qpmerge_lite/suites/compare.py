@@ -236,7 +236,7 @@ def choices(results: list[dict]):
 def summarise(records, name: str, results: list[dict]):
     """Record, under ids that begin with ``name``, every method's accuracy and rank, the picks of validation, and paired differences.
 
-    Intervals are taken over seeds, or over tasks where there is one seed, as the notes of the records say.
+    What takes a method that is not among the results is left out. Intervals are taken over seeds, or over tasks where there is one seed, as the notes of the records say.
 
     Returns: labels by method; normalised accuracy as a ``pandas.DataFrame``, a row per seed (mean over tasks) or task and a column
         per method, best first; and (mean, interval) by method.
@@ -248,7 +248,8 @@ def summarise(records, name: str, results: list[dict]):
     intervals = {m: seed_interval(means[m]) for m in means}
     validation = overall.groupby("method").validation.mean()
     picks = {"best_heuristic": HEURISTICS, "best_neighbour": NEIGHBOURS, "best_qp": [f"qp_{f}" for f in FAMILIES]}
-    picks = {id: validation[list(methods)].idxmax() for id, methods in picks.items()}
+    present = {id: [m for m in methods if m in validation] for id, methods in picks.items()}
+    picks = {id: validation[methods].idxmax() for id, methods in present.items() if methods}
 
     def keep(id, mean_and_interval):
         records.record(f"{name}.{id}", mean_and_interval[0], n=len(means), interval=mean_and_interval[1], note=f"over {unit}s")
@@ -262,15 +263,16 @@ def summarise(records, name: str, results: list[dict]):
         records.record(f"{name}.{id}.label", labels[m])
         keep(f"{id}.accuracy", intervals[m])
     for id, first, second in _pairs(picks):
-        keep(id, seed_interval(means[first] - means[second]))
+        if {first, second} <= set(means):
+            keep(id, seed_interval(means[first] - means[second]))
     return labels, means, intervals
 
 
 def _pairs(picks: dict[str, str]) -> list[tuple[str, str, str]]:
     """(id, method, method subtracted from it) of the differences that are recorded."""
     rivals = {**{id: m for id, m in picks.items() if id != "best_qp"}, "regmean": "regmean"}
-    programmes = {**{f"qp_{f}": f"qp_{f}" for f in (*FAMILIES, "weights")}, "best_qp": picks["best_qp"]}
+    programmes = {**{f"qp_{f}": f"qp_{f}" for f in (*FAMILIES, "weights")}, "best_qp": picks.get("best_qp")}
     return [*((f"{p}.minus_{id}", m, other) for p, m in programmes.items() for id, other in rivals.items()),
             ("soup.minus_base", "soup", "base"), ("regmean.minus_soup", "regmean", "soup"),
-            ("best_neighbour.minus_best_heuristic", picks["best_neighbour"], picks["best_heuristic"]),
+            ("best_neighbour.minus_best_heuristic", picks.get("best_neighbour"), picks.get("best_heuristic")),
             ("qp_elements.minus_regmean_plus_plus", "qp_elements", "regmean_plus_plus"), ("qp_rotated_rows.minus_qp_rows", "qp_rotated_rows", "qp_rows")]

@@ -107,9 +107,10 @@ def autocast(device, precision: str):
 
 @torch.no_grad()
 def features(encoder: nn.Module, inputs: dict[str, Tensor], recipe: Recipe) -> Tensor:
-    """Features (N, d) of an encoder, float32, chunk by chunk in the precision of a recipe."""
-    with autocast(next(encoder.parameters()).device, recipe.precision):
-        return torch.cat([encoder(**batch).float() for batch in batches(inputs, recipe.chunk)])
+    """Features (N, d) of an encoder, chunk by chunk in the precision of a recipe, in the type of its weights."""
+    one = next(encoder.parameters())
+    with autocast(one.device, recipe.precision):
+        return torch.cat([encoder(**batch).to(one) for batch in batches(inputs, recipe.chunk)])
 
 
 def linear_probe(x: Tensor, y: Tensor, classes: int, recipe: Recipe, generator: torch.Generator) -> nn.Linear:
@@ -141,6 +142,7 @@ def train(base, probes, data, recipe, seed, progress=True):
     """
     heads, encoder = copy.deepcopy(nn.ModuleDict(probes)), copy.deepcopy(base).train()
     trained = (encoder if recipe.layer is None else encoder.get_submodule(recipe.layer)).requires_grad_(True)
+    one = next(trained.parameters())
     optimiser = torch.optim.AdamW([*trained.parameters(), *heads.parameters()], weight_decay=recipe.decay, fused=True)
     streams = {}
     for task, (_, labels) in data.items():
@@ -151,8 +153,8 @@ def train(base, probes, data, recipe, seed, progress=True):
         rows = {t: stream[step * recipe.batch : (step + 1) * recipe.batch].to(data[t][1].device) for t, stream in streams.items()}
         names = next(iter(data.values()))[0]
         batch = {name: torch.cat([data[t][0][name][r] for t, r in rows.items()]) for name in names}
-        with autocast(optimiser.param_groups[0]["params"][0].device, recipe.precision):
-            found = encoder(**batch).float()
+        with autocast(one.device, recipe.precision):
+            found = encoder(**batch).to(one)
         parts = zip(rows.items(), found.split([len(r) for r in rows.values()]))
         sum(cross_entropy(heads[t](z), data[t][1][r]) for (t, r), z in parts).backward()
         optimiser.step()
