@@ -72,6 +72,8 @@ def _same_labels(manifest, source, found):
 
 def _from_tables(manifest, source, files):
     """Split -> rows of tables; the split is named by a column or by the file, or else None."""
+    from datasets import Image
+
     groups = {}
     columns = {name: source.extra.get("columns", {}).get(name, name) for name in manifest.extra["columns"]}
     content = next(name for name in ("text", "image") if name in columns)
@@ -83,6 +85,8 @@ def _from_tables(manifest, source, files):
                 f"{manifest.name}: {source.id}: {file.path}: expected a column {missing[0]}, found {', '.join(table.column_names)}"
             )
         labels = _labels(manifest, source, table, columns["label"])
+        if content == "image":
+            table = table.cast_column(columns[content], Image())
         splits = table["split"] if source.kind == "mirror" else [file.split] * len(table)
         for item, label, split in zip(table[columns[content]], labels, splits, strict=True):
             if label is not None:
