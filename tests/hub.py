@@ -36,7 +36,7 @@ class Hub:
         server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{server.server_port}"
         self.store = f"http://localhost:{server.server_port}"  # another host to the client, as the Hub's store of large files is
-        self._server, self._thread = server, threading.Thread(target=server.serve_forever, daemon=True)
+        self._server, self._thread = server, threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
         return self
 

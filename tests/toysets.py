@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 
 import datasets
 import numpy as np
@@ -105,15 +104,16 @@ def write(folder, rows, *sources, counted=True, **change):
 
 def dump(content):
     """YAML laid out as the manifests of the repository are."""
+    flow = lambda item: yaml.safe_dump([item], default_flow_style=True, width=10**6).strip()[1:-1]
     lines = []
     for name, value in content.items():
         if name == "sources":
             lines.append("sources:\n")
             for source in value:
-                fields = [f"{key}: {json.dumps(item)}\n" for key, item in source.items() if key != "files"]
+                fields = [f"{key}: {flow(item)}\n" for key, item in source.items() if key != "files"]
                 lines.append("  - " + "    ".join([*fields, "files:\n"]))
                 for file in source["files"]:
-                    lines.append("      - " + "        ".join(f"{key}: {json.dumps(item)}\n" for key, item in file.items()))
+                    lines.append("      - " + "        ".join(f"{key}: {flow(item)}\n" for key, item in file.items()))
         else:
             lines.append(yaml.safe_dump({name: value}, sort_keys=False))
     return "".join(lines)

@@ -72,7 +72,8 @@ def lock(name: str) -> dict[str, str]:
             if tables.counted(manifest):
                 tables.read(manifest, pinned, found)
             text, commits[source.id] = _rewritten(text, pinned), pinned.extra["revision"]
-    parse(manifest.path, text)
+            if pinned not in parse(manifest.path, text).sources:
+                raise ManifestError(f"{name}: {source.id}: expected the layout of the other manifests, found another; lay it out as they are")
     partial = manifest.path.with_name(f".{manifest.path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, manifest.path)
@@ -102,9 +103,9 @@ def _pin(manifest, source):
 
 def _rewritten(text: str, source: Source) -> str:
     """The manifest's text with this source's revision, verification and files."""
-    start = re.search(rf"^  - id: {re.escape(source.id)}$", text, re.M).start()
-    end = re.compile(r"^(  - |\S|  #)", re.M).search(text, start + 1)
-    block, rest = text[start : end.start()], text[end.start() :]
+    start = text.find(f"\n  - id: {source.id}\n") + 1
+    end = re.compile(r"^(  - |\S|  #)|\Z", re.M).search(text, start + 1).start()
+    block, rest = text[start:end], text[end:]
     block = re.sub(r"^    revision: .*$", f"    revision: {source.extra['revision']}", block, flags=re.M)
     block = re.sub(r"^    verified: .*$", "    verified: true", block, flags=re.M)
     entries = (
