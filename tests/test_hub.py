@@ -1,3 +1,4 @@
+# ruff: noqa: F811 (fixtures come by import)
 """Files from the Hub through its own client, over HTTP on this machine: what comes, what does not and why, and how it is pinned."""
 
 import json
@@ -153,6 +154,10 @@ def test_a_pinned_set_without_digests_is_read_as_filed_with_validation_held_out(
     toysets.write(place, rows, toysets.hub_source(*files), counted=False)
     assert refusal("toy").startswith("hub: ours/toy is not pinned; run: qpmerge data lock toy")
     lock("toy")
+    with pytest.raises(ManifestError, match=r"hub: expected the labels \['no', .*, found \['maybe', 'yes', 'no', 'other'\]"):
+        sources.rows("toy")
+    text = (place / "toy.yaml").read_text()
+    (place / "toy.yaml").write_text(text.replace("labels:\n- 'no'\n- 'yes'\n- maybe", "labels: [maybe, 'yes', 'no', other]"))
     found = sources.rows("toy")
     assert {split: part.column_names for split, part in found.items()} == dict.fromkeys(manifests.SPLITS, ["text", "label"])
     assert [len(part) for part in found.values()] == [55, 6, 13]

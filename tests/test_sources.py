@@ -198,13 +198,16 @@ def from_the_hub(manifest, source, rows, column, place, monkeypatch):
     names = [ours.get(name, name) for name in reversed(manifest.extra["labels"])]
     columns = {name: source.extra["columns"].get(name, name) for name in (column, "label")}
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
-    rows.append(("no such text" if column == "text" else np.zeros_like(rows[0][0]), 0))
+    rows.append(("no. such text" if column == "text" else np.zeros_like(rows[0][0]), 0))
     files = {}
     for i, file in enumerate(source.files):
         part = rows[i :: len(source.files)]
         words = [names[-1 - label] for _, label in part]
         table = {columns[column]: [row[0] for row in part], columns["label"]: words}
         if file.path.endswith(".jsonl"):
+            if "{" in columns[column]:
+                halves = [row[0].partition(". ") for row in part]
+                table = {"title": [half[0] for half in halves], "description": [half[2] for half in halves], "label": list(map(int, words))}
             stream = io.BytesIO()
             datasets.Dataset.from_dict(table).to_json(stream)
             files[file.path] = stream.getvalue()
