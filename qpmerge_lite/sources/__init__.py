@@ -96,19 +96,13 @@ def _first(name, manifest, sources, use):
 
 
 def files_of(manifest, source: Source, network=True) -> dict[str, Path]:
-    """Every file of a source, verified. One that came from the Hub and differs is removed."""
+    """Every file of a source, verified."""
     found = {}
     for file in source.files:
         if source.kind != "hub":
             found[file.path] = check(manifest, source, file, locate(source, file))
-            continue
-        if "*" in file.path or not (file.sha256 or tables.counted(manifest)):
+        elif "*" in file.path or not (file.sha256 or tables.counted(manifest)):
             raise Absent(f"{source.id}: {source.extra['repo']} is not pinned; run: qpmerge data lock {manifest.name}")
-        path = hub.download(manifest, source, file.path, network)
-        try:
-            found[file.path] = check(manifest, source, file, path)
-        except ManifestError:
-            path.resolve().unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-            raise
+        else:
+            found[file.path] = hub.download(manifest, source, file, network)
     return found

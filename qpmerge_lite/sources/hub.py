@@ -6,7 +6,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..manifests import Absent, File, ManifestError, Source, load_manifest, parse, sha256
+from ..manifests import Absent, File, ManifestError, Source, check, load_manifest, parse, sha256
 from . import tables
 
 
@@ -17,10 +17,10 @@ def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
 
 
-def download(manifest, source: Source, path: str, network=True, revision=None) -> Path:
-    """One file of a repository, by way of the client's cache.
+def download(manifest, source: Source, file: File, network=True, revision=None) -> Path:
+    """One file of a repository, by way of the client's cache, which does not keep it if a byte differs.
 
-    Raises: Absent saying why the Hub does not give it and what to do.
+    Raises: Absent saying why the Hub does not give it and what to do; ManifestError when it is not what the manifest says.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError
@@ -28,11 +28,16 @@ def download(manifest, source: Source, path: str, network=True, revision=None) -
     kind, revision = _type(manifest), revision or source.extra["revision"]
     try:
         where = hf_hub_download(
-            source.extra["repo"], path, repo_type=kind, revision=revision, endpoint=endpoint(), local_files_only=not network
+            source.extra["repo"], file.path, repo_type=kind, revision=revision, endpoint=endpoint(), local_files_only=not network
         )
     except (OSError, HTTPError) as error:
-        raise Absent(f"{source.id}: {source.extra['repo']}/{path} at {revision}: {reason(source, kind, error)}") from error
-    return Path(where)
+        raise Absent(f"{source.id}: {source.extra['repo']}/{file.path} at {revision}: {reason(source, kind, error)}") from error
+    try:
+        return check(manifest, source, file, Path(where))
+    except ManifestError:
+        Path(where).resolve().unlink(missing_ok=True)
+        Path(where).unlink(missing_ok=True)
+        raise
 
 
 def _type(manifest):
@@ -72,7 +77,8 @@ def lock(name: str) -> dict[str, str]:
             if tables.counted(manifest):
                 tables.read(manifest, pinned, found)
             text, commits[source.id] = _rewritten(text, pinned), pinned.extra["revision"]
-    parse(manifest.path, text)
+            if pinned not in parse(manifest.path, text).sources:
+                raise ManifestError(f"{name}: {source.id}: expected the layout of the other manifests, found another; lay it out as they are")
     partial = manifest.path.with_name(f".{manifest.path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, manifest.path)
@@ -95,16 +101,16 @@ def _pin(manifest, source):
         if not paths:
             raise ManifestError(f"{manifest.name}: {source.id}: expected {file.path} in {repo} at {info.sha}, found {', '.join(there)}")
         for path in paths:
-            places[path] = found = download(manifest, source, path, revision=info.sha)
+            places[path] = found = download(manifest, source, replace(file, path=path), revision=info.sha)
             files.append(File(path, found.stat().st_size, sha256(found), file.split))
     return replace(source, files=tuple(files), verified=True, extra={**source.extra, "revision": info.sha}), places
 
 
 def _rewritten(text: str, source: Source) -> str:
     """The manifest's text with this source's revision, verification and files."""
-    start = re.search(rf"^  - id: {re.escape(source.id)}$", text, re.M).start()
-    end = re.compile(r"^(  - |\S|  #)", re.M).search(text, start + 1)
-    block, rest = text[start : end.start()], text[end.start() :]
+    start = text.find(f"\n  - id: {source.id}\n") + 1
+    end = re.compile(r"^(  - |\S|  #)|\Z", re.M).search(text, start + 1).start()
+    block, rest = text[start:end], text[end:]
     block = re.sub(r"^    revision: .*$", f"    revision: {source.extra['revision']}", block, flags=re.M)
     block = re.sub(r"^    verified: .*$", "    verified: true", block, flags=re.M)
     entries = (

@@ -72,19 +72,24 @@ def _same_labels(manifest, source, found):
 
 def _from_tables(manifest, source, files):
     """Split -> rows of tables; the split is named by a column or by the file, or else None."""
+    from datasets import Image
+
     groups = {}
     columns = {name: source.extra.get("columns", {}).get(name, name) for name in manifest.extra["columns"]}
     content = next(name for name in ("text", "image") if name in columns)
+    parts = re.findall(r"{(\w+)}", columns[content])  # of a text that the source has in several columns
     for file in source.files:
         table = _table(files[file.path])
-        missing = [name for name in columns.values() if name not in table.column_names]
-        if missing:
-            raise ManifestError(
-                f"{manifest.name}: {source.id}: {file.path}: expected a column {missing[0]}, found {', '.join(table.column_names)}"
-            )
+        for name in parts or columns.values():
+            if name not in table.column_names:
+                found = ", ".join(table.column_names)
+                raise ManifestError(f"{manifest.name}: {source.id}: {file.path}: expected a column {name}, found {found}")
+        if content == "image":
+            table = table.cast_column(columns[content], Image())
         labels = _labels(manifest, source, table, columns["label"])
         splits = table["split"] if source.kind == "mirror" else [file.split] * len(table)
-        for item, label, split in zip(table[columns[content]], labels, splits, strict=True):
+        items = [columns[content].format(**row) for row in table] if parts else table[columns[content]]
+        for item, label, split in zip(items, labels, splits, strict=True):
             if label is not None:
                 groups.setdefault(split, []).append(_row(item if content == "text" else np.asarray(item), label))
     return groups
@@ -100,19 +105,12 @@ def _table(path: Path):
 
 
 def _labels(manifest, source, table, column):
-    """Our number of every row's label, by its name where the table has names; None for a label that is not ours."""
-    names, feature = manifest.extra["labels"], table.features[column]
-    values = table[column]
-    if hasattr(feature, "int2str"):
-        values = [feature.int2str(value) for value in values]
-    return [_number(value, names, source.extra.get("labels", {})) for value in values]
-
-
-def _number(value, names, renamed):
-    if isinstance(value, str):
-        value = renamed.get(value, value)
-        return names.index(value) if value in names else None
-    return value if 0 <= value < len(names) else None
+    """Our number of every row's label, by its name where the table or the source has names; None for a label that is not ours."""
+    ours, renamed, feature = manifest.extra["labels"], source.extra.get("labels", {}), table.features[column]
+    names = feature.names if hasattr(feature, "names") else None if feature.dtype == "string" or renamed else ours
+    numbers = {name: number for number, name in enumerate(ours)}
+    values = table[column] if names is None else [names[value] if 0 <= value < len(names) else None for value in table[column]]
+    return [numbers.get(renamed.get(str(value), str(value))) for value in values]
 
 
 def _by_index(manifest, source, found):
@@ -180,6 +178,8 @@ def _as_filed(manifest, source, files):
     loaded = load_dataset(kind, data_files={split: paths for split, paths in parts.items() if paths})
     columns = {source.extra["columns"].get(name, name): name for name in manifest.extra["columns"]}
     loaded = loaded.select_columns(list(columns)).rename_columns({theirs: ours for theirs, ours in columns.items() if theirs != ours})
+    if manifest.extra["labels"]:
+        _same_labels(manifest, source, [source.extra["labels"].get(name, name) for name in loaded["train"].features["label"].names])
     if held_out := manifest.splits["validation"].get("held_out"):
         train = loaded["train"]
         chosen = held(len(train), **held_out)
