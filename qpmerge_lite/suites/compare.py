@@ -35,7 +35,10 @@ class Entry:
     def tuned(self, suite: Suite, calibration) -> tuple[Merge, dict, list[float]]:
         """The merge with the highest mean normalised validation accuracy, its options, and that accuracy for every entry of the grid."""
         score = lambda state: suite.normalised(state, "validation")["mean"]
-        return methods.tune(self.bound(suite), self.grid(len(suite.experts), suite.seed), score, suite.base, suite.experts, calibration)
+        call = self.bound(suite)
+        if self.call is gradient.fisher:  # the options of its grid do not change the gradients
+            call = partial(call, known=gradient.information(suite.base, suite.experts, calibration, heads=suite.classifiers(), seed=suite.seed))
+        return methods.tune(call, self.grid(len(suite.experts), suite.seed), score, suite.base, suite.experts, calibration)
 
 
 def _base(base, experts, calibration=None):
@@ -56,10 +59,7 @@ def _product(**options) -> list[dict]:
     return grid
 
 
-def _once(k, seed):
-    return [{}]
-
-
+_once = lambda k, seed: [{}]
 FAMILIES = ("layer", "rows", "rotated_rows", "rotated_columns", "elements")
 HEURISTICS = ("soup", "weighted_soup", "task_arithmetic", "ties", "dare")
 NEIGHBOURS = ("fisher", "tsv_merge", "iso_c", "wudi", "adamerging", "featcal", "lot", "regmean", "regmean_plus_plus")
@@ -69,10 +69,8 @@ ENTRIES = {
     "base": Entry("base", _base, _once),
     "soup": Entry("uniform soup", datafree.soup, _once),
     "weighted_soup": Entry("weighted soup", datafree.soup, lambda k, seed: _tilted(k)),
-    "task_arithmetic": Entry("task arithmetic", datafree.task_arithmetic, lambda k, seed: _product(
-        scale=(0.05, 0.1, 1 / k, 0.15, 0.2, 0.3, 0.4, 0.6, 1.0))),
-    "ties": Entry("TIES", datafree.ties, lambda k, seed: _product(
-        density=(0.05, 0.2, 0.4), scale=(0.2, 0.35, 0.5, 0.7, 1.0))),
+    "task_arithmetic": Entry("task arithmetic", datafree.task_arithmetic, lambda k, seed: _product(scale=(0.05, 0.1, 1 / k, 0.15, 0.2, 0.3, 0.4, 0.6, 1.0))),
+    "ties": Entry("TIES", datafree.ties, lambda k, seed: _product(density=(0.05, 0.2, 0.4), scale=(0.2, 0.35, 0.5, 0.7, 1.0))),
     "dare": Entry("DARE", datafree.dare, lambda k, seed: _product(
         drop=(0.1, 0.5, 0.9), scale=(0.1, 1 / k, 0.3), seed=(seed,))),
     "fisher": Entry("Fisher", gradient.fisher, lambda k, seed: _product(normalise=(False, True), seed=(seed,)), heads=True),
