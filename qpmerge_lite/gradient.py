@@ -41,15 +41,20 @@ def _fisher(base, state, names, inputs, head, generator) -> dict[str, Tensor]:
     return squares
 
 
-def fisher_weights(base: nn.Module, experts, calibration, *, heads: Heads, normalise: bool = False, floor: float = 1e-6, seed: int = 0) -> dict[str, Tensor]:
-    """``F_k``, (K, …) float64 by parameter: see :func:`fisher`."""
+def information(base: nn.Module, experts, calibration, *, heads: Heads, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Every expert's diagonal of the Fisher information, float64 by parameter: see :func:`fisher`. Cost: one gradient per input."""
     experts = check_experts(base, experts)
     inputs = _inputs(experts, calibration, heads, next(base.parameters()).device)
     generator, names = torch.Generator().manual_seed(seed), [k for k, _ in base.named_parameters()]
     with evaluating(base):
-        weights = [_fisher(base, state, names, inputs[t], heads[t], generator) for t, state in experts.items()]
+        return [_fisher(base, state, names, inputs[t], heads[t], generator) for t, state in experts.items()]
+
+
+def fisher_weights(base: nn.Module, experts, calibration, *, normalise: bool = False, floor: float = 1e-6, known=None, **options) -> dict[str, Tensor]:
+    """``F_k``, (K, …) float64 by parameter: see :func:`fisher`."""
+    weights = information(base, experts, calibration, **options) if known is None else known
     norms = [torch.stack([s.norm() for s in w.values()]).norm() + floor if normalise else 1.0 for w in weights]
-    return {k: torch.stack([(w[k] + floor) / norm for w, norm in zip(weights, norms)]) for k in names}
+    return {k: torch.stack([(w[k] + floor) / norm for w, norm in zip(weights, norms)]) for k in weights[0]}
 
 
 def fisher(base: nn.Module, experts, calibration, **options) -> Merge:
@@ -61,6 +66,7 @@ def fisher(base: nn.Module, experts, calibration, **options) -> Merge:
         heads: see above.
         normalise: divide every F_k by its norm over the whole model, as MergeLM does; False by default.
         floor: added to every F_k and to its norm, 1e-6; where gradients vanish it decides. seed: of the drawn labels.
+        known: what :func:`information` returned for these heads and this seed, to try several options on the same gradients.
     Cost: one gradient per input.
     """
     F = fisher_weights(base, experts, calibration, **options)

@@ -37,8 +37,10 @@ class Entry:
     def tuned(self, suite: Suite, calibration) -> tuple[Merge, dict, list[float]]:
         """The merge with the highest mean normalised validation accuracy, its options, and that accuracy for every entry of the grid."""
         score = lambda state: suite.normalised(state, "validation")["mean"]
-        grid = plan(suite.tier).spread(self.grid(len(suite.experts), suite.seed))
-        return methods.tune(self.bound(suite), grid, score, suite.base, suite.experts, calibration)
+        grid, call = plan(suite.tier).spread(self.grid(len(suite.experts), suite.seed)), self.bound(suite)
+        if self.call is gradient.fisher:  # the options of its grid do not change the gradients
+            call = partial(call, known=gradient.information(suite.base, suite.experts, calibration, heads=suite.classifiers(), seed=suite.seed))
+        return methods.tune(call, grid, score, suite.base, suite.experts, calibration)
 
 
 def _base(base, experts, calibration=None):
@@ -59,10 +61,7 @@ def _product(**options) -> list[dict]:
     return grid
 
 
-def _once(k, seed):
-    return [{}]
-
-
+_once = lambda k, seed: [{}]
 FAMILIES = ("layer", "rows", "rotated_rows", "rotated_columns", "elements")
 HEURISTICS = ("soup", "weighted_soup", "task_arithmetic", "ties", "dare")
 NEIGHBOURS = ("fisher", "tsv_merge", "iso_c", "wudi", "adamerging", "featcal", "lot", "regmean", "regmean_plus_plus")
@@ -72,10 +71,8 @@ ENTRIES = {
     "base": Entry("base", _base, _once),
     "soup": Entry("uniform soup", datafree.soup, _once),
     "weighted_soup": Entry("weighted soup", datafree.soup, lambda k, seed: _tilted(k)),
-    "task_arithmetic": Entry("task arithmetic", datafree.task_arithmetic, lambda k, seed: _product(
-        scale=(0.05, 0.1, 1 / k, 0.15, 0.2, 0.3, 0.4, 0.6, 1.0))),
-    "ties": Entry("TIES", datafree.ties, lambda k, seed: _product(
-        density=(0.05, 0.2, 0.4), scale=(0.2, 0.35, 0.5, 0.7, 1.0))),
+    "task_arithmetic": Entry("task arithmetic", datafree.task_arithmetic, lambda k, seed: _product(scale=(0.05, 0.1, 1 / k, 0.15, 0.2, 0.3, 0.4, 0.6, 1.0))),
+    "ties": Entry("TIES", datafree.ties, lambda k, seed: _product(density=(0.05, 0.2, 0.4), scale=(0.2, 0.35, 0.5, 0.7, 1.0))),
     "dare": Entry("DARE", datafree.dare, lambda k, seed: _product(
         drop=(0.1, 0.5, 0.9), scale=(0.1, 1 / k, 0.3), seed=(seed,))),
     "fisher": Entry("Fisher", gradient.fisher, lambda k, seed: _product(normalise=(False, True), seed=(seed,)), heads=True),
@@ -181,18 +178,20 @@ def variant(suite: Suite, size: int, **options) -> dict:
 
 def own_accuracy(suite: Suite, split: str = "test") -> dict[str, float]:
     """Accuracy of every expert on its own task."""
-    return {t: suite.evaluate(suite.experts[t], split, [t])[t] for t in suite.tasks}
+    suite.over_experts(dict.fromkeys(suite.tasks, 1.0), split)
+    return {t: suite._ceilings[t, split] for t in suite.tasks}
 
 
 def ceilings(suite: Suite) -> list[dict]:
-    """Results of the experts themselves and of one encoder trained on all tasks at once, as of :func:`result`."""
+    """Results of the experts themselves and of one encoder trained on all tasks at once, as of :func:`result`; kept."""
 
-    def row(name, label, accuracy):
-        return {"method": name, "label": label, "seed": suite.seed, "options": {}, "scores": [1.0], "validation": 1.0, "accuracy": accuracy,
-                "normalised": suite.over_experts(accuracy), "seconds": 0.0}
+    def make():
+        joint, state = multitask(suite)
+        found = {"experts": ("experts", own_accuracy(suite)), "multitask": ("multi-task training", joint.evaluate(state))}
+        return [{"method": name, "label": label, "seed": suite.seed, "options": {}, "scores": [1.0], "validation": 1.0, "accuracy": accuracy,
+                 "normalised": suite.over_experts(accuracy), "seconds": 0.0} for name, (label, accuracy) in found.items()]
 
-    joint, state = multitask(suite)
-    return [row("experts", "experts", own_accuracy(suite)), row("multitask", "multi-task training", joint.evaluate(state))]
+    return kept(suite, "ceilings", [], make)
 
 
 def compare(name: str, seeds: int, size: int, tier="smoke", device="cpu", first_seed=0, entries=tuple(ENTRIES)) -> list[dict]:

@@ -155,8 +155,10 @@ def dominance(suite: Suite, size: int, name: str):
 def membership(suite: Suite, size: int, name: str, layer: str) -> dict[str, float]:
     """Family -> share of the squared norm of a method's update that lies in the span of the family, in one layer's weights."""
     state = compare.again(suite, name, size).state_dict
-    kept = layer_moments(suite.base, suite.experts, suite.calibration(size), (layer,), scope="weights", folds=1)
-    view, moments, updates = kept[layer]
+    if ("layer", layer, size) not in suite._held:
+        found = layer_moments(suite.base, suite.experts, suite.calibration(size), (layer,), scope="weights", folds=1)
+        suite._held["layer", layer, size] = found[layer]
+    view, moments, updates = suite._held["layer", layer, size]
     pooled, D = moments.pool(), view.matrix(state) - view.matrix(suite.base.state_dict())
     plain = Pooled(torch.eye(D.shape[-1]).to(D)[None], D, D @ D.mT, float(D.square().sum()) / 2)  # white inputs: outputs are weights
     labels = torch.arange(D.shape[1]) // (D.shape[1] // HEADS)
@@ -191,12 +193,14 @@ def path(suite: Suite, name: str, size: int) -> dict:
             pooled, update = moments.pool(), view.matrix(start) - view.matrix(base)
             prog = programme(pooled, build("elements", update[None], pooled))
             for ridge, d in zip(RIDGES, Factored(prog).path(RIDGES, update)):
-                states[str(ridge)] |= {k: v.to(base[k]) for k, v in view.parts(view.matrix(base) + d).items()}
+                states[str(ridge)] |= {k: v.to(base[k]) for k, v in view.parts(view.matrix(base) + d, start).items()}
         energies = {where: suite.layers(size, skip) for where, skip in (("calibration", 0), ("disjoint", size))}
-        points = [{"ridge": r, "validation": suite.normalised(state, "validation")["mean"],
+        method = compare.result(suite, name, size)
+        judge = lambda r, split, known: known if r == "inf" else suite.normalised(states[r], split)["mean"]
+        points = [{"ridge": r, "validation": judge(r, "validation", method["validation"]),
                    **{where: _mean_captured(layers, suite.base, state) for where, layers in energies.items()}} for r, state in states.items()]
         best = {by: max(points, key=lambda p: p[by])["ridge"] for by in ("disjoint", "validation")}
-        tested = {r: suite.normalised(states[r])["mean"] for r in {"inf", "0.0", *best.values()}}
+        tested = {r: judge(r, "test", method["normalised"]["mean"]) for r in {"inf", "0.0", *best.values()}}
         return {"points": points, "chosen": {k: {"ridge": r, "test": tested[r]} for k, r in (best | {"method": "inf", "programme": "0.0"}).items()}}
 
     return compare.kept(suite, "path", [name, size, RIDGES], make)
