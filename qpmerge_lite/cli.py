@@ -1,4 +1,4 @@
-"""`qpmerge`: run, check and judge the book; list and verify its data."""
+"""`qpmerge`: run, check and judge the book; list, fetch, verify and pin its data."""
 
 import argparse
 import ast
@@ -44,8 +44,13 @@ def parser():
         command.add_argument("--tier", choices=TIERS, default="smoke")
     data = groups.add_parser("data", help="the data behind the suites").add_subparsers(required=True, metavar="VERB")
     _verb(data, "list", _data_list, "every manifest with its source, licence and size")
-    verify = _verb(data, "verify", _data_verify, "check the bytes and hashes of what the manifests name")
-    verify.add_argument("name", nargs="*", help="manifests to verify; default all")
+    verbs = {
+        "fetch": (_data_fetch, "+", "bring files here from the first source that serves, and check them"),
+        "verify": (_data_verify, "*", "check the bytes and hashes of what is here, without a network; default all"),
+        "lock": (_data_lock, "+", "ask the Hub for commits, hash the files, and write what was found into the manifests"),
+    }
+    for name, (command, count, help) in verbs.items():
+        _verb(data, name, command, help).add_argument("name", nargs=count, help="manifests, or a tier for all of its")
     return top
 
 
@@ -113,8 +118,9 @@ def _claims(arguments):
 def _data_list(arguments):
     from . import manifests
 
+    total = lambda files: None if any(f.bytes is None for f in files) else sum(f.bytes for f in files)
     sources = [
-        {"manifest": name, "source": s.id, "kind": s.kind, "licence": s.licence, "bytes": sum(f.bytes for f in s.files)}
+        {"manifest": name, "source": s.id, "kind": s.kind, "licence": s.licence, "verified": s.verified, "bytes": total(s.files)}
         for name in manifests.names()
         for s in manifests.load_manifest(name).sources
     ]
@@ -122,22 +128,63 @@ def _data_list(arguments):
         print(json.dumps(sources, indent=1))
     say = _printer(arguments)
     for s in sources:
-        say(f"{s['manifest']}: {s['source']} ({s['kind']}, {s['licence']}): {s['bytes']:,} bytes")
+        size = "size not known" if s["bytes"] is None else f"{s['bytes']:,} bytes"
+        say(f"{s['manifest']}: {s['source']} ({s['kind']}, {s['licence']}): {size}{'' if s['verified'] else ', not verified'}")
     return 0
 
 
 def _data_verify(arguments):
-    from . import manifests
+    from . import manifests, sources
 
     say, checked = _printer(arguments), {}
-    for name in arguments.name or manifests.names():
+    for name in _manifests(arguments.name or manifests.names()):
         manifest = manifests.load_manifest(name)
-        manifests.verify(manifest)
-        checked[name] = [f"{source.id}/{file.path}" for source in manifest.sources for file in source.files]
-        say(f"{name}: {len(checked[name])} files verified")
+        if manifest.kind == "suite":
+            manifests.verify(manifest)
+            here = {source.id: source.files for source in manifest.sources}
+        else:
+            here = sources.here(manifest)
+            if not here and name in arguments.name:
+                raise MergeError(f"{name}: none of its sources is on this machine; run: qpmerge data fetch {name}")
+        checked[name] = [f"{source}/{file.path}" for source, files in here.items() for file in files]
+        say(f"{name}: {len(checked[name])} files verified" if here else f"{name}: not on this machine")
     if arguments.json:
         print(json.dumps(checked, indent=1))
     return 0
+
+
+def _data_fetch(arguments):
+    from . import manifests, sources
+
+    say, fetched = _printer(arguments), {}
+    for name in _manifests(arguments.name):
+        own, family = name in manifests.names(), manifests.load_manifest(name.partition("/")[0])
+        for member in sources.members(family) if own else [name]:
+            files = sources.fetch(member)
+            fetched[member] = {path: str(found) for path, found in files.items()}
+            say(f"{member}: {len(files)} files in {os.path.commonpath([found.parent for found in files.values()])}")
+    if arguments.json:
+        print(json.dumps(fetched, indent=1))
+    return 0
+
+
+def _data_lock(arguments):
+    from .sources import hub
+
+    say, locked = _printer(arguments), {}
+    for name in _manifests(arguments.name):
+        locked[name] = hub.lock(name)
+        say(f"{name}: " + (", ".join(f"{source} at {commit}" for source, commit in locked[name].items()) or "nothing to lock"))
+    if arguments.json:
+        print(json.dumps(locked, indent=1))
+    return 0
+
+
+def _manifests(words):
+    """Names of manifests; the name of a tier stands for all of its."""
+    from . import manifests
+
+    return [name for word in words for name in (manifests.names(word) if word in TIERS else [word])]
 
 
 def _assignment(text):

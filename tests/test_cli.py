@@ -171,7 +171,7 @@ def test_values_on_the_command_line_are_literals_or_words():
 
 def test_data_are_listed_and_verified(capsys):
     sources = json.loads(run(capsys, "data", "list", "--json")[1])
-    assert {"manifest", "source", "kind", "licence", "bytes"} == set(sources[0])
+    assert {"manifest", "source", "kind", "licence", "verified", "bytes"} == set(sources[0])
     status, out, err = run(capsys, "data", "verify")
     assert (status, err) == (0, "")
     assert all(f"{name}: " in out for name in {source["manifest"] for source in sources})

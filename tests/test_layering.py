@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "qpmerge_lite"
 ORDER = ["errors", "moments", "bases", "programme", "solve", "diagnostic", "layers", "walk", "sequential", "assess", "datafree", "gradient", "methods", "records",
-         "manifests", "suites", "plots", "regression", "claims", "book", "cli"]  # fmt: skip
+         "manifests", "sources", "suites", "plots", "regression", "claims", "book", "cli"]  # fmt: skip
 CORE = ORDER[: ORDER.index("methods") + 1]
 ALLOWED = {"torch", "numpy", "safetensors", "tqdm", "clarabel", "scipy"}
 HEAVY = ["datasets", "transformers", "matplotlib", "seaborn", "sklearn", "PIL", "pandas", "papermill", "clarabel", "scipy"]
