@@ -31,7 +31,11 @@ from ..manifests import load_manifest, verify
 from ..walk import Carry, Walker
 from . import training
 
-REGISTRY = {(name, "smoke"): f"qpmerge_lite.suites.{name}" for name in ("vision", "language")}
+REGISTRY = {
+    ("vision", "smoke"): "qpmerge_lite.suites.vision",
+    ("vision", "standard"): "qpmerge_lite.suites.pictures",
+    ("language", "smoke"): "qpmerge_lite.suites.language",
+}
 
 
 @dataclass

@@ -13,16 +13,16 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from ..manifests import rows
+from ..sources import rows
 from . import views, vision
 from .models import VisionTransformer
 from .training import Recipe, seeded, shipped
 
 WEIGHTS = Path(__file__).parent / "weights" / "pictures_base.safetensors"
 MANIFEST = "standard-vision"
-RECIPE = Recipe(steps=220, batch=64, rate=1e-3)
+RECIPE = Recipe(steps=400, batch=64, rate=1e-3)
 LAYER_RECIPE = Recipe(steps=80, batch=64, rate=1e-2)
-SPLITS = {"train": 4096, "validation": 512, "test": 1024}  # rows a task, at most
+SPLITS = {"train": 8192, "validation": 512, "test": 1024}  # rows a task, at most
 TASKS = "mnist fashion_mnist cifar10 gtsrb notmnist arabic_chars kannada_mnist omniglot_alphabets".split()
 N_CLASSES = dict(zip(TASKS, (10, 10, 10, 43, 10, 28, 10, 8), strict=True))
 SIDE = 32
@@ -65,7 +65,7 @@ def collate(rows: dict) -> dict[str, Tensor]:
 
 def build() -> VisionTransformer:
     """The encoder with random weights."""
-    return VisionTransformer(width=96, depth=4, heads=4, ratio=2, side=SIDE, patch=2, channels=3, stem=(32, 64))
+    return VisionTransformer(width=128, depth=4, heads=4, ratio=2, side=SIDE, patch=2, channels=3, stem=(32, 64))
 
 
 def base() -> tuple[VisionTransformer, str]:
