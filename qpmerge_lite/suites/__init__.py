@@ -34,6 +34,7 @@ from . import training
 
 REGISTRY = {
     ("vision", "smoke"): "qpmerge_lite.suites.vision",
+    ("vision", "standard"): "qpmerge_lite.suites.pictures",
     ("language", "smoke"): "qpmerge_lite.suites.language",
     ("language", "standard"): "qpmerge_lite.suites.sentences",
 }
