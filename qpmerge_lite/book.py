@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .errors import MergeError
 from .records import records_root, repository
+from .suites import plan
 
 # Modules that no notebook imports: changing them does not change what a notebook computes.
 OUTSIDE_NOTEBOOKS = {"book.py", "claims.py", "cli.py", "regression.py"}
@@ -99,18 +100,19 @@ def run(root=None, tier="smoke", only=None, force=False, parameters=None, progre
     """Execute the notebooks that are not up to date into ``book/chapters``, in order, and go on after a failure.
 
     Args:
-        only: beginning of a notebook's name, e.g. ``05``; default all of them.
+        only: beginning of a notebook's name, e.g. ``05``; default all that the tier's plan names.
         force: also execute those whose fingerprint has not changed, and make the merges again that were kept; experts stay.
         parameters: values for the parameters cells; a name that a chosen notebook does not have is an error.
         report: called with each ``Outcome`` as it is known.
     Returns: the outcomes. Raises: BookError before anything runs when a parameter is unknown.
     """
     root = Path(root or repository())
-    chosen = {path: overrides(path, {"tier": tier} | (parameters or {})) for path in notebooks(root, only)}
+    names = ("",) if only else plan(tier).chapters
+    chosen = {path: overrides(path, {"tier": tier} | (parameters or {})) for path in notebooks(root, only) if path.stem.startswith(names)}
     chapters = root / "book" / "chapters"
     chapters.mkdir(parents=True, exist_ok=True)
     if only is None:
-        _prune(chapters, records_root() / tier, {path.stem for path in chosen})
+        _prune(chapters, records_root() / tier, {path.stem for path in notebooks(root)})
     outcomes, not_before = [], time.time() if force else 0  # chapters share the merges made during one forced run
     for path, given in chosen.items():
         outcomes.append(_run_one(path, chapters, tier, given, not_before, progress))

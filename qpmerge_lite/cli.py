@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from . import book, claims, regression
 from .errors import MergeError
-from .records import repository
+from .records import keep, repository
 
 TIERS = ("smoke", "standard", "paper")
 
@@ -34,6 +34,8 @@ def parser():
     check.add_argument("--update", action="store_true", help="first write the fresh values as the expected ones")
     check.add_argument("--no-run", action="store_true", help="compare the records that are there")
     table = _verb(verbs, "claims", _claims, "judge every claim and rewrite the table of README.md")
+    record = _verb(verbs, "record", _record, "keep the records of a tier that the build machine does not run, to be committed")
+    record.add_argument("--tier", choices=TIERS[1:], default="standard")
     for command in (run, check):
         command.add_argument("--only", metavar="NN", help="only notebooks whose name starts so")
         command.add_argument(
@@ -96,6 +98,16 @@ def _check(arguments):
             print(f"{finding.notebook}: {finding.id}: {finding.problem}", file=sys.stderr)
         say(f"records outside tests/expected/{arguments.tier}: {len(findings)}")
     return int(bool(findings))
+
+
+def _record(arguments):
+    kept = [os.path.relpath(path) for path in keep(arguments.tier)]
+    if arguments.json:
+        print(json.dumps(kept, indent=1))
+    say = _printer(arguments)
+    for path in kept:
+        say(f"wrote {path}")
+    return 0
 
 
 def _claims(arguments):

@@ -154,14 +154,15 @@ class Moments:
         if weights not in WEIGHTS:
             raise MergeError(f"task weights: expected one of {WEIGHTS}, found {weights!r}")
         chosen = torch.as_tensor(list(range(self.folds) if folds is None else folds), dtype=torch.long, device=self.C.device)
-        C, A, M, count = (z[:, chosen].sum(1) for z in (self.C, self.A, self.M, self.count))
+        inside = torch.zeros(self.folds, dtype=torch.float64, device=self.C.device).index_fill(0, chosen, 1.0)
+        count = self.count @ inside
         empty = [t for t, c in zip(self.tasks, count.tolist()) if c == 0]
         if empty:
             raise EmptyCalibration(f"layer {self.layer}: no calibration tokens for {empty} in folds {chosen.tolist()} of "
                                    f"{self.folds}; give at least one sequence per task and fold, or use fewer folds")
-        energy = (M.diagonal(dim1=-2, dim2=-1) if self.full_energy else M).sum((-2, -1))
+        energy = (self.M.diagonal(dim1=-2, dim2=-1) if self.full_energy else self.M).sum((-2, -1)) @ inside
         omega = 1 / count if weights == "tokens" else torch.where(energy > 0, 1 / energy, 0.0)
-        C, A, M = (torch.einsum("t,t...->...", omega, z) for z in (C, A, M))
+        C, A, M = (torch.tensordot(omega[:, None] * inside, z, 2) for z in (self.C, self.A, self.M))  # one pass, no copies
         return Pooled(C, A, M if self.full_energy else None, float(omega @ energy) / 2)
 
     def save(self, path) -> None:

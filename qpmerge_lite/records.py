@@ -1,6 +1,7 @@
 """Results as records: written by code that ran, read by the pages, the claims and the regression check."""
 
 import difflib
+import hashlib
 import json
 import math
 import numbers
@@ -16,8 +17,10 @@ from pathlib import Path
 from .errors import MergeError
 
 SCHEMA = 1
+MANIFESTS = Path(__file__).parents[1] / "data_manifests"
 ID = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
-PACKAGES = ("torch", "numpy", "safetensors", "datasets", "scikit-learn", "wordfreq", "qpmerge-lite")
+PACKAGES = ("torch", "numpy", "safetensors", "datasets", "transformers", "scikit-learn", "wordfreq", "qpmerge-lite")
+PROVENANCE = ("date", "device", "python", "machine", "threads", "packages", "commit", "data")  # all of it goes with committed records
 
 
 class RecordError(MergeError):
@@ -115,6 +118,26 @@ def record_files(tier, root=None):
     raise RecordError(f"no records of tier {tier!r} in {root.name}; run `qpmerge book run --tier {tier}` first")
 
 
+def keep(tier, root=None):
+    """Copy the records of a tier from ``<root>/<tier>`` to the committed ``recorded/<tier>`` beside it, and return the paths there.
+
+    Raises: RecordError when there are none, or when a file lacks part of its provenance.
+    """
+    root = Path(root or records_root())
+    kept = []
+    for path in sorted((root / tier).glob("*.json")):
+        list(_read(path))
+        content = read_json(path)
+        lacking = [name for name in PROVENANCE if not content["provenance"].get(name)]
+        if lacking:
+            raise RecordError(f"{path.name}: expected a provenance with {', '.join(lacking)}, found none; run its notebook again in a checkout")
+        kept.append(root.parent / "recorded" / tier / path.name)
+        write_json(kept[-1], content)
+    if not kept:
+        raise RecordError(f"no records of tier {tier!r} in {root.name}; run `qpmerge book run --tier {tier}` first")
+    return kept
+
+
 def find(records, id):
     """The record of that id. Raises: RecordError naming the ids that look alike."""
     if id not in records:
@@ -140,15 +163,19 @@ def records_root():
 
 
 def provenance(device="cpu"):
-    """What ran: package versions, Python, machine type, threads, device, date (UTC), git commit if there is one."""
+    """What ran: package versions, Python, machine type, threads, device, date (UTC), git commit if there is one, and on which data.
+
+    ``data`` is one SHA-256 over all data manifests, which hold that of every file.
+    """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": str(device),
+        "device": _device(device),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "threads": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
         "packages": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
+        "data": _data(),
     }
 
 
@@ -198,8 +225,22 @@ def _version(name):
         return None
 
 
+def _data():
+    digest = hashlib.sha256()
+    for path in sorted(MANIFESTS.glob("*.yaml")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _device(device):
+    """The name of an accelerator beside its kind."""
+    import torch
+
+    return f"{device} ({torch.cuda.get_device_name(device)})" if torch.device(device).type == "cuda" else str(device)
+
+
 def _commit():
-    command = ["git", "rev-parse", "--short", "HEAD"]
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

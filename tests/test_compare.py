@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from toys import TASKS
 
-from qpmerge_lite import datafree
+from qpmerge_lite import datafree, suites
+from qpmerge_lite.records import Records, load_records
 from qpmerge_lite.suites import Suite, compare
 
 
@@ -72,7 +73,29 @@ def test_seed_interval_is_students():
     assert mean == 2 and high - mean == pytest.approx(4.302653 / 3**0.5, rel=1e-6) and mean - low == pytest.approx(high - mean)
 
 
+def row(method, seed, *values):
+    """A result on tasks a, b, …"""
+    by_task = dict(zip("ab", values))
+    return {"method": method, "label": method, "seed": seed, "validation": 1.0, "accuracy": by_task,
+            "normalised": by_task | {"mean": sum(values) / len(values)}}
+
+
 def test_ranks_are_places_among_the_merges_of_a_seed():
-    row = lambda method, value: {"method": method, "label": method, "seed": 0, "validation": 1.0, "accuracy": {"a": value}, "normalised": {"mean": value}}
-    places = compare.ranks([row("experts", 1.0), row("multitask", 0.99), row("x", 0.8), row("y", 0.9), row("z", 0.8)])
+    places = compare.ranks([row("experts", 0, 1.0), row("multitask", 0, 0.99), row("x", 0, 0.8), row("y", 0, 0.9), row("z", 0, 0.8), row("x", 1, 0.5)])
     assert places.loc[0].to_dict() == {"x": 2.5, "y": 1.0, "z": 2.5}
+
+
+def test_intervals_of_one_seed_are_taken_over_tasks(tmp_path):
+    results = [row("experts", 0, 0.9, 0.8), row("base", 0, 0.5, 0.7), row("soup", 0, 0.7, 0.8)]
+    _, means, _ = compare.summarise(Records("05_toy", "smoke", root=tmp_path), "toy", results)
+    assert list(means.index) == ["a", "b"] and compare.ranks(results).loc["a"].to_dict() == {"base": 2.0, "soup": 1.0}
+    kept = load_records("smoke", tmp_path)
+    gain = kept["toy.soup.minus_base"]
+    mean, interval = compare.seed_interval([0.2, 0.1])
+    assert gain.value == pytest.approx(mean) and gain.interval == pytest.approx(interval) and (gain.n, gain.note) == (2, "over tasks")
+    assert "toy.regmean.minus_soup" not in kept and "toy.best_qp.label" not in kept and kept["toy.best_heuristic.label"].value == "soup"
+
+
+def test_a_plan_spreads_its_options_over_a_grid():
+    assert suites.Plan(options=4).spread(list(range(10))) == [0, 3, 6, 9] and suites.Plan(options=4).spread([1, 2]) == [1, 2]
+    assert suites.Plan().spread(list(range(10))) == list(range(10))

@@ -1,5 +1,6 @@
 """The book's own Sphinx extension: a record becomes text, a missing one stops the build; MathJax is verified or replaced."""
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,21 @@ def test_the_claims_table_is_generated(pages, tmp_path):
     assert (status, problems) == (0, "")
     assert "It is so." in html and "b 0.12" in html and "<strong>holds</strong>" in html
     assert 'href="chapters/x.html"' in html and "Not asked." not in html
+
+
+def test_tiers_stand_side_by_side_and_a_missing_one_is_said_to_be(pages, tmp_path):
+    status, problems, html = pages("```{tiers} *.b\n```\n\n```{tiers} a.*\n:beside: paper\n:format: .2f\n```")
+    assert (status, problems) == (0, "")
+    text = re.sub(r"<[^>]+>|\s+", " ", html)
+    assert re.search(r"smoke +standard +a +0\.125 \[0\.100, 0\.150\] +0\.500 ", text), text
+    assert re.search(r"standard +: cpu, \d{4}-\d\d-\d\d, torch ", text)
+    assert re.search(r"smoke +paper +b +0\.12 +not recorded +paper +: not recorded", text)
+
+
+def test_tiers_need_the_built_one(pages, tmp_path):
+    (tmp_path / "_records" / "smoke" / "01_a.json").unlink()
+    status, problems, _ = pages("```{tiers} *.b\n```")
+    assert status != 0 and "no records of tier 'smoke'" in problems
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
 """Records: what is written is what is read, and nothing unreadable gets in."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from qpmerge_lite.records import RecordError, Records, find, load_records
+from qpmerge_lite.records import PROVENANCE, RecordError, Records, find, keep, load_records
 
 
 @pytest.fixture
@@ -118,3 +119,34 @@ def test_provenance_says_what_ran(root):
     provenance = json.loads((root / "smoke" / "01_a.json").read_text())["provenance"]
     assert provenance["packages"]["torch"] == torch.__version__
     assert {"date", "device", "python", "machine", "threads", "commit"} <= set(provenance)
+
+
+def test_recorded_tiers_keep_their_provenance(root):
+    Records("01_a", "standard", root).record("a.b", 1.0)
+    (path,) = keep("standard", root)
+    assert path == root.parent / "recorded" / "standard" / "01_a.json" and path.read_text() == (root / "standard" / "01_a.json").read_text()
+
+
+@pytest.mark.parametrize("field", PROVENANCE)
+def test_records_without_all_of_their_provenance_are_not_kept(root, field):
+    Records("01_a", "standard", root).record("a.b", 1.0)
+    path = root / "standard" / "01_a.json"
+    content = json.loads(path.read_text())
+    del content["provenance"][field]
+    path.write_text(json.dumps(content))
+    with pytest.raises(RecordError, match=f"01_a.json: expected a provenance with {field}"):
+        keep("standard", root)
+    assert not (root.parent / "recorded").exists()
+
+
+def test_there_is_nothing_to_keep_before_a_run(root):
+    with pytest.raises(RecordError, match="run `qpmerge book run --tier standard` first"):
+        keep("standard", root)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "book" / "recorded").glob("*/*.json")), ids=lambda p: p.stem)
+def test_committed_records_say_what_ran(path):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["tier"] == path.parent.name != "smoke" and content["notebook"] == path.stem and content["records"]
+    assert set(PROVENANCE) == {name for name, value in content["provenance"].items() if value}
+    assert "dirty" not in content["provenance"]["commit"]

@@ -1,5 +1,6 @@
-"""The role ``{res}`` and the directive ``{claims-table}``: measured numbers reach a page only through records."""
+"""The role ``{res}`` and the directives ``{claims-table}`` and ``{tiers}``: measured numbers reach a page only through records."""
 
+import fnmatch
 import os
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from qpmerge_lite import claims
 from qpmerge_lite.errors import MergeError
-from qpmerge_lite.records import find, load_records, record_files
+from qpmerge_lite.records import RecordError, find, load_records, read_json, record_files
 
 
 def read(env, tier):
@@ -64,8 +65,54 @@ class ClaimsTable(SphinxDirective):
         return parsed
 
 
+class Tiers(SphinxDirective):
+    """``{tiers} vision.*.accuracy``: the records that match, one row each, the built tier beside another one.
+
+    What another tier has not recorded is said to be so. Options: ``beside`` (default ``standard``), and ``format`` as in ``{res}``.
+    """
+
+    required_arguments = 1
+    option_spec = {"beside": str, "format": str}
+
+    def run(self):
+        built, beside = self.config.qpmerge_tier, self.options.get("beside", "standard")
+        try:
+            found = {built: self.matching(built), beside: {}}
+        except MergeError as error:
+            raise ExtensionError(f"{self.env.docname}: {{tiers}} {self.arguments[0]}: {error}") from error
+        try:
+            found[beside], origin = self.matching(beside), self.origin(beside)
+        except RecordError:
+            origin = f"*{beside}*: not recorded"
+        start, _, end = self.arguments[0].partition("*")
+        ids = sorted(set().union(*found.values()), key=lambda id: -max(float(f[id].value) for f in found.values() if id in f))
+        rows = [[id.removeprefix(start).removesuffix(end).replace("_", " "), *(self.cell(f.get(id)) for f in found.values())] for id in ids]
+        lines = [["", *found], ["---"] * (len(found) + 1), *rows]
+        return self.parse_text_to_nodes("\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{origin}\n")
+
+    def matching(self, tier):
+        return {id: r for id, r in read(self.env, tier).items() if fnmatch.fnmatchcase(id, self.arguments[0])}
+
+    def cell(self, record):
+        if record is None:
+            return "not recorded"
+        spec = self.options.get("format", ".3f ci")
+        return claims.format_record(record, spec if record.interval else spec.replace("ci", ""))
+
+    def origin(self, tier):
+        """Device, date, versions and commit of the files that hold matching records."""
+        said = []
+        for path in record_files(tier, Path(self.env.srcdir) / "_records"):
+            content = read_json(path)
+            if fnmatch.filter(content["records"], self.arguments[0]):
+                p = content["provenance"]
+                said.append(f"*{tier}*: {p['device']}, {p['date'][:10]}, torch {p['packages']['torch']}, commit {p['commit']}")
+        return "; ".join(said) or f"*{tier}*: not recorded"
+
+
 def setup(app):
     app.add_config_value("qpmerge_tier", os.environ.get("QPMERGE_TIER", "smoke"), "env")
     app.add_role("res", Result())
     app.add_directive("claims-table", ClaimsTable)
+    app.add_directive("tiers", Tiers)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

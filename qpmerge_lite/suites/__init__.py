@@ -4,9 +4,10 @@ A suite is one declarative module, registered below by name and tier, with
 
     TASKS       names of the tasks, in order
     N_CLASSES   labels of each task
-    MANIFEST    name of the manifest that its sources are checked against
-    RECIPE      how experts are trained (``training.Recipe``); LAYER_RECIPE the same for experts trained in one layer
-    base()      the encoder and the SHA-256 of its weights; its blocks are the ``nn.ModuleList`` named ``blocks``
+    MANIFEST    name of the manifest that its sources are checked against; None where ``base`` and ``data`` check what they read
+    RECIPE      how experts are trained (``training.Recipe``); RECIPES, where there are any, by task instead; LAYER_RECIPE for experts
+                trained in one layer
+    base()      the encoder and the SHA-256 of its weights; its blocks are the ``nn.ModuleList`` with most parameters
     data(task, seed)   a ``datasets.DatasetDict``: splits train, validation, test; a ``label`` column beside the inputs
     collate(rows)      columns of some rows to the keyword arguments of ``encoder.forward``, which returns (B, d)
 
@@ -31,7 +32,43 @@ from ..manifests import load_manifest, verify
 from ..walk import Carry, Walker
 from . import training
 
-REGISTRY = {(name, "smoke"): f"qpmerge_lite.suites.{name}" for name in ("vision", "language")}
+REGISTRY = {
+    ("vision", "smoke"): "qpmerge_lite.suites.vision",
+    ("language", "smoke"): "qpmerge_lite.suites.language",
+    ("language", "standard"): "qpmerge_lite.suites.sentences",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the chapters do with the suites of a tier where their parameters leave it open.
+
+    Attributes:
+        seeds: how many are run; with one, intervals are taken over tasks.
+        calibration: examples per task in merges of many layers.
+        options: most options of a method's grid that are tried, spread evenly over it; None tries all.
+        chapters: how the names of the notebooks begin that are run; the others study the embedded suites only.
+    """
+
+    seeds: int = 3
+    calibration: int = 64
+    options: int | None = None
+    chapters: tuple[str, ...] = ("",)
+
+    def spread(self, grid: list) -> list:
+        """A grid, or as many of its points as the plan allows, first and last among them."""
+        most = self.options
+        return grid if most is None or len(grid) <= most else [grid[i * (len(grid) - 1) // (most - 1)] for i in range(most)]
+
+
+PLANS = {"smoke": Plan(), "standard": Plan(seeds=1, calibration=128, options=4, chapters=("05", "06"))}
+
+
+def plan(tier: str) -> Plan:
+    """The plan of a tier. Raises: MergeError for a tier that has none."""
+    if tier not in PLANS:
+        raise MergeError(f"tier: expected one of {', '.join(PLANS)}, found {tier!r}")
+    return PLANS[tier]
 
 
 @dataclass
@@ -46,6 +83,8 @@ class Suite:
         heads: task -> state dict of the task's linear head, never merged.
         n_classes: task -> number of labels.
         layer: the one layer in which experts differ from the base; None when all were trained.
+        precision: of matrix products in training and evaluation; merges are computed in that of the base's weights.
+        chunk: examples evaluated at a time.
     """
 
     name: str
@@ -60,6 +99,8 @@ class Suite:
     n_classes: dict[str, int]
     collate: Callable = field(repr=False)
     layer: str | None = None
+    precision: str = "float32"
+    chunk: int = training.CHUNK
     _ceilings: dict = field(default_factory=dict, repr=False)
     _held: dict = field(default_factory=dict, repr=False)
     _prefixes: dict = field(default_factory=dict, repr=False)
@@ -85,7 +126,7 @@ class Suite:
         if not 0 < n <= len(rows) - skip:
             raise MergeError(f"{task}/{split}: expected 1 to {len(rows) - skip} calibration examples, found {n}; ask for fewer")
         chosen = torch.randperm(len(rows), generator=training.seeded(seed, task, "calibration"))[skip : skip + n]
-        return training.batches(training.tensors(rows, self.collate, self.device, chosen)[0], batch_size)
+        return [training.trim(b) for b in training.batches(training.tensors(rows, self.collate, self.device, chosen)[0], batch_size)]
 
     def layers(self, n, skip=0) -> Layers:
         """Moments of every layer on the experts' own inputs, of n calibration examples per task; made once and held."""
@@ -121,19 +162,21 @@ class Suite:
 
     @torch.no_grad()
     def _accuracy(self, state, task, split) -> float:
-        labels, scores = self.tensors(task, split)[1], self.classifiers()[task](self._features(state, task, split))
+        with training.autocast(self.device, self.precision):
+            features = self._features(state, task, split).to(self.heads[task]["weight"])
+        labels, scores = self.tensors(task, split)[1], self.classifiers()[task](features)
         return int((scores.argmax(1) == labels).sum()) / len(labels)
 
     def _features(self, state, task, split) -> Tensor:
         """Features (N, d) of a split. A model that is the base but for ``layer`` starts at that layer's block, with what the base gave."""
         own = self.base.state_dict()
         if self.layer is None or any(not torch.equal(v, own[k]) for k, v in state.items() if not k.startswith(f"{self.layer}.")):
-            return torch.cat([functional_call(self.base, state, (), batch) for batch in training.batches(self.tensors(task, split)[0])])
+            return torch.cat([functional_call(self.base, state, (), batch) for batch in self._batches(task, split)])
         if self._walker is None:
-            self._walker = Walker(self.base, "blocks")
+            self._walker = Walker(self.base)
         start = self._walker.chunk_of(self.layer)
         if (task, split) not in self._prefixes:
-            carries = [Carry(task, batch, torch.zeros(0)) for batch in training.batches(self.tensors(task, split)[0])]
+            carries = [Carry(task, batch, torch.zeros(0)) for batch in self._batches(task, split)]
             for chunk in range(start):
                 carries = [self._walker.run(chunk, own, carry)[0] for carry in carries]
             self._prefixes[task, split] = carries
@@ -141,6 +184,9 @@ class Suite:
         for chunk in range(start, len(self._walker)):
             carries = [self._walker.run(chunk, state, carry)[0] for carry in carries]
         return torch.cat([carry.hidden for carry in carries])
+
+    def _batches(self, task, split):
+        return training.batches(self.tensors(task, split)[0], self.chunk)
 
     def normalised(self, state_dict: dict[str, Tensor], split="test", tasks=None) -> dict[str, float]:
         """Accuracy over that of the task's expert on the same split, for each task and as their ``mean``."""
@@ -193,12 +239,14 @@ def task_names(name: str, tier="smoke") -> list[str]:
 def _parts(name, tier, seed, device, tasks, layer):
     """Definition of a suite, its base beside its hash, and by task the data, and the training split as tensors."""
     definition = _definition(name, tier)
-    verify(load_manifest(definition.MANIFEST))
+    if definition.MANIFEST:
+        verify(load_manifest(definition.MANIFEST))
     base, sha256 = definition.base()
     base.to(device).eval().requires_grad_(False)
+    recipes = getattr(definition, "RECIPES", {}) if layer is None else {}
     recipe = definition.RECIPE if layer is None else replace(definition.LAYER_RECIPE, layer=layer)
     data, examples = ({task: _data(REGISTRY[name, tier], task, seed)[i] for task in tasks} for i in (0, 1))
-    return definition, base, sha256, recipe, data, examples
+    return definition, base, sha256, {task: recipes.get(task, recipe) for task in tasks}, data, examples
 
 
 def load(name: str, tier="smoke", seed=0, device="cpu", progress=True, tasks=None, layer=None) -> Suite:
@@ -211,13 +259,14 @@ def load(name: str, tier="smoke", seed=0, device="cpu", progress=True, tasks=Non
     Raises: MergeError for an unknown suite, tier or task; ManifestError when a source is not what the manifest says.
     """
     tasks = _choose(tasks, task_names(name, tier), f"suite {name!r}")
-    definition, base, sha256, recipe, data, examples = _parts(name, tier, seed, device, tasks, layer)
+    definition, base, sha256, recipes, data, examples = _parts(name, tier, seed, device, tasks, layer)
     experts, heads, folder = {}, {}, training.cache_folder() / f"{name}-{tier}"
     for task in tqdm(tasks, desc=f"{name} experts", disable=not progress):
-        parts = training.expert(base, sha256, examples[task], definition.N_CLASSES[task], recipe, seed, task, folder, progress)
+        parts = training.expert(base, sha256, examples[task], definition.N_CLASSES[task], recipes[task], seed, task, folder, progress)
         experts[task], heads[task] = ({k: v.to(device) for k, v in part.items()} for part in parts)
     classes = {task: definition.N_CLASSES[task] for task in tasks}
-    return Suite(name, tier, seed, device, tasks, data, base, experts, heads, classes, definition.collate, layer)
+    how = {"precision": definition.RECIPE.precision, "chunk": definition.RECIPE.chunk}
+    return Suite(name, tier, seed, device, tasks, data, base, experts, heads, classes, definition.collate, layer, **how)
 
 
 def multitask(suite: Suite, progress=False) -> tuple[Suite, dict[str, Tensor]]:
@@ -225,7 +274,8 @@ def multitask(suite: Suite, progress=False) -> tuple[Suite, dict[str, Tensor]]:
 
     Twice the steps of an expert, each with a quarter of its batch of every task.
     """
-    _, base, sha256, recipe, _, examples = _parts(suite.name, suite.tier, suite.seed, suite.device, suite.tasks, suite.layer)
+    _, base, sha256, recipes, _, examples = _parts(suite.name, suite.tier, suite.seed, suite.device, suite.tasks, suite.layer)
+    recipe = next(iter(recipes.values()))
     recipe = replace(recipe, steps=2 * recipe.steps, batch=recipe.batch // 4)
     folder = training.cache_folder() / f"{suite.name}-{suite.tier}"
     state, heads = training.multitask(base, sha256, examples, suite.n_classes, recipe, suite.seed, folder, progress)

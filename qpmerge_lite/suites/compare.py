@@ -16,7 +16,9 @@ from .. import datafree, gradient, methods
 from ..assess import audit
 from ..records import read_json, write_json
 from ..sequential import Merge
-from . import Suite, load, multitask, training
+from . import Suite, load, multitask, plan, training
+from .tables import frame as frame
+from .tables import ranks, seed_interval, units
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Entry:
     def tuned(self, suite: Suite, calibration) -> tuple[Merge, dict, list[float]]:
         """The merge with the highest mean normalised validation accuracy, its options, and that accuracy for every entry of the grid."""
         score = lambda state: suite.normalised(state, "validation")["mean"]
-        return methods.tune(self.bound(suite), self.grid(len(suite.experts), suite.seed), score, suite.base, suite.experts, calibration)
+        grid = plan(suite.tier).spread(self.grid(len(suite.experts), suite.seed))
+        return methods.tune(self.bound(suite), grid, score, suite.base, suite.experts, calibration)
 
 
 def _base(base, experts, calibration=None):
@@ -230,52 +233,26 @@ def choices(results: list[dict]):
     return pd.DataFrame(table)
 
 
-def frame(results: list[dict]):
-    """Test results as a ``pandas.DataFrame``: one row per seed, method and task, ``mean`` among the tasks, and the validation score."""
-    import pandas as pd
-
-    rows = []
-    for r in results:
-        mean = sum(r["accuracy"].values()) / len(r["accuracy"])
-        for task, normalised in r["normalised"].items():
-            rows.append({"seed": r["seed"], "method": r["method"], "label": r["label"], "task": task, "normalised": normalised,
-                         "accuracy": r["accuracy"].get(task, mean), "validation": r["validation"]})
-    return pd.DataFrame(rows)
-
-
-def seed_interval(values, level: float = 0.95) -> tuple[float, tuple[float, float]]:
-    """Mean over seeds and its Student-t interval; for paired differences pass the differences."""
-    import numpy as np
-    from scipy import stats
-
-    values = np.asarray(values, dtype=float)
-    mean, half = values.mean(), stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return float(mean), (float(mean - half), float(mean + half))
-
-
-def ranks(results: list[dict]):
-    """Place of every merge among all merges of its seed, 1 the best, as a ``pandas.DataFrame``: a row per seed, a column per method."""
-    merges = frame(results).query("task == 'mean' and method not in ('experts', 'multitask')")
-    return merges.pivot(index="seed", columns="method", values="normalised").rank(axis=1, ascending=False)
-
-
 def summarise(records, name: str, results: list[dict]):
     """Record, under ids that begin with ``name``, every method's accuracy and rank, the picks of validation, and paired differences.
 
-    Returns: labels by method; normalised mean accuracy as a ``pandas.DataFrame``, a row per seed and a column per method, best
-        first; and (mean, interval) by method.
+    What takes a method that is not among the results is left out. Intervals are taken over seeds, or over tasks where there is one seed, as the notes of the records say.
+
+    Returns: labels by method; normalised accuracy as a ``pandas.DataFrame``, a row per seed (mean over tasks) or task and a column
+        per method, best first; and (mean, interval) by method.
     """
-    overall = frame(results).query("task == 'mean'")
+    unit, overall = units(results)
     labels = dict(zip(overall.method, overall.label))
-    means = overall.pivot(index="seed", columns="method", values="normalised").drop(columns="experts")
+    means = overall.pivot(index=unit, columns="method", values="normalised").drop(columns="experts")
     means = means[means.mean().sort_values(ascending=False).index]
     intervals = {m: seed_interval(means[m]) for m in means}
     validation = overall.groupby("method").validation.mean()
     picks = {"best_heuristic": HEURISTICS, "best_neighbour": NEIGHBOURS, "best_qp": [f"qp_{f}" for f in FAMILIES]}
-    picks = {id: validation[list(methods)].idxmax() for id, methods in picks.items()}
+    present = {id: [m for m in methods if m in validation] for id, methods in picks.items()}
+    picks = {id: validation[methods].idxmax() for id, methods in present.items() if methods}
 
     def keep(id, mean_and_interval):
-        records.record(f"{name}.{id}", mean_and_interval[0], n=len(means), interval=mean_and_interval[1])
+        records.record(f"{name}.{id}", mean_and_interval[0], n=len(means), interval=mean_and_interval[1], note=f"over {unit}s")
 
     keep("experts.raw", seed_interval(overall[overall.method == "experts"].accuracy))
     for m, found in intervals.items():
@@ -286,15 +263,16 @@ def summarise(records, name: str, results: list[dict]):
         records.record(f"{name}.{id}.label", labels[m])
         keep(f"{id}.accuracy", intervals[m])
     for id, first, second in _pairs(picks):
-        keep(id, seed_interval(means[first] - means[second]))
+        if {first, second} <= set(means):
+            keep(id, seed_interval(means[first] - means[second]))
     return labels, means, intervals
 
 
 def _pairs(picks: dict[str, str]) -> list[tuple[str, str, str]]:
     """(id, method, method subtracted from it) of the differences that are recorded."""
     rivals = {**{id: m for id, m in picks.items() if id != "best_qp"}, "regmean": "regmean"}
-    programmes = {**{f"qp_{f}": f"qp_{f}" for f in (*FAMILIES, "weights")}, "best_qp": picks["best_qp"]}
+    programmes = {**{f"qp_{f}": f"qp_{f}" for f in (*FAMILIES, "weights")}, "best_qp": picks.get("best_qp")}
     return [*((f"{p}.minus_{id}", m, other) for p, m in programmes.items() for id, other in rivals.items()),
             ("soup.minus_base", "soup", "base"), ("regmean.minus_soup", "regmean", "soup"),
-            ("best_neighbour.minus_best_heuristic", picks["best_neighbour"], picks["best_heuristic"]),
+            ("best_neighbour.minus_best_heuristic", picks.get("best_neighbour"), picks.get("best_heuristic")),
             ("qp_elements.minus_regmean_plus_plus", "qp_elements", "regmean_plus_plus"), ("qp_rotated_rows.minus_qp_rows", "qp_rotated_rows", "qp_rows")]

@@ -32,7 +32,8 @@ def many_layers(name: str, results: list[dict], energy: str):
 
 
 def rank_correlation(frame, energy: str, draws: int, seed: int, within: bool) -> tuple[float, tuple[float, float]]:
-    """Spearman's ρ of captured energy and normalised accuracy with a 95 % interval, the base left out, problems resampled whole.
+    """Spearman's ρ of captured energy and normalised accuracy with a 95 % interval, the base left out, problems resampled whole (of one
+    problem, its merges).
 
     Args:
         energy: a column of the frame. draws: bootstrap samples.
@@ -50,6 +51,7 @@ def rank_correlation(frame, energy: str, draws: int, seed: int, within: bool) ->
     inside = np.array([spearman(xy) for xy in pairs])
     value = lambda chosen: inside[chosen].mean() if within else spearman(np.concatenate([pairs[i] for i in chosen]))
     generator, everything = np.random.default_rng(seed), np.arange(len(pairs))
-    found = [value(generator.choice(everything, len(everything))) for _ in range(draws)]
+    found = [value(generator.choice(everything, len(everything))) for _ in range(draws)] if len(pairs) > 1 else [
+        spearman(pairs[0][generator.choice(len(pairs[0]), len(pairs[0]))]) for _ in range(draws)]
     low, high = np.quantile(found, [0.025, 0.975])
     return float(value(everything)), (float(low), float(high))

@@ -23,7 +23,11 @@ CHUNK = 512
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an expert is made: a linear probe on the base, then encoder (or one ``layer`` of it) and head together under AdamW."""
+    """How an expert is made: a linear probe on the base, then encoder (or one ``layer`` of it) and head together under AdamW.
+
+    ``precision`` is that of the encoder's matrix products, under autocast; weights and heads are float32. ``chunk`` examples pass the
+    encoder at a time where nothing is trained.
+    """
 
     steps: int = 150
     batch: int = 128
@@ -33,6 +37,12 @@ class Recipe:
     probe_iterations: int = 100
     probe_decay: float = 1e-3
     layer: str | None = None
+    precision: str = "float32"
+    chunk: int = CHUNK
+
+
+# Fields that were added when experts had been kept, with what keys mean that do not name them.
+LATER = {"precision": "float32", "chunk": CHUNK}
 
 
 def seeded(seed: int, *purpose: str) -> torch.Generator:
@@ -82,10 +92,25 @@ def batches(inputs: dict[str, Tensor], size: int = CHUNK):
     return [dict(zip(inputs, part, strict=True)) for part in parts]
 
 
+def trim(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tokenised sentences without the columns in which all of them are padding; any other batch as it is."""
+    if "attention_mask" not in batch:
+        return batch
+    longest = int(batch["attention_mask"].any(0).nonzero().max()) + 1
+    return {k: v[:, :longest] for k, v in batch.items()}
+
+
+def autocast(device, precision: str):
+    """Context in which matrix products run in a precision, ``float32`` or ``bfloat16``."""
+    return torch.autocast(torch.device(device).type, getattr(torch, precision), enabled=precision != "float32")
+
+
 @torch.no_grad()
-def features(encoder: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Features (N, d) of an encoder, batch by batch."""
-    return torch.cat([encoder(**batch) for batch in batches(inputs)])
+def features(encoder: nn.Module, inputs: dict[str, Tensor], recipe: Recipe) -> Tensor:
+    """Features (N, d) of an encoder, chunk by chunk in the precision of a recipe, in the type of its weights."""
+    one = next(encoder.parameters())
+    with autocast(one.device, recipe.precision):
+        return torch.cat([encoder(**batch).to(one) for batch in batches(inputs, recipe.chunk)])
 
 
 def linear_probe(x: Tensor, y: Tensor, classes: int, recipe: Recipe, generator: torch.Generator) -> nn.Linear:
@@ -117,6 +142,7 @@ def train(base, probes, data, recipe, seed, progress=True):
     """
     heads, encoder = copy.deepcopy(nn.ModuleDict(probes)), copy.deepcopy(base).train()
     trained = (encoder if recipe.layer is None else encoder.get_submodule(recipe.layer)).requires_grad_(True)
+    one = next(trained.parameters())
     optimiser = torch.optim.AdamW([*trained.parameters(), *heads.parameters()], weight_decay=recipe.decay, fused=True)
     streams = {}
     for task, (_, labels) in data.items():
@@ -126,7 +152,9 @@ def train(base, probes, data, recipe, seed, progress=True):
         optimiser.param_groups[0]["lr"] = recipe.rate * schedule(step, recipe.steps, recipe.warmup)
         rows = {t: stream[step * recipe.batch : (step + 1) * recipe.batch].to(data[t][1].device) for t, stream in streams.items()}
         names = next(iter(data.values()))[0]
-        found = encoder(**{name: torch.cat([data[t][0][name][r] for t, r in rows.items()]) for name in names})
+        batch = {name: torch.cat([data[t][0][name][r] for t, r in rows.items()]) for name in names}
+        with autocast(one.device, recipe.precision):
+            found = encoder(**batch).to(one)
         parts = zip(rows.items(), found.split([len(r) for r in rows.values()]))
         sum(cross_entropy(heads[t](z), data[t][1][r]) for (t, r), z in parts).backward()
         optimiser.step()
@@ -169,10 +197,15 @@ _PROBES: dict[str, nn.Linear] = {}  # experts of one task that differ in what is
 
 
 def _probe(base, facts, inputs, labels, recipe) -> nn.Linear:
-    start = content_key(**facts, recipe={k: v for k, v in asdict(recipe).items() if k.startswith("probe")})
+    start = content_key(**facts, recipe={k: v for k, v in _recipe(recipe).items() if k.startswith("probe") or k in LATER})
     if start not in _PROBES:
-        _PROBES[start] = linear_probe(features(base, inputs), labels, facts["classes"], recipe, seeded(facts["seed"], facts["task"], "head"))
+        _PROBES[start] = linear_probe(features(base, inputs, recipe), labels, facts["classes"], recipe, seeded(facts["seed"], facts["task"], "head"))
     return _PROBES[start]
+
+
+def _recipe(recipe) -> dict:
+    """Fields of a recipe that a cache key holds."""
+    return {k: v for k, v in asdict(recipe).items() if k not in LATER or v != LATER[k]}
 
 
 def _facts(base, base_sha256, examples, classes, seed, task) -> dict:
@@ -197,7 +230,7 @@ def expert(base, base_sha256, examples, classes, recipe, seed, task, folder, pro
         encoder, heads = _train_placed(base, {task: facts}, {task: examples}, recipe, seed, progress)
         return encoder, heads[task]
 
-    return cached_expert(folder, content_key(**facts, recipe=asdict(recipe)), task, make)
+    return cached_expert(folder, content_key(**facts, recipe=_recipe(recipe)), task, make)
 
 
 def multitask(base, base_sha256, examples, classes, recipe, seed, folder, progress=True):
@@ -208,5 +241,5 @@ def multitask(base, base_sha256, examples, classes, recipe, seed, folder, progre
         encoder, heads = _train_placed(base, facts, examples, recipe, seed, progress)
         return encoder, {f"{t}.{k}": v for t, head in heads.items() for k, v in head.items()}
 
-    encoder, flat = cached_expert(folder, content_key(tasks=list(facts.values()), recipe=asdict(recipe)), "multitask", make)
+    encoder, flat = cached_expert(folder, content_key(tasks=list(facts.values()), recipe=_recipe(recipe)), "multitask", make)
     return encoder, {t: {k.removeprefix(f"{t}."): v for k, v in flat.items() if k.startswith(f"{t}.")} for t in examples}
