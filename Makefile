@@ -14,6 +14,9 @@ TORCH_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# what reads pre-trained checkpoints: the tests and every tier but smoke ask for it
+HUB := $(VENV)/.installed-hub
+NEEDED := $(STAMP) $(if $(filter-out smoke,$(TIER)),$(HUB))
 QPMERGE := $(BIN)/qpmerge
 export QPMERGE_TIER := $(TIER)
 
@@ -23,16 +26,16 @@ export QPMERGE_TIER := $(TIER)
 book: notebooks
 	$(MAKE) html
 
-test: book
+test: book $(HUB)
 	$(BIN)/python -m pytest
 
-notebooks: $(STAMP)
+notebooks: $(NEEDED)
 	$(QPMERGE) book run --tier $(TIER)
 
 html: $(STAMP)
 	$(BIN)/jupyter-book build -W -n --keep-going book
 
-check: $(STAMP)
+check: $(NEEDED)
 	$(QPMERGE) book check --tier $(TIER)
 
 bench: $(STAMP)
@@ -60,10 +63,15 @@ $(STAMP): requirements.lock requirements-torch.txt pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
+$(HUB): requirements-hub.lock $(STAMP)
+	$(BIN)/pip install --quiet --require-hashes -r requirements-hub.lock
+	touch $@
+
 # needs uv; keeps the pins of the present lock where it can, and writes the same ones into environment.yml
+RESOLVE := uv pip compile --quiet --universal --python-version 3.11.5 --generate-hashes --no-annotate --no-header --no-emit-index-url
 lock:
-	uv pip compile --quiet requirements.in --universal --python-version 3.11.5 --generate-hashes --no-annotate \
-	  --no-header --no-emit-index-url -o requirements.lock
+	$(RESOLVE) requirements.in -o requirements.lock
+	$(RESOLVE) requirements-hub.in -c requirements.lock -o requirements-hub.lock
 	{ sed '/- pip:$$/q' environment.yml; \
 	  sed -nE 's/^([a-z0-9_.-]+==[^\]*[^\ ]) *\\?$$/      - "\1"/p' requirements.lock requirements-torch.txt; \
 	  echo '      - -e .'; } > environment.yml.new

@@ -111,8 +111,8 @@ def parse(path: Path, text: str) -> Manifest:
     for i, source in enumerate(sources):
         if source.kind == "package":
             _specifiers(f"{path.name}: sources[{i}].versions", source.extra["versions"])
-        told = "columns" not in content or "rows" in content["splits"]["train"] or all(file.split for file in source.files)
-        _expect(told, f"{path.name}: sources[{i}].files", "a split for each, as the rows have no digests", [file.split for file in source.files])
+    if content["kind"] == "dataset":
+        _tell_splits(path.name, content)
     read = ("kind", "name", "description", "splits")
     rest = {name: value for name, value in content.items() if name not in (*read, "schema", "sources", "leakage")}
     common = {name: content.get(name, {}) for name in read}
@@ -125,6 +125,16 @@ def _source(manifest: dict, content: dict) -> Source:
     files = tuple(File(**file) for file in content["files"])
     extra = {name: value for name, value in content.items() if name not in (*own, "files", "verified")}
     return Source(**own, files=files, extra=extra, verified=content.get("verified", True))
+
+
+def _tell_splits(where: str, content: dict):
+    """Every split is held to a digest of its rows, or else every file says which split it holds."""
+    counted = [name for name in SPLITS if "rows" in content["splits"][name]]
+    _expect(len(counted) in (0, len(SPLITS)), f"{where}: splits", "rows and sha256 of every split or of none", counted)
+    _expect(not counted or "pair" not in content["columns"], f"{where}: columns", "no pair, as the rows have digests", "one")
+    for i, source in enumerate(content["sources"]):
+        told = [file.get("split") for file in source["files"]]
+        _expect(counted or all(told), f"{where}: sources[{i}].files", "a split for each, as the rows have no digests", told)
 
 
 def _hold_to_schema(where: str, content):

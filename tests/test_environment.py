@@ -1,5 +1,8 @@
 """One set of pins, said three times: lock, conda environment and package requirements agree."""
+import os
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -20,6 +23,7 @@ def pins(lines):
 
 
 LOCK = pins(text("requirements.lock").splitlines()) | pins(text("requirements-torch.txt").splitlines())
+HUB = pins(text("requirements-hub.lock").splitlines())
 PROJECT = tomllib.loads(text("pyproject.toml"))
 
 
@@ -30,20 +34,42 @@ def test_the_conda_environment_has_the_pins_of_the_lock():
     assert "python=3.11" in dependencies
 
 
-def test_every_locked_file_is_hashed():
-    for requirement in re.split(r"\n(?=\S)", text("requirements.lock").strip()):
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-hub.lock"])
+def test_every_locked_file_is_hashed(name):
+    for requirement in re.split(r"\n(?=\S)", text(name).strip()):
         if not requirement.startswith("#"):
             assert "--hash=sha256:" in requirement, requirement.splitlines()[0]
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "requirements.in", "requirements-torch.txt", "environment.yml", "Makefile"])
+@pytest.mark.parametrize(
+    "name", [*(path.name for path in ROOT.glob("requirements*")), "environment.yml", "Makefile"]
+)
 def test_no_index_is_named(name):
     assert not re.search(r"https?://|file:|--(extra-)?index-url +[^.…\"]|--find-links", text(name))
 
 
 def test_what_is_asked_for_by_name_is_locked_as_asked():
-    asked = pins(text("requirements.in").splitlines())
-    assert asked.items() <= LOCK.items()
+    assert pins(text("requirements.in").splitlines()).items() <= LOCK.items()
+    assert pins(text("requirements-hub.in").splitlines()).items() <= HUB.items()
+
+
+def test_what_reads_checkpoints_adds_to_the_pins_and_changes_none():
+    assert {name: version for name, version in HUB.items() if LOCK.get(name, version) != version} == {}
+    assert {"transformers", "tokenizers"} <= HUB.keys() - LOCK.keys()
+    assert "pip install --require-hashes -r requirements-hub.lock" in text("environment.yml")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make on this machine")
+def test_only_the_tests_and_the_larger_tiers_install_it():
+    """As ``make`` itself sees it: what would be run, from an environment that is not there."""
+    own = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "TIER", "VENV")}
+
+    def planned(*words):
+        words = ["make", "-n", "VENV=/nowhere", "PYTHON=python3", *words]
+        done = subprocess.run(words, cwd=ROOT, env=own, capture_output=True, text=True, check=True)
+        return "-r requirements-hub.lock" in done.stdout
+
+    assert [planned(*words) for words in (["book"], ["book", "TIER=standard"], ["check", "TIER=paper"], ["test"])] == [False, True, True, True]
 
 
 def test_everything_the_package_needs_is_locked_within_its_bounds():
@@ -52,7 +78,7 @@ def test_everything_the_package_needs_is_locked_within_its_bounds():
 
     extras = {name: group for name, group in PROJECT["project"]["optional-dependencies"].items() if name != "oracles"}
     wanted = [Requirement(r) for group in (PROJECT["project"]["dependencies"], *extras.values()) for r in group]
-    outside = [str(r) for r in wanted if not r.specifier.contains(LOCK.get(canonicalize_name(r.name), "0"))]
+    outside = [str(r) for r in wanted if not r.specifier.contains((HUB | LOCK).get(canonicalize_name(r.name), "0"))]
     assert outside == []
 
 

@@ -132,8 +132,8 @@ def _by_index(manifest, source, found):
 
 def _by_split(manifest, groups):
     """Held-out validation where the manifest asks for it; no training or validation row that a later split holds too."""
-    test, train = groups["test"], groups["train"]
-    train = _without(train, test)
+    _all_there(manifest, groups)
+    test, train = groups["test"], _without(groups["train"], groups["test"])
     if held_out := manifest.splits["validation"].get("held_out"):
         train.sort(key=lambda row: row[0])
         chosen = held(len(train), **held_out)
@@ -142,6 +142,12 @@ def _by_split(manifest, groups):
     else:
         validation = _without(groups["validation"], test)
     return {"train": _without(train, validation), "validation": validation, "test": test}
+
+
+def _all_there(manifest, splits):
+    drawn = {"validation"} if "held_out" in manifest.splits["validation"] else set()
+    for split in (split for split in SPLITS if split not in splits and split not in drawn):
+        raise ManifestError(f"{manifest.name}: expected rows of {split}, found only {', '.join(map(str, splits))}; correct the manifest")
 
 
 def held(rows: int, seed: int, share: float) -> set[int]:
@@ -175,7 +181,9 @@ def _as_filed(manifest, source, files):
 
     kind = {".parquet": "parquet", ".jsonl": "json"}[Path(source.files[0].path).suffix]
     parts = {split: [str(files[f.path]) for f in source.files if f.split == split] for split in SPLITS}
-    loaded = load_dataset(kind, data_files={split: paths for split, paths in parts.items() if paths})
+    parts = {split: paths for split, paths in parts.items() if paths}
+    _all_there(manifest, parts)
+    loaded = load_dataset(kind, data_files=parts)
     columns = {source.extra["columns"].get(name, name): name for name in manifest.extra["columns"]}
     loaded = loaded.select_columns(list(columns)).rename_columns({theirs: ours for theirs, ours in columns.items() if theirs != ours})
     if manifest.extra["labels"]:
