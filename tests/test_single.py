@@ -100,3 +100,9 @@ def test_evidence_has_a_row_per_merge(one_layer):
     frame = population.one_layer([single.result(one_layer, 8) | {"suite": "toy"}])
     assert len(frame) == len(frame.method.unique()) == 6 + len(single.ANYWHERE) + 3 + len(single.FAMILIES) and frame.problem.nunique() == 1
     assert set(frame.kind) == {population.HEURISTIC, population.NEIGHBOUR, population.PROGRAMME}
+
+
+def test_of_one_problem_the_merges_are_resampled():
+    frame = pd.DataFrame({"method": ["base", *"abcdef"], "problem": 1, "accuracy": [0.1, 0.3, 0.2, 0.5, 0.4, 0.7, 0.6], "disjoint": [0, 1, 2, 3, 4, 5, 6]})
+    value, (low, high) = population.rank_correlation(frame, "disjoint", 200, 0, within=True)
+    assert value == pytest.approx(1 - 6 * 6 / (6 * 35)) and low < value < high <= 1

@@ -6,7 +6,7 @@ A suite is one declarative module, registered below by name and tier, with
     N_CLASSES   labels of each task
     MANIFEST    name of the manifest that its sources are checked against; None where ``base`` and ``data`` check what they read
     RECIPE      how experts are trained (``training.Recipe``); RECIPES, where there are any, by task instead; LAYER_RECIPE for experts
-                trained in one layer
+                trained in one of the LAYERS
     base()      the encoder and the SHA-256 of its weights; its blocks are the ``nn.ModuleList`` with most parameters
     data(task, seed)   a ``datasets.DatasetDict``: splits train, validation, test; a ``label`` column beside the inputs
     collate(rows)      columns of some rows to the keyword arguments of ``encoder.forward``, which returns (B, d)
@@ -61,7 +61,7 @@ class Plan:
         return grid if most is None or len(grid) <= most else [grid[i * (len(grid) - 1) // (most - 1)] for i in range(most)]
 
 
-PLANS = {"smoke": Plan(), "standard": Plan(seeds=1, calibration=128, options=4, chapters=("05", "06"))}
+PLANS = {"smoke": Plan(), "standard": Plan(seeds=1, calibration=128, options=4, chapters=("05", "06", "07"))}
 
 
 def plan(tier: str) -> Plan:
@@ -234,6 +234,11 @@ def _definition(name: str, tier: str):
 def task_names(name: str, tier="smoke") -> list[str]:
     """Tasks of a suite, in order. Raises: MergeError for an unknown suite or tier."""
     return list(_definition(name, tier).TASKS)
+
+
+def single_layers(name: str, tier="smoke") -> tuple[str, ...]:
+    """Layers of a suite's encoder in which experts are trained where they differ in one layer; errors as of :func:`task_names`."""
+    return _definition(name, tier).LAYERS
 
 
 def _parts(name, tier, seed, device, tasks, layer):

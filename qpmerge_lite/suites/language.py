@@ -19,6 +19,7 @@ from .training import Recipe, seeded, shipped
 WEIGHTS = Path(__file__).parent / "weights" / "language_base.safetensors"
 MANIFEST = "smoke-language"
 RECIPE = Recipe(steps=220, batch=64, rate=2e-3)
+LAYERS = ("blocks.0.attention.value", "blocks.1.up", "blocks.2.up")
 LAYER_RECIPE = Recipe(steps=80, batch=64, rate=1e-2)
 SPLITS = {"train": 4096, "validation": 512, "test": 1024}
 SHARES = {"test": 0.2, "validation": 0.1}  # of the words; the rest trains base and experts

@@ -24,6 +24,7 @@ MORE = {"clinc150": {"train": 6000}}
 LENGTH = 64  # word pieces of a sentence, longer ones are cut
 RECIPE = Recipe(steps=282, batch=32, rate=1e-4, precision="bfloat16", chunk=64)  # three epochs
 RECIPES = {"clinc150": replace(RECIPE, steps=940)}  # five
+LAYERS = ("bert.encoder.layer.1.intermediate.dense",)
 LAYER_RECIPE = replace(RECIPE, steps=188, rate=1e-3)
 
 

@@ -15,10 +15,9 @@ from ..diagnostic import gap
 from ..layers import View
 from ..moments import Moments
 from ..sequential import Merge, average
-from . import Suite, compare, load, task_names
+from . import Suite, compare, load, single_layers, task_names
 from .synthetic import promises
 
-LAYERS = {"vision": ("blocks.0.attention.value", "blocks.1.up"), "language": ("blocks.0.attention.value", "blocks.1.up", "blocks.2.up")}
 FAMILIES = ("layer", "groups", "rows", "rotated_rows", "columns", "rotated_columns", "singular", "elements")
 HEADS = 4  # groups of rows
 TASKS = 3  # the first ones of a suite
@@ -102,4 +101,4 @@ def result(suite: Suite, size: int) -> dict:
 def results(name: str, seeds: int, size: int, tier="smoke", device="cpu", first_seed=0) -> list[dict]:
     """Results of every layer and seed of a suite; seeds outside, so that layers of a seed share their data."""
     return [result(load(name, tier, seed, device, progress=False, layer=layer, tasks=task_names(name, tier)[:TASKS]), size) | {"suite": name}
-            for seed in range(first_seed, first_seed + seeds) for layer in LAYERS[name]]
+            for seed in range(first_seed, first_seed + seeds) for layer in single_layers(name, tier)]

@@ -21,6 +21,7 @@ from .training import Recipe, seeded, shipped
 WEIGHTS = Path(__file__).parent / "weights" / "vision_base.safetensors"
 MANIFEST = "smoke-vision"
 RECIPE = Recipe(steps=220, batch=64, rate=1e-3)
+LAYERS = ("blocks.0.attention.value", "blocks.1.up")
 LAYER_RECIPE = Recipe(steps=80, batch=64, rate=1e-2)
 SPLITS = {"train": 4096, "validation": 512, "test": 1024}
 FACES = {
