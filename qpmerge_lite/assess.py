@@ -34,13 +34,12 @@ def layer_moments(base: nn.Module, experts, calibration, layers=None, *, along: 
         return torch.zeros_like(updates[0]) if anchor is None else anchor, {}
 
     keep.full_energy = full_energy
-    merge_sequentially(base, experts, calibration, keep, inputs="expert" if along is None else "merged", scope=scope, folds=folds,
-                       blocks=blocks, layers=layers, anchor=along, progress=False)
+    merge = merge_sequentially(base, experts, calibration, keep, inputs="expert" if along is None else "merged", scope=scope, folds=folds,
+                               blocks=blocks, layers=layers, anchor=along, progress=False)
     for name in layers or ():
         if name not in kept:
             raise MissingLayer(f"layer {name!r}: expected to be called once in a forward pass, found none or several calls; choose another layer")
-    views = Walker(base, blocks, scope).views
-    return {name: (views[name], *found) for name, found in kept.items()}
+    return {name: (merge.views[name], *found) for name, found in kept.items()}
 
 
 def certify(layers: Layers, base: nn.Module, state: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
@@ -102,8 +101,8 @@ def _views_by_chunk(walker, state, carry) -> list[list[View]]:
 
 def _audit_batch(walker, chunks, states, carry, sums):
     """Add to ``sums[layer name or chunk][task]`` the squared errors of merge and base, and the number of tokens."""
-    def add(key, made, plain, aim):
-        made, plain, aim = (carry.samples(z) for z in (made, plain, aim))
+    def add(key, mask, made, plain, aim):
+        made, plain, aim = (carry.samples(z, mask) for z in (made, plain, aim))
         total = sums.setdefault(key, {}).setdefault(carry.task, [0.0, 0.0, 0])
         for i, z in enumerate((made, plain)):
             total[i] += float((z - aim).square().sum(dtype=torch.float64))
@@ -111,9 +110,10 @@ def _audit_batch(walker, chunks, states, carry, sums):
 
     at = dict.fromkeys(states, carry)
     for index, views in enumerate(chunks):
-        read, put = {}, {who: {} for who in states}
+        before, read, put = dict(at), {}, {who: {} for who in states}
         for who, state in states.items():
             at[who], read[who] = walker.run(index, state, at[who], [v.name for v in views], puts=put[who])
         for v in views:
-            add(v.name, put["merge"][v.name], v.output(states["base"], read["merge"][v.name]), put["expert"][v.name])
-        add(index, *(tensor(at[who].hidden) for who in ("merge", "base", "expert")))
+            outputs = put["merge"][v.name], v.output(states["base"], read["merge"][v.name]), put["expert"][v.name]
+            add(v.name, walker.mask(index, before["merge"], v.name, read["merge"][v.name]), *(v.outputs(y, len(carry.folds)) for y in outputs))
+        add(index, walker.mask(index, at["merge"]), *(tensor(at[who].hidden) for who in ("merge", "base", "expert")))

@@ -53,7 +53,7 @@ class RowBasis(Basis):
 
     Args:
         updates: (K, g, m, n).
-        U: (g, m, r) orthonormal columns; the coordinate axes if None.
+        U: (g, m, r) orthonormal columns, or (1, m, r) for all copies; the coordinate axes if None.
         groups: label of each of the g·r directions; one block per label.
     """
 
@@ -189,27 +189,29 @@ def _eigenvectors(S: Tensor, keep: int | None) -> Tensor:
     return torch.linalg.eigh(S).eigenvectors.flip(-1)[..., :keep]
 
 
-def _directions(updates, keep=None):
-    return torch.arange(updates.shape[1] * (keep or updates.shape[2]))
+def _directions(updates, pooled, keep=None):
+    """Label of every output direction of every copy; the copies of an embedding have theirs in common."""
+    g, r = updates.shape[1], keep or updates.shape[2]
+    return torch.arange(r).repeat(g) if pooled.shared else torch.arange(g * r)
 
 
 def _rotated_rows(updates, pooled, keep):
     if pooled.M is None:
         raise MergeError("basis rotated_rows needs the whole residual energy matrix M; collect the moments with full_energy=True")
     U = _eigenvectors(pooled.M, keep)
-    return RowBasis("rotated_rows", updates, _directions(updates, U.shape[-1]), U)
+    return RowBasis("rotated_rows", updates, _directions(updates, pooled, U.shape[-1]), U)
 
 
 FAMILIES = {
-    "layer": lambda D, pooled, groups, keep: RowBasis("layer", D, torch.zeros_like(_directions(D))),
+    "layer": lambda D, pooled, groups, keep: RowBasis("layer", D, torch.zeros_like(_directions(D, pooled))),
     "groups": lambda D, pooled, groups, keep: RowBasis("groups", D, groups),
-    "rows": lambda D, pooled, groups, keep: RowBasis("rows", D, _directions(D)),
+    "rows": lambda D, pooled, groups, keep: RowBasis("rows", D, _directions(D, pooled)),
     "rotated_rows": lambda D, pooled, groups, keep: _rotated_rows(D, pooled, keep),
     "columns": lambda D, pooled, groups, keep: ColumnBasis("columns", D),
     "rotated_columns": lambda D, pooled, groups, keep: ColumnBasis("rotated_columns", D, _eigenvectors(pooled.C, None)),
     "singular": lambda D, pooled, groups, keep: SingularBasis(D),
     "elements": lambda D, pooled, groups, keep: ElementBasis(D),
-    "explicit": lambda D, pooled, groups, keep: RowBasis("explicit", D, torch.zeros_like(_directions(D))),
+    "explicit": lambda D, pooled, groups, keep: RowBasis("explicit", D, torch.zeros_like(_directions(D, pooled))),
 }
 
 

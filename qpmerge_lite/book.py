@@ -3,8 +3,10 @@
 import ast
 import hashlib
 import json
+import multiprocessing
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ from .suites import plan
 
 # Modules that no notebook imports: changing them does not change what a notebook computes.
 OUTSIDE_NOTEBOOKS = {"book.py", "claims.py", "cli.py", "regression.py"}
+# These train the experts and make the merges that the others find kept, and take longest.
+FIRST = ("06", "05", "04", "03", "08")
 # tqdm's advice to install ipywidgets, given to whoever imports something that imports tqdm.auto: the book draws no widgets.
 NO_WIDGETS = "ignore:IProgress not found"
 
@@ -97,7 +101,9 @@ def fingerprint(path, parameters):
 
 
 def run(root=None, tier="smoke", only=None, force=False, parameters=None, progress=True, report=lambda outcome: None):
-    """Execute the notebooks that are not up to date into ``book/chapters``, in order, and go on after a failure.
+    """Execute the notebooks that are not up to date into ``book/chapters``, two at a time, and go on after a failure.
+
+    Models this small leave a second core idle, so each of the two has half the cores (``OMP_NUM_THREADS``, unless it is set).
 
     Args:
         only: beginning of a notebook's name, e.g. ``05``; default all that the tier's plan names.
@@ -113,11 +119,20 @@ def run(root=None, tier="smoke", only=None, force=False, parameters=None, progre
     chapters.mkdir(parents=True, exist_ok=True)
     if only is None:
         _prune(chapters, records_root() / tier, {path.stem for path in notebooks(root)})
-    outcomes, not_before = [], time.time() if force else 0  # chapters share the merges made during one forced run
-    for path, given in chosen.items():
-        outcomes.append(_run_one(path, chapters, tier, given, not_before, progress))
-        report(outcomes[-1])
-    return outcomes
+    not_before = time.time() if force else 0  # chapters share the merges made during one forced run
+    outcomes = {}
+    workers = min(2, os.cpu_count() or 1, len(chosen))
+    with _environment(not_before, workers), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        order = sorted(chosen, key=lambda p: FIRST.index(p.stem[:2]) if p.stem[:2] in FIRST else len(FIRST))
+        futures = {pool.submit(_run_one, path, chapters, tier, chosen[path], not_before, progress): path for path in order}
+        try:
+            for future in as_completed(futures):
+                outcomes[futures[future]] = future.result()
+                report(future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # an interrupted run starts no further notebook
+            raise
+    return [outcomes[path] for path in chosen]
 
 
 def _run_one(path, chapters, tier, parameters, not_before, progress):
@@ -131,7 +146,7 @@ def _run_one(path, chapters, tier, parameters, not_before, progress):
     partial = chapter.with_name(f".{path.stem}.partial.ipynb")
     begin = time.monotonic()
     try:
-        _execute(path, partial, parameters, progress, not_before)
+        _execute(path, partial, parameters, progress)
         _stamp(partial, mark, tier, parameters, records)
         os.replace(partial, chapter)
         failed.unlink(missing_ok=True)
@@ -145,25 +160,27 @@ def _run_one(path, chapters, tier, parameters, not_before, progress):
     return Outcome(path.stem, "executed", time.monotonic() - begin, str(chapter))
 
 
-def _execute(path, target, parameters, progress, not_before):
+def _execute(path, target, parameters, progress):
     import papermill
 
-    # of several warning filters the last one counts
-    warnings = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), NO_WIDGETS]))
-    with _environment(PYTHONWARNINGS=warnings, QPMERGE_NOT_BEFORE=str(not_before)):
-        papermill.execute_notebook(
-            os.path.relpath(path),
-            os.path.relpath(target),
-            parameters=parameters,
-            cwd=str(path.parent),
-            kernel_name="python3",
-            progress_bar=progress,
-        )
+    papermill.execute_notebook(
+        os.path.relpath(path),
+        os.path.relpath(target),
+        parameters=parameters,
+        cwd=str(path.parent),
+        kernel_name="python3",
+        progress_bar=progress,
+    )
 
 
 @contextmanager
-def _environment(**values):
+def _environment(not_before, workers):
     """Kernels started inside inherit these variables; afterwards the environment is as it was."""
+    values = {
+        "PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), NO_WIDGETS])),  # of several filters the last one counts
+        "QPMERGE_NOT_BEFORE": str(not_before),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers))),
+    }
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

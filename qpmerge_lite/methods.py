@@ -59,19 +59,20 @@ class QP:
             updates, prior = torch.cat([updates, anchor[None]]), torch.eye(len(updates) + 1)[-1]
         pooled = moments.pool(weights=self.weights)
         family, ridge, score = self._choose(moments, updates, prior)
-        basis = build(family, updates, pooled, groups=self._labels(updates))
+        basis = build(family, updates, pooled, groups=self._labels(moments))
         solution = Factored(programme(pooled, basis), self.penalty).solve(ridge, basis.arithmetic(prior))
         update = basis.combine(solution.d)
         row = {"basis": family, "p": solution.p, "rank": solution.rank, "ridge": ridge, "cross_fitted": score}
         return update, row | _shares(pooled, update)
 
-    def _labels(self, updates):
+    def _labels(self, moments):
         if self.groups is None:
             return None
-        rows = updates.shape[1] * updates.shape[2]
+        copies, features = moments.A.shape[2:4]
+        rows = features if moments.shared else copies * features
         if self.groups < 1 or rows % self.groups:
             raise MergeError(f"groups: {rows} output rows do not fall into {self.groups} equal groups")
-        return torch.arange(rows) // (rows // self.groups)
+        return (torch.arange(rows) // (rows // self.groups)).repeat(copies if moments.shared else 1)
 
     def _choose(self, moments, updates, prior):
         """(family, ridge, cross-fitted captured energy), by the latter where there is a choice."""
@@ -81,7 +82,7 @@ class QP:
             if len(families) * len(ridges) > 1:
                 raise MergeError("one fold leaves nothing to choose by: give a number as ridge and one basis, or use more folds")
             return families[0], ridges[0], None
-        options = {"weights": self.weights, "penalty": self.penalty, "prior": prior, "groups": self._labels(updates)}
+        options = {"weights": self.weights, "penalty": self.penalty, "prior": prior, "groups": self._labels(moments)}
         scores = [(f, *cross_fitted(moments, updates, f, ridges, **options)) for f in families]
         return max(scores, key=lambda s: s[2])
 
@@ -143,7 +144,8 @@ def lot(base, experts, calibration, *, blocks=None, progress=False) -> Merge:
 
     The programme over single entries with no ridge. Biases are folded into their layers; the authors' treatment of them is not known to us.
     """
-    return qp(base, experts, calibration, basis="elements", ridge=0.0, prior=0.0, inputs="expert", folds=1, blocks=blocks, progress=progress)
+    return qp(base, experts, calibration, basis="elements", ridge=0.0, prior=0.0, inputs="expert", folds=1, scope="dense", blocks=blocks,
+              progress=progress)
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,8 @@ def featcal(base, experts, calibration, *, ridge=0.05, anchor=0.66, blocks=None,
     The authors' constants: ridge 0.05, anchor ``2.2 · 0.3`` times the sum of the updates. Their reduced weight of all but the class
     token in the last block is not applied here, biases are folded into their layers, and what no layer covers is averaged.
     """
-    return merge_sequentially(base, experts, calibration, FeatCal(ridge, anchor), targets=0.25, folds=1, blocks=blocks, progress=progress)
+    return merge_sequentially(base, experts, calibration, FeatCal(ridge, anchor), targets=0.25, folds=1, scope="dense", blocks=blocks,
+                              progress=progress)
 
 
 def tune(method: Callable[..., Merge], grid: Iterable[dict], score: Callable[[dict], float], base, experts, calibration=None) -> tuple[Merge, dict, list[float]]:

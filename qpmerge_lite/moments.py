@@ -26,12 +26,14 @@ WEIGHTS = ("tokens", "energy")
 @dataclass(frozen=True)
 class Pooled:
     r"""Task-weighted moments ``C = Σ_t ω_t C_t`` (g, n, n), ``A`` (g, m, n), ``M`` (g, m, m), all float64, and
-    ``energy = E = ½ Σ_t ω_t ‖R_t‖²`` (output units squared, per token when ω_t = 1/N_t). M is None where only E was kept."""
+    ``energy = E = ½ Σ_t ω_t ‖R_t‖²`` (output units squared, per token when ω_t = 1/N_t). M is None where only E was kept. Where the
+    copies have one output axis in common (``shared``), M is (1, m, m)."""
 
     C: Tensor
     A: Tensor
     M: Tensor | None
     energy: float
+    shared: bool = False
 
     def loss(self, update: Tensor) -> float:
         """``L(W) = ½ tr(D C Dᵀ) - tr(D Aᵀ) + E`` of any merge, ``D = W - W0`` of shape (g, m, n)."""
@@ -57,7 +59,8 @@ class Moments:
 
     ``C`` (T, F, g, n, n), ``A`` (T, F, g, m, n), ``M`` (T, F, g, m, m), ``count`` (T, F): float64, T tasks, F folds of
     sequences. M may be kept as its diagonal (T, F, g, m), the energy of every output row, which is all that bases other than
-    rotated rows need. Immutable in shape; :meth:`update` adds in place, ``+`` returns a new object.
+    rotated rows need. Copies that share their output axis, the tokens of an embedding, have one M for all, g = 1 in its shape.
+    Immutable in shape; :meth:`update` adds in place, ``+`` returns a new object.
     """
 
     layer: str
@@ -68,10 +71,12 @@ class Moments:
     count: Tensor
 
     @classmethod
-    def zeros(cls, tasks, n: int, m: int, *, g: int = 1, folds: int = 1, layer: str = "layer", device=None, full_energy: bool = True) -> Moments:
+    def zeros(cls, tasks, n: int, m: int, *, g: int = 1, folds: int = 1, layer: str = "layer", device=None, full_energy: bool = True,
+              shared: bool = False) -> Moments:
         """Empty sums for ``tasks`` and a layer of shape (g, m, n); ``full_energy`` keeps all of M, not only its diagonal."""
+        outputs = 1 if shared else g
         new = lambda *shape: torch.zeros(len(tasks), folds, *shape, dtype=torch.float64, device=device)
-        return cls(layer, tuple(tasks), new(g, n, n), new(g, m, n), new(g, m, m) if full_energy else new(g, m), new())
+        return cls(layer, tuple(tasks), new(g, n, n), new(g, m, n), new(outputs, m, m) if full_energy else new(outputs, m), new())
 
     @property
     def folds(self) -> int:
@@ -80,6 +85,11 @@ class Moments:
     @property
     def full_energy(self) -> bool:
         return self.M.dim() == 5
+
+    @property
+    def shared(self) -> bool:
+        """Whether the copies have one output axis in common."""
+        return self.M.shape[2] != self.A.shape[2]
 
     def update(self, task: str, inputs: Tensor, residuals: Tensor, fold: int | Tensor = 0) -> None:
         """Add N samples of one task.
@@ -101,6 +111,18 @@ class Moments:
             self.A[t, f] += rf.mT @ xf
             self.M[t, f] += rf.mT @ rf if self.full_energy else rf.square().sum(1)
             self.count[t, f] += counts[f]
+
+    def count_copies(self, task: str, counts: Tensor, update: Tensor) -> None:
+        """Add samples of copies with a constant input (n = 1) that share their outputs, given how often each copy occurs.
+
+        Args:
+            counts: (F, g) occurrences. update: (g, m, 1), the expert's residual update, which is its residual output.
+        """
+        t, c, d = self.tasks.index(task), counts.to(self.C), update.to(self.C)[..., 0]
+        self.C[t, :, :, 0, 0] += c
+        self.A[t, ..., 0] += c[..., None] * d
+        self.M[t, :, 0] += torch.stack([(d.mT * f) @ d for f in c]) if self.full_energy else c @ d.square()
+        self.count[t] += c.sum(1)
 
     def _checked(self, task, inputs, residuals):
         if task not in self.tasks:
@@ -163,7 +185,7 @@ class Moments:
         energy = (self.M.diagonal(dim1=-2, dim2=-1) if self.full_energy else self.M).sum((-2, -1)) @ inside
         omega = 1 / count if weights == "tokens" else torch.where(energy > 0, 1 / energy, 0.0)
         C, A, M = (torch.tensordot(omega[:, None] * inside, z, 2) for z in (self.C, self.A, self.M))  # one pass, no copies
-        return Pooled(C, A, M if self.full_energy else None, float(omega @ energy) / 2)
+        return Pooled(C, A, M if self.full_energy else None, float(omega @ energy) / 2, self.shared)
 
     def save(self, path) -> None:
         """Write safetensors to ``path`` through a temporary name."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .errors import MergeError, MissingLayer, NonFinite, ShapeMismatch
+from .layers import Table, View
 from .moments import Moments
 from .walk import Walker, carries
 
@@ -25,11 +26,13 @@ Solver = Callable[[Moments, Tensor], tuple[Tensor, dict]]
 
 @dataclass
 class Merge:
-    """A merged ``state_dict``, one ``table`` row per merged layer, and the names of parameters that were plainly ``averaged``."""
+    """A merged ``state_dict``, one ``table`` row per merged layer, the names of parameters that were plainly ``averaged``, and the
+    ``views`` of the merged layers."""
 
     state_dict: dict[str, Tensor]
     table: list[dict] = field(default_factory=list)
     averaged: list[str] = field(default_factory=list)
+    views: dict[str, View] = field(default_factory=dict, repr=False)
 
     def model(self, base: nn.Module) -> nn.Module:
         """A copy of ``base`` with the merged weights."""
@@ -66,13 +69,19 @@ def average(base: nn.Module, experts: Mapping[str, Mapping[str, Tensor]], weight
 
 @contextmanager
 def evaluating(model: nn.Module):
-    """The model in evaluation mode, and as it was afterwards."""
-    training = model.training
+    """The model in evaluation mode and without a cache of keys and values, and as it was afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)}
     model.eval()
+    for config in configs.values():
+        config.use_cache = False
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
+        for config in configs.values():
+            config.use_cache = True
 
 
 class _Pass:
@@ -102,7 +111,7 @@ class _Pass:
         recorded = self._teach(index, stages)
         for stage in stages:
             started = time.perf_counter()
-            moments = self._moments(index, stage, recorded)
+            moments = self._count(index, stage, recorded) if isinstance(stage[0], Table) else self._moments(index, stage, recorded)
             self._solve(stage, moments, started)
         self.wanted -= self.walker.seen
         if self.mixed is not None and self.wanted:
@@ -121,26 +130,58 @@ class _Pass:
                     stream[i] = after
         return recorded
 
+    def _streams(self):
+        return (self.mixed or self.own).items()
+
+    def _zeros(self, stage, **shape) -> Moments:
+        return Moments.zeros(self.experts, folds=self.folds, layer=stage[0].name, device=next(iter(self.base.values())).device,
+                             full_energy=getattr(self.solver, "full_energy", True), **shape)
+
+    def _read(self, index, first, carry, taught):
+        """What the first layer of a stage reads: rows of a batch on the merged stream (or the expert's), and the name of their mask."""
+        raw = taught
+        if self.inputs == "merged":
+            raw = self.walker.run(index, self.merged, carry, [first.name], stop=True)[1][first.name]
+        return first.sequence(raw, len(carry.folds)), self.walker.mask(index, carry, first.name, raw)
+
     def _moments(self, index, stage, recorded) -> Moments:
         first = stage[0]
         base = torch.cat([v.matrix(self.base) for v in stage], 1)
         g, m, n = base.shape
-        moments = Moments.zeros(self.experts, n, m, g=g, folds=self.folds, layer=first.name, device=base.device,
-                                full_energy=getattr(self.solver, "full_energy", True))
-        apply = lambda W, X: torch.einsum("gmn,Ngn->Ngm", W, X) if g > 1 else (X[:, 0] @ W[0].mT).unsqueeze(1)
-        for task, stream in (self.mixed or self.own).items():
+        moments = self._zeros(stage, n=n, m=m, g=g)
+        for task, stream in self._streams():
             expert = torch.cat([v.matrix(self.experts[task]) for v in stage], 1)
             for i, carry in enumerate(stream):
                 taught = recorded[task, i][first.name] if recorded else None
-                if self.inputs == "merged":
-                    raw = self.walker.run(index, self.merged, carry, [first.name], stop=True)[1][first.name]
-                else:
-                    raw = taught
-                X = first.inputs(carry.samples(raw))
-                R = (1 - self.beta) * apply(expert - base, X) if self.beta < 1 else 0.0
+                rows, mask = self._read(index, first, carry, taught)
+                X = first.inputs(carry.samples(rows, mask))
+                R = (1 - self.beta) * first.apply(expert - base, X) if self.beta < 1 else 0.0
                 if self.beta:
-                    R = R + self.beta * (apply(expert, first.inputs(carry.samples(taught))) - apply(base, X))
-                moments.update(task, X, R, carry.fold(raw))
+                    own = first.inputs(carry.samples(first.sequence(taught, len(carry.folds)), mask))
+                    R = R + self.beta * (first.apply(expert, own) - first.apply(base, X))
+                moments.update(task, X, R, carry.fold(rows, mask))
+        return moments
+
+    def _count(self, index, stage, recorded) -> Moments:
+        """Moments of a table from how often each token occurs: all targets agree, because no merge changes what it reads.
+
+        The stage's view is replaced by one of the tokens that occur.
+        """
+        found = {}
+        for task, stream in self._streams():
+            for i, carry in enumerate(stream):
+                rows, mask = self._read(index, stage[0], carry, recorded[task, i][stage[0].name] if recorded else None)
+                found.setdefault(task, []).append((carry.samples(rows, mask)[:, 0], carry.fold(rows, mask)))
+        ids = torch.cat([tokens for parts in found.values() for tokens, _ in parts]).unique()
+        stage[:] = [replace(stage[0], ids=ids)]
+        self.walker.views[stage[0].name] = stage[0]
+        base = stage[0].matrix(self.base)
+        moments = self._zeros(stage, n=1, m=base.shape[1], g=len(ids), shared=True)
+        for task, parts in found.items():
+            update = stage[0].matrix(self.experts[task]) - base
+            for tokens, folds in parts:
+                places = folds * len(ids) + torch.searchsorted(ids, tokens)
+                moments.count_copies(task, places.bincount(minlength=self.folds * len(ids)).reshape(self.folds, -1), update)
         return moments
 
     def _solve(self, stage, moments, started):
@@ -152,8 +193,8 @@ class _Pass:
             row += base.shape[1]
             anchor = () if self.anchor is None else (v.matrix(self.anchor) - base,)
             update, facts = self.solver(part, updates, *anchor)
-            for name, value in v.parts(base + update).items():
-                self.merged[name] = value.to(self.base[name]).contiguous()
+            for name, value in v.parts(base + update, self.merged).items():
+                self.merged |= dict.fromkeys(self.walker.tied[name], value.to(self.base[name]).contiguous())
             self.table.append({"layer": v.name, **facts})
         for entry in self.table[-len(stage):]:
             entry["seconds"] = (time.perf_counter() - started) / len(stage)
@@ -193,6 +234,7 @@ def merge_sequentially(base: nn.Module, experts, calibration, solver: Solver, *,
         for index in tqdm(range(len(state.walker)), desc="merging", unit="chunk", disable=not progress):
             if state.wanted:
                 state.chunk(index)
-    solved = {p for row in state.table for p in state.walker.views[row["layer"]].parameters}
+    views = {row["layer"]: state.walker.views[row["layer"]] for row in state.table}
+    solved = {tied for v in views.values() for p in v.parameters for tied in state.walker.tied[p]}
     averaged = sorted(k for k, v in state.base.items() if v.is_floating_point() and k not in solved and anchor is None)
-    return Merge(state.merged, state.table, averaged)
+    return Merge(state.merged, state.table, averaged, views)

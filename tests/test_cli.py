@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -130,6 +131,22 @@ def test_check_update_and_claims_follow_the_records(checkout, capsys):
     assert status == 1 and "01_a: a.seed: found 3, expected exact 0" in err
     assert run(capsys, "book", "claims") == (0, "c: holds\n", "")
     assert "| s *(this book)* | 3 | **holds** | [01_a](notebooks/01_a.ipynb) |" in (checkout / "README.md").read_text()
+
+
+def test_another_tier_runs_the_chapters_of_its_plan_and_is_recorded_with_its_commit(checkout, capsys):
+    assert outcome(capsys) == ["executed"] and outcome(capsys, "--tier", "standard") == []
+    write(checkout / "notebooks" / "05_b.ipynb", RECORDING.replace("01_a", "05_b"))
+    assert outcome(capsys, "--tier", "standard") == ["executed"]
+    assert {path.name for path in (checkout / "book" / "chapters").iterdir()} == {"01_a.ipynb", "05_b.ipynb"}
+    status, _, err = run(capsys, "book", "record")
+    assert status == 1 and "05_b.json: expected a provenance with commit, found none" in err
+    subprocess.run(["git", "init", "-q"], check=True)
+    author = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run(["git", *author, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    assert outcome(capsys, "--tier", "standard", "--force", "--only", "05") == ["executed"]
+    kept = Path("book", "recorded", "standard", "05_b.json")
+    assert run(capsys, "book", "record") == (0, f"wrote {kept}\n", "")
+    assert json.loads(kept.read_text())["records"]["a.seed"]["value"] == 0
 
 
 def test_check_executes_all_notebooks_again(checkout, capsys):

@@ -125,7 +125,8 @@ def test_the_examples_of_the_readme_run():
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     scope: dict = {"__name__": "readme"}
     exec(compile("\n".join(blocks), "README.md", "exec"), scope)
-    assert len(blocks) == 2 and scope["merge"].state_dict.keys() == scope["base"].state_dict().keys() == scope["liked"].keys()
+    assert len(blocks) == 3 and scope["merge"].state_dict.keys() == scope["base"].state_dict().keys() == scope["liked"].keys()
+    assert not scope["merged"].averaged
     assert all(found["gap"] > 0 for found in scope["q"].certify(scope["layers"], scope["base"], scope["liked"]).values())
 
 

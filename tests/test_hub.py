@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import toysets
+import yaml
 from hub import Hub
 from test_sources import hub, place, same  # noqa: F401
 
@@ -141,6 +142,16 @@ def test_lock_pins_a_data_set_only_if_its_rows_are_the_manifests(place, hub):
     commit = hub.add("ours/toy", {"all.parquet": toysets.on_the_hub(rows)}, kind="dataset")
     assert lock("toy") == {"hub": commit} and same(sources.rows("toy"), rows)
     assert load_manifest("toy").source("hub").verified
+
+
+def test_lock_writes_nothing_into_a_manifest_of_another_layout(place, hub):
+    hub.add("ours/model", FILES)
+    path = family(place, source(verified=False)).path
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text())))
+    before = path.read_text()
+    with pytest.raises(ManifestError, match="family: base: expected the layout of the other manifests, found another"):
+        lock("family")
+    assert path.read_text() == before
 
 
 def test_a_pinned_set_without_digests_is_read_as_filed_with_validation_held_out(place, hub, monkeypatch):

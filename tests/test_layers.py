@@ -29,7 +29,7 @@ def test_the_module_is_its_matrix_times_its_samples(name):
     v = view("x", module)
     state = {f"x.{k}": p.detach() for k, p in module.named_parameters()}
     W, z = v.matrix(state), torch.randn(7, 5, dtype=torch.float64)
-    torch.testing.assert_close(torch.einsum("gmn,Ngn->Ngm", W, v.inputs(z)), outputs(v, module(z).detach()), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.einsum("gmn,Ngn->Ngm", W, v.inputs(z)), outputs(v, z, module(z).detach()), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -54,7 +54,7 @@ def test_what_is_not_linear_in_parameters_has_no_view(module):
 
 
 def test_an_unknown_scope_is_named():
-    with pytest.raises(MergeError, match="scope: expected 'all' or 'weights', found 'norms'"):
+    with pytest.raises(MergeError, match=r"scope: expected one of \('all', 'dense', 'weights'\), found 'norms'"):
         view("x", nn.Linear(4, 2), "norms")
 
 

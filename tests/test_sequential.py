@@ -220,10 +220,39 @@ def test_a_block_may_itself_be_a_layer():
     assert [r["layer"] for r in merge.table] == ["blocks.0", "blocks.1.0", "blocks.2"] and not merge.averaged
 
 
-def test_a_model_that_works_between_its_blocks_is_refused():
-    base, experts, calibration = chain(nn.Linear(4, 4), nn.Linear(4, 4), between=lambda: nn.LayerNorm(4))
+def test_what_a_model_does_between_its_blocks_is_merged_with_the_block_before_it():
+    base, experts, calibration = chain(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), between=lambda: nn.LayerNorm(4))
+    same = q.qp(base, dict.fromkeys(TASKS, experts["a"]), calibration, basis="elements", ridge=0.0)
+    assert [r["layer"] for r in same.table] == ["blocks.0", "between.0", "blocks.1", "between.1", "blocks.2", "between.2"]
+    inside = Chain(*(nn.Sequential(b, n) for b, n in zip(base.blocks, base.between.values())))
+    name = lambda k: f"blocks.{k.split('.')[1]}.{int(k.startswith('between'))}.{k.split('.')[2]}"
+    moved = {t: {name(k): v for k, v in e.items()} for t, e in experts.items()}
+    merge, expected = q.qp(base, experts, calibration, basis="rows"), q.qp(inside, moved, calibration, basis="rows")
+    for key, value in merge.state_dict.items():
+        torch.testing.assert_close(value, expected.state_dict[name(key)])
+        torch.testing.assert_close(same.state_dict[key], experts["a"][key])
+
+
+class Dense(Chain):
+    """Every block is given the sum of all outputs before it."""
+
+    def forward(self, inputs):
+        outputs = [inputs]
+        for block in self.blocks:
+            outputs.append(block(sum(outputs)))
+        return outputs[-1]
+
+
+def dense():
+    """A model that cannot be walked, with experts and calibration."""
+    _, _, calibration = chain(nn.Linear(4, 4))
+    base = Dense(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)).double()
+    return base, experts_of(base), calibration
+
+
+def test_a_model_whose_blocks_do_not_follow_each_other_is_refused():
     with pytest.raises(MergeError, match="blocks 'blocks': running them one after the other does not give what the model gives"):
-        q.qp(base, experts, calibration)
+        q.qp(*dense())
 
 
 def test_blocks_that_are_never_called_are_refused():
@@ -321,7 +350,7 @@ def test_bad_experts_are_refused_by_every_method(spoil, error, message):
     ({"ridges": ()}, "ridges: expected at least one number"),
     ({"targets": ["own"]}, r"number in .0, 1.; found 'merged', \['own'\]"),
     ({"folds": 0}, "folds: expected at least 1, found 0"),
-    ({"scope": "norms"}, "scope: expected 'all' or 'weights', found 'norms'"),
+    ({"scope": "norms"}, "scope: expected one of .* found 'norms'"),
     ({"blocks": "layers"}, "blocks: expected the path of an nn.ModuleList of the model, found 'layers'"),
 ])
 def test_bad_options_are_named(options, message):
@@ -391,7 +420,7 @@ def test_an_audit_leaves_the_base_alone_and_refuses_what_does_not_fit():
     assert base.training
     with pytest.raises(MissingLayer, match="expert 'merge' lacks parameter 'norm.weight'"):
         q.audit(base, {k: v for k, v in experts["a"].items() if k != "norm.weight"}, experts, calibration)
-    base, experts, calibration = chain(nn.Linear(4, 4), nn.Linear(4, 4), between=lambda: nn.LayerNorm(4))
+    base, experts, calibration = dense()
     with pytest.raises(MergeError, match="running them one after the other does not give what the model gives"):
         q.audit(base, experts["a"], experts, calibration)
 

@@ -4,7 +4,7 @@ import copy
 import torch
 from torch import nn
 
-from qpmerge_lite.layers import Dense, view
+from qpmerge_lite.layers import Norm, Table, view
 from qpmerge_lite.suites.models import VisionTransformer
 
 TASKS = ("a", "b", "c")
@@ -78,9 +78,9 @@ def loaded(base, state):
     return model
 
 
-def outputs(v, y):
-    """Samples (N, g, m) of what a viewed module puts out, (N, d)."""
-    return y.double().unsqueeze(1 if isinstance(v, Dense) else -1)
+def outputs(v, x, y):
+    """Samples (N, g, m) of what a viewed module puts out for rows x, (N, d)."""
+    return v.inputs(x) * y.double()[:, None] if isinstance(v, Table) else y.double().unsqueeze(-1 if isinstance(v, Norm) else 1)
 
 
 @torch.no_grad()
@@ -89,7 +89,8 @@ def trace(model, batches):
     seen, hooks = {}, []
     for name, module in model.named_modules():
         if v := view(name, module):
-            hooks.append(module.register_forward_hook(lambda _, a, y, v=v: seen.setdefault(v.name, []).append((v, a[0], y))))
+            hooks.append(module.register_forward_hook(lambda _, a, y, v=v: seen.setdefault(v.name, []).append(
+                (v, v.sequence(a[0], len(a[0])), v.outputs(y, len(a[0]))))))
     masks = []
     for batch in batches:
         model(**batch)
@@ -101,4 +102,4 @@ def trace(model, batches):
         return z.flatten(0, -2) if mask is None else z[mask.bool()]
 
     return {name: (torch.cat([v.inputs(rows(x, k)) for (v, x, _), k in zip(calls, masks)]),
-                   torch.cat([outputs(v, rows(y, k)) for (v, _, y), k in zip(calls, masks)])) for name, calls in seen.items()}
+                   torch.cat([outputs(v, rows(x, k), rows(y, k)) for (v, x, y), k in zip(calls, masks)])) for name, calls in seen.items()}

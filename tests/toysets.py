@@ -13,8 +13,9 @@ LABELS = ["no", "yes", "maybe"]
 
 
 def texts():
-    """(text, label, split): 60 training rows and 12 test rows, two of the former in the test set too but for case and punctuation."""
-    rows = [(f"text  number {i}", i % 3, "train") for i in range(58)] + [("Some Test, 1!", 0, "train"), ("some test 2", 1, "train")]
+    """(text, label, split): 60 training rows, of which 40 are 20 twice but for case, and 12 test rows, two of them in train too."""
+    rows = [(f"{word}  number {i}", i % 3, "train") for i in range(20) for word in ("text", "Text")]
+    rows += [(f"line {i}", i % 3, "train") for i in range(18)] + [("Some Test, 1!", 0, "train"), ("some test 2", 1, "train")]
     return rows + [(f"some test {i}", i % 3, "test") for i in range(12)]
 
 
@@ -38,9 +39,10 @@ def divided(rows):
     held = {bare(row[1]) for row in rows if row[3] == "test"}
     train = sorted((row[:3] for row in rows if row[3] == "train" and bare(row[1]) not in held), key=lambda row: row[0])
     chosen = set(np.random.RandomState(0).permutation(len(train))[: len(train) // 10].tolist())
+    validation = [row for i, row in enumerate(train) if i in chosen]
     return {
-        "train": [row for i, row in enumerate(train) if i not in chosen],
-        "validation": [row for i, row in enumerate(train) if i in chosen],
+        "train": [row for row in train if bare(row[1]) not in {bare(row[1]) for row in validation}],
+        "validation": validation,
         "test": sorted((row[:3] for row in rows if row[3] == "test"), key=lambda row: row[0]),
     }
 

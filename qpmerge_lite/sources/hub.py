@@ -79,6 +79,8 @@ def lock(name: str) -> dict[str, str]:
             text, commits[source.id] = _rewritten(text, pinned), pinned.extra["revision"]
             if pinned not in parse(manifest.path, text).sources:
                 raise ManifestError(f"{name}: {source.id}: expected the layout of the other manifests, found another; lay it out as they are")
+    if not commits:
+        return commits
     partial = manifest.path.with_name(f".{manifest.path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, manifest.path)

@@ -22,15 +22,15 @@ class Plan:
     chapters: tuple[str, ...] = ("",)
 
     def spread(self, grid: list) -> list:
-        """A grid, or as many of its points as the plan allows, first and last among them."""
-        most = self.options
-        return grid if most is None or len(grid) <= most else [grid[i * (len(grid) - 1) // (most - 1)] for i in range(most)]
+        """A grid, or as many of its points as the plan allows, from the first on."""
+        most = min(self.options or len(grid), len(grid))
+        return [grid[i * len(grid) // most] for i in range(most)]
 
 
 PLANS = {
     "smoke": Plan(),
-    "standard": Plan(seeds=1, calibration=128, options=4, chapters=("05", "06", "07")),
-    "paper": Plan(seeds=1, calibration=256, options=4, chapters=("09",)),
+    "standard": Plan(seeds=1, options=3, chapters=("05", "06", "07")),
+    "paper": Plan(seeds=1, calibration=256, options=3, chapters=("09",)),
 }
 
 

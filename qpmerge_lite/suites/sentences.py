@@ -20,10 +20,10 @@ CHECKPOINT = "all-MiniLM-L6-v2"
 N_CLASSES = {"trec": 6, "sst2": 2, "ag_news": 4, "clinc150": 150, "snips": 7, "sms_spam": 2, "tweet_emotion": 4, "cola": 2}
 TASKS = list(N_CLASSES)
 SPLITS = {"train": 3000, "validation": 300, "test": 500}  # at most so many rows of each
-MORE = {"clinc150": {"train": 6000}}
+MORE = {task: {"train": 6000} for task in ("clinc150", "cola")}
 LENGTH = 64  # word pieces of a sentence, longer ones are cut
 RECIPE = Recipe(steps=282, batch=32, rate=1e-4, precision="bfloat16", chunk=64)  # three epochs
-RECIPES = {"clinc150": replace(RECIPE, steps=940)}  # five
+RECIPES = {task: replace(RECIPE, steps=940) for task in MORE}  # five
 LAYERS = ("bert.encoder.layer.1.intermediate.dense",)
 LAYER_RECIPE = replace(RECIPE, steps=188, rate=1e-3)
 

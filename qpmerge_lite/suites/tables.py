@@ -15,12 +15,14 @@ def frame(results: list[dict]):
     return pd.DataFrame(rows)
 
 
-def seed_interval(values, level: float = 0.95) -> tuple[float, tuple[float, float]]:
-    """Mean over seeds and its Student-t interval; for paired differences pass the differences."""
+def seed_interval(values, level: float = 0.95) -> tuple[float, tuple[float, float] | None]:
+    """Mean over seeds and its Student-t interval, None for one seed; for paired differences pass the differences."""
     import numpy as np
     from scipy import stats
 
     values = np.asarray(values, dtype=float)
+    if len(values) == 1:
+        return float(values[0]), None
     mean, half = values.mean(), stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
     return float(mean), (float(mean - half), float(mean + half))
 

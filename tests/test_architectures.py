@@ -1,0 +1,131 @@
+"""The sequential merge on real architectures: tiny `transformers` models with random weights, in float64."""
+import copy
+
+import pytest
+import torch
+from toys import TASKS
+
+import qpmerge_lite as q
+
+transformers = pytest.importorskip("transformers")
+
+SIZE = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+PICTURES = {**SIZE, "image_size": 8, "patch_size": 4}
+T5 = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2, "relative_attention_num_buckets": 4, "vocab_size": 19}
+GPT2 = {"vocab_size": 19, "n_positions": 12, "n_embd": 8, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+BIAS = "{}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+# model, and what remains averaged in it: parameters that are added as they are, biases of pairs of tokens, and tied heads
+ARCHITECTURES = {
+    "bert": (lambda: transformers.BertModel(transformers.BertConfig(vocab_size=19, max_position_embeddings=12, **SIZE)), []),
+    "vit": (lambda: transformers.ViTModel(transformers.ViTConfig(**PICTURES)), ["embeddings.cls_token", "embeddings.position_embeddings"]),
+    "clip": (lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**PICTURES)), ["embeddings.class_embedding"]),
+    "gpt2": (lambda: transformers.GPT2Model(transformers.GPT2Config(**GPT2)), []),
+    "gpt2 with its head": (lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)), ["lm_head.weight", "transformer.wte.weight"]),
+    "t5": (lambda: transformers.T5Model(transformers.T5Config(**T5)), [BIAS.format("decoder"), BIAS.format("encoder")]),
+    "flan t5 with its head": (lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(feed_forward_proj="gated-gelu", **T5)),
+                              sorted([BIAS.format("decoder"), BIAS.format("encoder"), "lm_head.weight", "shared.weight",
+                                      "decoder.embed_tokens.weight", "encoder.embed_tokens.weight"])),
+    "llama": (lambda: transformers.LlamaModel(transformers.LlamaConfig(vocab_size=19, num_key_value_heads=1, **SIZE)), []),
+}  # fmt: skip
+
+
+def inputs(name, count):
+    """Keyword arguments of a model: pictures, or padded texts, for T5 with padded beginnings of answers of the same length."""
+    if name in ("vit", "clip"):
+        return {"pixel_values": torch.randn(count, 3, 8, 8, dtype=torch.float64)}
+    mask = lambda: (torch.arange(7) < torch.randint(3, 8, (count, 1))).long()
+    ids = lambda: torch.randint(1, 17, (count, 7))
+    batch = {"input_ids": ids(), "attention_mask": mask()}
+    return batch | ({"decoder_input_ids": ids(), "decoder_attention_mask": mask()} if "t5" in name else {})
+
+
+def problem(name, dtype=torch.float64):
+    """Base, experts whose tied weights stay tied, and calibration of two batches a task."""
+    torch.manual_seed(0)
+    base = ARCHITECTURES[name][0]().to(dtype)
+    experts = {}
+    for task in TASKS:
+        expert = copy.deepcopy(base)
+        with torch.no_grad():
+            for p in expert.parameters():
+                p.add_(0.1 * torch.randn(p.shape))
+        experts[task] = expert.state_dict()
+    calibration = {t: [inputs(name, n) for n in (9, 5)] for t in TASKS}
+    cast = lambda v: v.to(dtype) if v.is_floating_point() else v
+    return base, experts, {t: [{k: cast(v) for k, v in b.items()} for b in batches] for t, batches in calibration.items()}
+
+
+def assert_same(one, other, tolerance=1e-6):
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_copies_of_one_expert_give_it_back_and_what_is_averaged_is_listed(name):
+    base, experts, calibration = problem(name)
+    merge = q.qp(base, dict.fromkeys(TASKS, experts["a"]), calibration, basis="rows", ridge=0.0, prior=0.0)
+    assert merge.averaged == ARCHITECTURES[name][1]
+    assert_same(merge.state_dict, experts["a"])
+    assert all(row["captured"] == pytest.approx(1) for row in merge.table)
+    audited = q.audit(base, merge.state_dict, {"a": experts["a"]}, calibration)
+    assert audited["output"] == pytest.approx(1, abs=1e-6) and audited["layers"].keys() == {row["layer"] for row in merge.table}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_order_batches_and_padding_do_not_matter(name):
+    base, experts, calibration = problem(name)
+    merge = q.qp(base, experts, calibration, basis="rotated_rows")
+    other = {t: [{k: v[i : i + 1] for k, v in b.items()} for b in batches for i in range(len(next(iter(b.values()))))] for t, batches in calibration.items()}
+    for batch in (b for batches in other.values() for b in batches):
+        for ids, mask in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
+            if ids in batch:
+                batch[ids] = torch.where(batch[mask] == 1, batch[ids], 18)  # a token that occurs nowhere else
+    again = q.qp(base, {t: experts[t] for t in reversed(TASKS)}, other, basis="rotated_rows")
+    assert [r["layer"] for r in again.table] == [r["layer"] for r in merge.table]
+    assert_same(again.state_dict, merge.state_dict, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2 with its head", "t5", "flan t5 with its head"])
+def test_tied_weights_stay_tied(name):
+    base, experts, calibration = problem(name)
+    merge, places = q.qp(base, experts, calibration), {}
+    for key, value in base.state_dict().items():
+        places.setdefault(value.data_ptr(), []).append(key)
+    tied = [keys for keys in places.values() if len(keys) > 1]
+    assert tied
+    for first, *others in tied:
+        assert all(torch.equal(merge.state_dict[first], merge.state_dict[other]) for other in others)
+        assert not torch.equal(merge.state_dict[first], base.state_dict()[first])
+    assert_same(merge.model(base).state_dict(), merge.state_dict, 0.0)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_half_precision_is_merged_in_double_and_stored_as_it_came(name):
+    base, experts, calibration = problem(name, torch.bfloat16)
+    merge = q.qp(base, dict.fromkeys(TASKS, experts["a"]), calibration, basis="rows", ridge=0.0, prior=0.0)
+    assert {v.dtype for v in merge.state_dict.values()} == {torch.bfloat16}
+    assert merge.averaged == ARCHITECTURES[name][1]
+    assert_same(merge.state_dict, experts["a"], 2e-2)
+
+
+def test_tokens_that_do_not_occur_are_averaged_and_the_others_weighted_by_how_often_they_do():
+    base, experts, calibration = problem("bert")
+    merge = q.qp(base, experts, calibration, basis="elements", ridge=0.0, targets="propagated")
+    key, n = "embeddings.word_embeddings.weight", torch.zeros(len(TASKS), 19, dtype=torch.float64)
+    for t, task in enumerate(TASKS):
+        for batch in calibration[task]:
+            n[t] += batch["input_ids"][batch["attention_mask"] == 1].bincount(minlength=19)
+    share = torch.where(n.sum(0) > 0, n / n.sum(1, keepdim=True), 1.0)
+    expected = sum((share[t] / share.sum(0))[:, None] * experts[task][key] for t, task in enumerate(TASKS))
+    assert 0 < (n.sum(0) == 0).sum() < 19
+    torch.testing.assert_close(merge.state_dict[key], expected)
+
+
+def test_a_norm_that_adds_one_to_its_gain_is_averaged_not_mistaken():
+    class PlusOneRMSNorm(torch.nn.RMSNorm):
+        def forward(self, x):
+            return super().forward(x) + x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
+
+    base, experts, calibration = problem("llama")
+    base.norm = PlusOneRMSNorm(8, eps=1e-6).double()
+    assert "norm.weight" in q.qp(base, experts, calibration, basis="rows").averaged
