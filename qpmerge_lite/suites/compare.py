@@ -131,12 +131,14 @@ def judged(suite: Suite, name: str, label: str, merge: Merge, options: dict, sco
 def energies(suite: Suite, state: dict, size: int) -> dict:
     """Captured energies of any merge on the calibration examples and on as many disjoint ones.
 
-    Returns: ``in_sample`` and ``disjoint``, each with the mean over ``layers`` and that of the ``output``; see ``sequential.audit``.
+    Returns: ``in_sample`` and ``disjoint``, each with the mean over ``layers`` that have residual energy and that of the ``output``; see
+        ``assess.audit``.
     """
     found = {}
     for where, skip in (("in_sample", 0), ("disjoint", size)):
         audited = audit(suite.base, state, suite.experts, suite.calibration(size, skip=skip))
-        found[where] = {"layers": sum(audited["layers"].values()) / len(audited["layers"]), "output": audited["output"]}
+        layers = [share for share in audited["layers"].values() if share is not None]
+        found[where] = {"layers": sum(layers) / len(layers), "output": audited["output"]}
     return found
 
 
