@@ -13,8 +13,9 @@ from test_sources import hub, place  # noqa: F401
 from qpmerge_lite import manifests, methods, sources, suites
 from qpmerge_lite.errors import MergeError, MissingLayer
 from qpmerge_lite.manifests import load_manifest
+from qpmerge_lite.records import Record
 from qpmerge_lite.sources.hub import lock
-from qpmerge_lite.suites import clip, compare, flan_t5, gpt2, public
+from qpmerge_lite.suites import clip, compare, flan_t5, gpt2, public, published
 
 transformers = pytest.importorskip("transformers", reason="the hub extra is not installed")
 REAL = manifests.FOLDER
@@ -199,6 +200,19 @@ def test_prompts_are_as_many_as_the_protocol_has():
     assert counts == {"sun397": (2, 397), "stanford_cars": (8, 196), "resisc45": (18, 45), "eurosat": (3, 10), "svhn": (1, 10), "gtsrb": (3, 43),
                       "mnist": (1, 10), "dtd": (8, 47)}
     assert all(t.count("{}") == 1 for p in public.prompts("clip").values() for t in p["templates"])
+
+
+def test_published_figures_fit_the_suites_and_stand_beside_what_was_measured():
+    every = published.read(REAL.parent / "book" / "published.yml")
+    assert {family: part["tasks"] for family, part in every.items()} == {m.__name__.rpartition(".")[2]: m.TASKS for m in (clip, gpt2, flan_t5)}
+    rows = [row for part in every.values() for row in part["rows"]]
+    assert all(row["entry"] in {*compare.ENTRIES, "experts"} for row in rows if "entry" in row)
+    means = {row["label"]: sum(row["values"]) / 8 for row in every["clip"]["rows"]}
+    assert means["simple average"] == pytest.approx(66.5, abs=0.06) and means["RegMean++"] == pytest.approx(84.4, abs=0.06)  # as published
+    part = {"tasks": ["a", "b"], "rows": [{"label": "soup", "entry": "soup", "values": [50.0, 60.0]}, {"label": "other", "values": [1.0, 2.0]}]}
+    found = {f"x.soup.{t}.accuracy": Record("", v) for t, v in (("a", 0.52), ("b", 0.57))}
+    assert published.table("x", part, {}).splitlines()[2:] == ["| soup | 50.0 | 60.0 | 55.0 |", "| other | 1.0 | 2.0 | 1.5 |"]
+    assert published.table("x", part, found).splitlines()[2] == "| soup | 52.0 / 50.0 / +2.0 | 57.0 / 60.0 / -3.0 | 54.5 / 55.0 / -0.5 |"
 
 
 # --- GLUE -----------------------------------------------------------------------------------------------------------------------------
