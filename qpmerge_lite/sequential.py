@@ -119,13 +119,14 @@ class _Pass:
                 stream[:] = [self.walker.run(index, self.merged, c)[0] for c in stream]
 
     def _teach(self, index, stages):
-        """Run every expert's chunk once per batch, recording what its stages read there."""
+        """Run every expert's chunk once per batch, recording what its stages read there, and the name of its mask: told by the carry before."""
         if self.own is None and self.inputs == "merged":
             return None
         recorded = {}
         for task, stream in (self.own or self.mixed).items():
             for i, carry in enumerate(stream):
-                after, recorded[task, i] = self.walker.run(index, self.experts[task], carry, [s[0].name for s in stages])
+                after, read = self.walker.run(index, self.experts[task], carry, [s[0].name for s in stages])
+                recorded[task, i] = {name: (raw, self.walker.mask(index, carry, name, raw)) for name, raw in read.items()}
                 if self.own is not None:
                     stream[i] = after
         return recorded
@@ -139,10 +140,10 @@ class _Pass:
 
     def _read(self, index, first, carry, taught):
         """What the first layer of a stage reads: rows of a batch on the merged stream (or the expert's), and the name of their mask."""
-        raw = taught
         if self.inputs == "merged":
             raw = self.walker.run(index, self.merged, carry, [first.name], stop=True)[1][first.name]
-        return first.sequence(raw, len(carry.folds)), self.walker.mask(index, carry, first.name, raw)
+            taught = raw, self.walker.mask(index, carry, first.name, raw)
+        return first.sequence(taught[0], len(carry.folds)), taught[1]
 
     def _moments(self, index, stage, recorded) -> Moments:
         first = stage[0]
@@ -157,7 +158,7 @@ class _Pass:
                 X = first.inputs(carry.samples(rows, mask))
                 R = (1 - self.beta) * first.apply(expert - base, X) if self.beta < 1 else 0.0
                 if self.beta:
-                    own = first.inputs(carry.samples(first.sequence(taught, len(carry.folds)), mask))
+                    own = first.inputs(carry.samples(first.sequence(taught[0], len(carry.folds)), mask))
                     R = R + self.beta * (first.apply(expert, own) - first.apply(base, X))
                 moments.update(task, X, R, carry.fold(rows, mask))
         return moments

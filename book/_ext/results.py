@@ -1,4 +1,4 @@
-"""The role ``{res}`` and the directives ``{claims-table}`` and ``{tiers}``: measured numbers reach a page only through records."""
+"""The role ``{res}`` and the directives ``{claims-table}``, ``{tiers}`` and ``{published}``: measured numbers reach a page only through records."""
 
 import fnmatch
 import os
@@ -12,6 +12,7 @@ from sphinx.util.docutils import SphinxDirective, SphinxRole
 from qpmerge_lite import claims
 from qpmerge_lite.errors import MergeError
 from qpmerge_lite.records import RecordError, find, load_records, read_json, record_files
+from qpmerge_lite.suites import published
 
 
 def read(env, tier):
@@ -110,9 +111,28 @@ class Tiers(SphinxDirective):
         return "; ".join(said) or f"*{tier}*: not recorded"
 
 
+class Published(SphinxDirective):
+    """``{published} clip``: published figures of a family of checkpoints, beside the records of tier ``paper`` where there are any."""
+
+    required_arguments = 1
+
+    def run(self):
+        source, family = Path(self.env.srcdir) / "published.yml", self.arguments[0]
+        self.env.note_dependency(str(source))
+        content = published.read(source)[family]
+        try:
+            records = read(self.env, "paper")
+        except RecordError:
+            records = {}
+        run = any(id.startswith(f"{family}.") for id in records)
+        said = "Measured / published / difference." if run else "Published. **Not run on this build**; the command is `qpmerge book run --tier paper --only 09`."
+        return self.parse_text_to_nodes(f"{said} In per cent; source: {content['source']}.\n\n{published.table(family, content, records)}\n")
+
+
 def setup(app):
     app.add_config_value("qpmerge_tier", os.environ.get("QPMERGE_TIER", "smoke"), "env")
     app.add_role("res", Result())
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("tiers", Tiers)
+    app.add_directive("published", Published)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -12,7 +12,12 @@ A suite is one declarative module, registered below by name and tier, with
     collate(rows)      columns of some rows to the keyword arguments of ``encoder.forward``, which returns (B, d)
 
 Encoders are merged; every task keeps its own linear head, which was fitted as a probe on the base and then trained
-together with its expert.
+together with its expert. Where experts are public checkpoints, RECIPE is None and there are
+
+    CHUNK           examples evaluated at a time
+    experts(task)   state dict of the expert, and that of its head; where that is empty, two functions stand in for heads:
+    complete(encoder, expert, batch)   arguments of the encoder that the expert adds to unlabelled ones
+    score(task, encoder, state, batches, labels)   quality of the encoder under a state dict
 """
 
 import importlib
@@ -31,45 +36,19 @@ from ..errors import MergeError, MissingLayer, ShapeMismatch
 from ..manifests import load_manifest, verify
 from ..walk import Carry, Walker
 from . import training
+from .plans import PLANS as PLANS
+from .plans import Plan as Plan
+from .plans import plan as plan
 
 REGISTRY = {
     ("vision", "smoke"): "qpmerge_lite.suites.vision",
     ("vision", "standard"): "qpmerge_lite.suites.pictures",
     ("language", "smoke"): "qpmerge_lite.suites.language",
     ("language", "standard"): "qpmerge_lite.suites.sentences",
+    ("clip", "paper"): "qpmerge_lite.suites.clip",
+    ("gpt2", "paper"): "qpmerge_lite.suites.gpt2",
+    ("flan_t5", "paper"): "qpmerge_lite.suites.flan_t5",
 }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the chapters do with the suites of a tier where their parameters leave it open.
-
-    Attributes:
-        seeds: how many are run; with one, intervals are taken over tasks.
-        calibration: examples per task in merges of many layers.
-        options: most options of a method's grid that are tried, spread evenly over it; None tries all.
-        chapters: how the names of the notebooks begin that are run; the others study the embedded suites only.
-    """
-
-    seeds: int = 3
-    calibration: int = 64
-    options: int | None = None
-    chapters: tuple[str, ...] = ("",)
-
-    def spread(self, grid: list) -> list:
-        """A grid, or as many of its points as the plan allows, from the first on."""
-        most = min(self.options or len(grid), len(grid))
-        return [grid[i * len(grid) // most] for i in range(most)]
-
-
-PLANS = {"smoke": Plan(), "standard": Plan(seeds=1, options=3, chapters=("05", "06", "07"))}
-
-
-def plan(tier: str) -> Plan:
-    """The plan of a tier. Raises: MergeError for a tier that has none."""
-    if tier not in PLANS:
-        raise MergeError(f"tier: expected one of {', '.join(PLANS)}, found {tier!r}")
-    return PLANS[tier]
 
 
 @dataclass
@@ -86,6 +65,7 @@ class Suite:
         layer: the one layer in which experts differ from the base; None when all were trained.
         precision: of matrix products in training and evaluation; merges are computed in that of the base's weights.
         chunk: examples evaluated at a time.
+        complete, score: of suites without heads, see above.
     """
 
     name: str
@@ -102,6 +82,8 @@ class Suite:
     layer: str | None = None
     precision: str = "float32"
     chunk: int = training.CHUNK
+    complete: Callable | None = field(default=None, repr=False)
+    score: Callable | None = field(default=None, repr=False)
     _ceilings: dict = field(default_factory=dict, repr=False)
     _held: dict = field(default_factory=dict, repr=False)
     _prefixes: dict = field(default_factory=dict, repr=False)
@@ -127,7 +109,8 @@ class Suite:
         if not 0 < n <= len(rows) - skip:
             raise MergeError(f"{task}/{split}: expected 1 to {len(rows) - skip} calibration examples, found {n}; ask for fewer")
         chosen = torch.randperm(len(rows), generator=training.seeded(seed, task, "calibration"))[skip : skip + n]
-        return [training.trim(b) for b in training.batches(training.tensors(rows, self.collate, self.device, chosen)[0], batch_size)]
+        batches = [training.trim(b) for b in training.batches(training.tensors(rows, self.collate, self.device, chosen)[0], batch_size)]
+        return [self.complete(self.base, self.experts[task], b) for b in batches] if self.complete else batches
 
     def layers(self, n, skip=0) -> Layers:
         """Moments of every layer on the experts' own inputs, of n calibration examples per task; made once and held."""
@@ -152,9 +135,9 @@ class Suite:
         return {task: self._accuracy(state, task, split) for task in self._known(tasks)}
 
     def tensors(self, task, split) -> tuple[dict[str, Tensor], Tensor]:
-        """Arguments of the encoder and labels of a whole split on the suite's device, converted once and held."""
+        """Arguments of the encoder and labels of a whole split, converted once and held in the machine's memory."""
         if (task, split) not in self._held:
-            self._held[task, split] = training.tensors(self._split(task, split), self.collate, self.device)
+            self._held[task, split] = training.tensors(self._split(task, split), self.collate)
         return self._held[task, split]
 
     def classifiers(self) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -163,10 +146,12 @@ class Suite:
 
     @torch.no_grad()
     def _accuracy(self, state, task, split) -> float:
+        labels = self.tensors(task, split)[1].to(self.device)
         with training.autocast(self.device, self.precision):
+            if self.score:
+                return self.score(task, self.base, state, self._batches(task, split), labels)
             features = self._features(state, task, split).to(self.heads[task]["weight"])
-        labels, scores = self.tensors(task, split)[1], self.classifiers()[task](features)
-        return int((scores.argmax(1) == labels).sum()) / len(labels)
+        return int((self.classifiers()[task](features).argmax(1) == labels).sum()) / len(labels)
 
     def _features(self, state, task, split) -> Tensor:
         """Features (N, d) of a split. A model that is the base but for ``layer`` starts at that layer's block, with what the base gave."""
@@ -187,7 +172,8 @@ class Suite:
         return torch.cat([carry.hidden for carry in carries])
 
     def _batches(self, task, split):
-        return training.batches(self.tensors(task, split)[0], self.chunk)
+        for batch in training.batches(self.tensors(task, split)[0], self.chunk):
+            yield {name: value.to(self.device) for name, value in batch.items()}
 
     def normalised(self, state_dict: dict[str, Tensor], split="test", tasks=None) -> dict[str, float]:
         """Accuracy over that of the task's expert on the same split, for each task and as their ``mean``."""
@@ -222,7 +208,7 @@ def _data(definition: str, task: str, seed: int):
     """Data of a task, and its training split as tensors: experts of several kinds are trained on the same."""
     module = importlib.import_module(definition)
     data = module.data(task, seed)
-    return data, training.tensors(data["train"], module.collate)
+    return data, training.tensors(data["train"], module.collate) if module.RECIPE else None
 
 
 def _definition(name: str, tier: str):
@@ -235,6 +221,11 @@ def _definition(name: str, tier: str):
 def task_names(name: str, tier="smoke") -> list[str]:
     """Tasks of a suite, in order. Raises: MergeError for an unknown suite or tier."""
     return list(_definition(name, tier).TASKS)
+
+
+def is_public(name: str, tier: str) -> bool:
+    """Whether a suite's experts are public checkpoints rather than trained here; errors as of :func:`task_names`."""
+    return _definition(name, tier).RECIPE is None
 
 
 def single_layers(name: str, tier="smoke") -> tuple[str, ...]:
@@ -256,22 +247,26 @@ def _parts(name, tier, seed, device, tasks, layer):
 
 
 def load(name: str, tier="smoke", seed=0, device="cpu", progress=True, tasks=None, layer=None) -> Suite:
-    """Load a suite; its experts are read from the cache or trained, one by one, and kept.
+    """Load a suite; its experts are public checkpoints, or read from the cache or trained, one by one, and kept.
 
     Args:
-        seed: of training images, batch order, heads and calibration; base, validation and test never vary.
+        seed: of training images, batch order, heads and calibration; base, public experts, validation and test never vary.
         tasks: a selection of the suite's tasks; all by default.
         layer: train this layer of the encoder alone, by the suite's recipe for that; all of it by default.
     Raises: MergeError for an unknown suite, tier or task; ManifestError when a source is not what the manifest says.
     """
     tasks = _choose(tasks, task_names(name, tier), f"suite {name!r}")
+    if layer and is_public(name, tier):
+        raise MergeError(f"suite {name!r}: expected no layer, as its experts are public checkpoints and differ in all, found {layer!r}")
     definition, base, sha256, recipes, data, examples = _parts(name, tier, seed, device, tasks, layer)
     experts, heads, folder = {}, {}, training.cache_folder() / f"{name}-{tier}"
     for task in tqdm(tasks, desc=f"{name} experts", disable=not progress):
-        parts = training.expert(base, sha256, examples[task], definition.N_CLASSES[task], recipes[task], seed, task, folder, progress)
+        parts = definition.experts(task) if definition.RECIPE is None else training.expert(
+            base, sha256, examples[task], definition.N_CLASSES[task], recipes[task], seed, task, folder, progress)
         experts[task], heads[task] = ({k: v.to(device) for k, v in part.items()} for part in parts)
     classes = {task: definition.N_CLASSES[task] for task in tasks}
-    how = {"precision": definition.RECIPE.precision, "chunk": definition.RECIPE.chunk}
+    how = training.Recipe(chunk=definition.CHUNK) if definition.RECIPE is None else definition.RECIPE
+    how = {"precision": how.precision, "chunk": how.chunk} | {part: getattr(definition, part, None) for part in ("complete", "score")}
     return Suite(name, tier, seed, device, tasks, data, base, experts, heads, classes, definition.collate, layer, **how)
 
 

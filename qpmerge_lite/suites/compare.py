@@ -16,7 +16,7 @@ from .. import datafree, gradient, methods
 from ..assess import audit
 from ..records import read_json, write_json
 from ..sequential import Merge
-from . import Suite, load, multitask, plan, training
+from . import Suite, is_public, load, multitask, plan, training
 from .tables import frame as frame
 from .tables import ranks, seed_interval, units
 
@@ -128,12 +128,14 @@ def judged(suite: Suite, name: str, label: str, merge: Merge, options: dict, sco
 def energies(suite: Suite, state: dict, size: int) -> dict:
     """Captured energies of any merge on the calibration examples and on as many disjoint ones.
 
-    Returns: ``in_sample`` and ``disjoint``, each with the mean over ``layers`` and that of the ``output``; see ``sequential.audit``.
+    Returns: ``in_sample`` and ``disjoint``, each with the mean over ``layers`` that have residual energy and that of the ``output``; see
+        ``assess.audit``.
     """
     found = {}
     for where, skip in (("in_sample", 0), ("disjoint", size)):
         audited = audit(suite.base, state, suite.experts, suite.calibration(size, skip=skip))
-        found[where] = {"layers": sum(audited["layers"].values()) / len(audited["layers"]), "output": audited["output"]}
+        layers = [share for share in audited["layers"].values() if share is not None]
+        found[where] = {"layers": sum(layers) / len(layers), "output": audited["output"]}
     return found
 
 
@@ -183,11 +185,13 @@ def own_accuracy(suite: Suite, split: str = "test") -> dict[str, float]:
 
 
 def ceilings(suite: Suite) -> list[dict]:
-    """Results of the experts themselves and of one encoder trained on all tasks at once, as of :func:`result`; kept."""
+    """Results of the experts themselves and, where experts are trained here, of one encoder trained on all tasks at once, as of :func:`result`; kept."""
 
     def make():
-        joint, state = multitask(suite)
-        found = {"experts": ("experts", own_accuracy(suite)), "multitask": ("multi-task training", joint.evaluate(state))}
+        found = {"experts": ("experts", own_accuracy(suite))}
+        if not is_public(suite.name, suite.tier):
+            joint, state = multitask(suite)
+            found["multitask"] = "multi-task training", joint.evaluate(state)
         return [{"method": name, "label": label, "seed": suite.seed, "options": {}, "scores": [1.0], "validation": 1.0, "accuracy": accuracy,
                  "normalised": suite.over_experts(accuracy), "seconds": 0.0} for name, (label, accuracy) in found.items()]
 
@@ -195,12 +199,15 @@ def ceilings(suite: Suite) -> list[dict]:
 
 
 def compare(name: str, seeds: int, size: int, tier="smoke", device="cpu", first_seed=0, entries=tuple(ENTRIES)) -> list[dict]:
-    """Results of all entries and of the ceilings over seeds; suites are loaded one at a time."""
+    """Results of all entries and of the ceilings over seeds; suites are loaded one at a time.
+
+    What needs heads is left out where a suite has none.
+    """
     found = []
     for seed in range(first_seed, first_seed + seeds):
         suite = load(name, tier, seed, device, progress=False)
         found += ceilings(suite)
-        found += [result(suite, entry, size) for entry in entries]
+        found += [result(suite, entry, size) for entry in entries if not ENTRIES[entry].heads or all(suite.heads.values())]
     return found
 
 

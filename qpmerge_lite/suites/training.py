@@ -81,9 +81,18 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 
 def tensors(dataset, collate, device="cpu", rows=None) -> tuple[dict[str, Tensor], Tensor]:
-    """Arguments of the encoder and labels for the chosen rows of a split, or for all of them."""
-    columns = dataset.with_format("numpy")[:] if rows is None else dataset.with_format("numpy")[rows.tolist()]
-    return {k: v.to(device) for k, v in collate(columns).items()}, torch.as_tensor(columns["label"]).to(device)
+    """Arguments of the encoder and labels for the chosen rows of a split, or for all of them.
+
+    ``CHUNK`` rows are converted at a time; a split with a transform of its own keeps it.
+    """
+    dataset = dataset if dataset.format["type"] == "custom" else dataset.with_format("numpy")
+    chosen = range(len(dataset)) if rows is None else rows.tolist()
+    inputs, labels = [], []
+    for start in range(0, len(chosen), CHUNK):
+        columns = dataset[chosen[start : start + CHUNK]]
+        inputs.append(collate(columns))
+        labels.append(torch.as_tensor(columns["label"]))
+    return {k: torch.cat([part[k] for part in inputs]).to(device) for k in inputs[0]}, torch.cat(labels).to(device)
 
 
 def batches(inputs: dict[str, Tensor], size: int = CHUNK):

@@ -1,0 +1,41 @@
+"""How much the chapters do at each tier."""
+
+from dataclasses import dataclass
+
+from ..errors import MergeError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the chapters do with the suites of a tier where their parameters leave it open.
+
+    Attributes:
+        seeds: how many are run; with one, intervals are taken over tasks.
+        calibration: examples per task in merges of many layers.
+        options: most options of a method's grid that are tried, spread evenly over it; None tries all.
+        chapters: how the names of the notebooks begin that are run; the others study the embedded suites only.
+    """
+
+    seeds: int = 3
+    calibration: int = 64
+    options: int | None = None
+    chapters: tuple[str, ...] = ("",)
+
+    def spread(self, grid: list) -> list:
+        """A grid, or as many of its points as the plan allows, from the first on."""
+        most = min(self.options or len(grid), len(grid))
+        return [grid[i * len(grid) // most] for i in range(most)]
+
+
+PLANS = {
+    "smoke": Plan(),
+    "standard": Plan(seeds=1, options=3, chapters=("05", "06", "07")),
+    "paper": Plan(seeds=1, calibration=256, options=3, chapters=("09",)),
+}
+
+
+def plan(tier: str) -> Plan:
+    """The plan of a tier. Raises: MergeError for a tier that has none."""
+    if tier not in PLANS:
+        raise MergeError(f"tier: expected one of {', '.join(PLANS)}, found {tier!r}")
+    return PLANS[tier]
