@@ -121,7 +121,7 @@ def run(root=None, tier="smoke", only=None, force=False, parameters=None, progre
         _prune(chapters, records_root() / tier, {path.stem for path in notebooks(root)})
     not_before = time.time() if force else 0  # chapters share the merges made during one forced run
     outcomes = {}
-    workers = min(2, os.cpu_count() or 1, len(chosen))
+    workers = max(1, min(2, os.cpu_count() or 1, len(chosen)))
     with _environment(not_before, workers), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         order = sorted(chosen, key=lambda p: FIRST.index(p.stem[:2]) if p.stem[:2] in FIRST else len(FIRST))
         futures = {pool.submit(_run_one, path, chapters, tier, chosen[path], not_before, progress): path for path in order}
