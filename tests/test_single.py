@@ -14,7 +14,8 @@ LAYER = "blocks.0.up"
 
 @pytest.fixture
 def one_layer(suite, monkeypatch):
-    monkeypatch.setattr(compare, "multitask", lambda suite: (suite, suite.base.state_dict()))  # toy suites are not trained
+    monkeypatch.setattr(compare, "multitask", lambda suite: (suite, suite.base.state_dict()))  # toy suites are not trained,
+    monkeypatch.setattr(compare, "is_public", lambda *suite: False)  # and are in no registry
     base = suite.base.state_dict()
     suite.experts = {t: {k: e[k] if k.startswith(LAYER + ".") else v for k, v in base.items()} for t, e in suite.experts.items()}
     suite.layer = LAYER
