@@ -103,7 +103,7 @@ def fingerprint(path, parameters):
 def run(root=None, tier="smoke", only=None, force=False, parameters=None, progress=True, report=lambda outcome: None):
     """Execute the notebooks that are not up to date into ``book/chapters``, two at a time, and go on after a failure.
 
-    Models this small leave a second core idle, so each of the two has half the cores (``OMP_NUM_THREADS``, unless it is set).
+    Models this small leave a second core idle, so each of two has half the cores (``OMP_NUM_THREADS``, unless it is set).
 
     Args:
         only: beginning of a notebook's name, e.g. ``05``; default all that the tier's plan names.
@@ -119,12 +119,26 @@ def run(root=None, tier="smoke", only=None, force=False, parameters=None, progre
     chapters.mkdir(parents=True, exist_ok=True)
     if only is None:
         _prune(chapters, records_root() / tier, {path.stem for path in notebooks(root)})
-    not_before = time.time() if force else 0  # chapters share the merges made during one forced run
-    outcomes = {}
-    workers = max(1, min(2, os.cpu_count() or 1, len(chosen)))
+    marks = {path: fingerprint(path, given) for path, given in chosen.items()}
+    outcomes, stale = {}, []
+    for path in chosen:
+        if not force and _is_current(chapters / path.name, marks[path], _records(tier, path)):
+            outcomes[path] = Outcome(path.stem, "up to date", 0.0, str(chapters / path.name))
+            report(outcomes[path])
+        else:
+            stale.append((path, chapters, tier, chosen[path], marks[path], progress))
+    if stale:
+        not_before = time.time() if force else 0  # chapters share the merges made during one forced run
+        outcomes |= _run_all(stale, not_before, report)
+    return [outcomes[path] for path in chosen]
+
+
+def _run_all(stale, not_before, report):
+    """Path -> outcome of the notebooks, given as arguments of ``_run_one``."""
+    outcomes, workers = {}, min(2, os.cpu_count() or 1, len(stale))
     with _environment(not_before, workers), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        order = sorted(chosen, key=lambda p: FIRST.index(p.stem[:2]) if p.stem[:2] in FIRST else len(FIRST))
-        futures = {pool.submit(_run_one, path, chapters, tier, chosen[path], not_before, progress): path for path in order}
+        order = sorted(stale, key=lambda job: FIRST.index(job[0].stem[:2]) if job[0].stem[:2] in FIRST else len(FIRST))
+        futures = {pool.submit(_run_one, *job): job[0] for job in order}
         try:
             for future in as_completed(futures):
                 outcomes[futures[future]] = future.result()
@@ -132,22 +146,23 @@ def run(root=None, tier="smoke", only=None, force=False, parameters=None, progre
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # an interrupted run starts no further notebook
             raise
-    return [outcomes[path] for path in chosen]
+    return outcomes
 
 
-def _run_one(path, chapters, tier, parameters, not_before, progress):
+def _records(tier, path):
+    return records_root() / tier / f"{path.stem}.json"
+
+
+def _run_one(path, chapters, tier, parameters, mark, progress):
     from papermill.exceptions import PapermillExecutionError
 
-    chapter, records = chapters / path.name, records_root() / tier / f"{path.stem}.json"
+    chapter = chapters / path.name
     failed = chapter.with_suffix(".failed.ipynb")
-    mark = fingerprint(path, parameters)
-    if not not_before and _is_current(chapter, mark, records):
-        return Outcome(path.stem, "up to date", 0.0, str(chapter))
     partial = chapter.with_name(f".{path.stem}.partial.ipynb")
     begin = time.monotonic()
     try:
         _execute(path, partial, parameters, progress)
-        _stamp(partial, mark, tier, parameters, records)
+        _stamp(partial, mark, tier, parameters, _records(tier, path))
         os.replace(partial, chapter)
         failed.unlink(missing_ok=True)
     except (PapermillExecutionError, RuntimeError) as error:  # nbclient's RuntimeErrors: the kernel died or never answered

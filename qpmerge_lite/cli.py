@@ -102,12 +102,10 @@ def _check(arguments):
 
 def _record(arguments):
     kept = [os.path.relpath(path) for path in keep(arguments.tier)]
-    if arguments.json:
-        print(json.dumps(kept, indent=1))
     say = _printer(arguments)
     for path in kept:
         say(f"wrote {path}")
-    return 0
+    return _done(arguments, kept)
 
 
 def _claims(arguments):
@@ -119,12 +117,10 @@ def _claims(arguments):
     partial = readme.with_name(".README.md.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, readme)
-    if arguments.json:
-        print(json.dumps([{"id": r.claim.id, "measured": r.measured, "verdict": r.words} for r in rows], indent=1))
     say = _printer(arguments)
     for row in rows:
         say(f"{row.claim.id}: {row.words}")
-    return 0
+    return _done(arguments, [{"id": r.claim.id, "measured": r.measured, "verdict": r.words} for r in rows])
 
 
 def _data_list(arguments):
@@ -136,13 +132,11 @@ def _data_list(arguments):
         for name in manifests.names()
         for s in manifests.load_manifest(name).sources
     ]
-    if arguments.json:
-        print(json.dumps(sources, indent=1))
     say = _printer(arguments)
     for s in sources:
         size = "size not known" if s["bytes"] is None else f"{s['bytes']:,} bytes"
         say(f"{s['manifest']}: {s['source']} ({s['kind']}, {s['licence']}): {size}{'' if s['verified'] else ', not verified'}")
-    return 0
+    return _done(arguments, sources)
 
 
 def _data_verify(arguments):
@@ -160,9 +154,7 @@ def _data_verify(arguments):
                 raise MergeError(f"{name}: none of its sources is on this machine; run: qpmerge data fetch {name}")
         checked[name] = [f"{source}/{file.path}" for source, files in here.items() for file in files]
         say(f"{name}: {len(checked[name])} files verified" if here else f"{name}: not on this machine")
-    if arguments.json:
-        print(json.dumps(checked, indent=1))
-    return 0
+    return _done(arguments, checked)
 
 
 def _data_fetch(arguments):
@@ -175,9 +167,7 @@ def _data_fetch(arguments):
             files = sources.fetch(member)
             fetched[member] = {path: str(found) for path, found in files.items()}
             say(f"{member}: {len(files)} files in {os.path.commonpath([found.parent for found in files.values()])}")
-    if arguments.json:
-        print(json.dumps(fetched, indent=1))
-    return 0
+    return _done(arguments, fetched)
 
 
 def _data_lock(arguments):
@@ -187,9 +177,7 @@ def _data_lock(arguments):
     for name in _manifests(arguments.name):
         locked[name] = hub.lock(name)
         say(f"{name}: " + (", ".join(f"{source} at {commit}" for source, commit in locked[name].items()) or "nothing to lock"))
-    if arguments.json:
-        print(json.dumps(locked, indent=1))
-    return 0
+    return _done(arguments, locked)
 
 
 def _manifests(words):
@@ -208,6 +196,13 @@ def _assignment(text):
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
+
+
+def _done(arguments, result):
+    """Print the result where JSON is asked for; exit status 0."""
+    if arguments.json:
+        print(json.dumps(result, indent=1))
+    return 0
 
 
 def _printer(arguments):
