@@ -18,7 +18,7 @@ from .suites import plan
 # Modules that no notebook imports: changing them does not change what a notebook computes.
 OUTSIDE_NOTEBOOKS = {"book.py", "claims.py", "cli.py", "regression.py"}
 # These train the experts and make the merges that the others find kept, and take longest.
-FIRST = ("06", "05", "04", "03", "08")
+FIRST = ("06", "05", "04", "03", "08", "10", "11")
 # tqdm's advice to install ipywidgets, given to whoever imports something that imports tqdm.auto: the book draws no widgets.
 NO_WIDGETS = "ignore:IProgress not found"
 

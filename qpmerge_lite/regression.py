@@ -7,7 +7,7 @@ from .errors import MergeError
 from .records import load_records, read_json, repository, write_json
 
 ROUNDING = 1e-6  # a smaller value is what rounding left of zero
-TRAINED = ("vision.", "language.", "single.", "sequential.", "diagnostic.", "points.")  # ids of results that hang on experts trained in float32
+TRAINED = ("vision.", "language.", "single.", "sequential.", "diagnostic.", "points.", "trial.", "calibration.")  # ids of results that hang on experts trained in float32
 DEFAULTS = {
     "exact": (None, "a count or a truth value: the same on every machine"),
     "present": (None, "names the winner; winners within their intervals may change places"),

@@ -7,7 +7,7 @@ from toys import TASKS
 
 import qpmerge_lite as q
 from qpmerge_lite.records import Records, load_records
-from qpmerge_lite.suites import compare, population, single
+from qpmerge_lite.suites import compare, population, single, trial
 
 LAYER = "blocks.0.up"
 
@@ -89,11 +89,11 @@ def evidence(noise):
 
 def test_rank_correlation_within_problems_and_pooled():
     """Inside every problem perfect, across them reversed; the base does not count."""
-    value, (low, high) = population.rank_correlation(evidence(0), "disjoint", 200, 0, within=True)
+    value, (low, high) = trial.rank_correlation(evidence(0), "disjoint", 200, 0, within=True)
     assert value == pytest.approx(1) and low == pytest.approx(1) and high == pytest.approx(1)
-    pooled, (low, high) = population.rank_correlation(evidence(0), "disjoint", 200, 0, within=False)
+    pooled, (low, high) = trial.rank_correlation(evidence(0), "disjoint", 200, 0, within=False)
     assert pooled < 0 and low <= pooled <= high
-    noisy, (low, high) = population.rank_correlation(evidence(3), "disjoint", 200, 0, within=True)
+    noisy, (low, high) = trial.rank_correlation(evidence(3), "disjoint", 200, 0, within=True)
     assert low < noisy < high < 1
 
 
@@ -105,5 +105,5 @@ def test_evidence_has_a_row_per_merge(one_layer):
 
 def test_of_one_problem_the_merges_are_resampled():
     frame = pd.DataFrame({"method": ["base", *"abcdef"], "problem": 1, "accuracy": [0.1, 0.3, 0.2, 0.5, 0.4, 0.7, 0.6], "disjoint": [0, 1, 2, 3, 4, 5, 6]})
-    value, (low, high) = population.rank_correlation(frame, "disjoint", 200, 0, within=True)
+    value, (low, high) = trial.rank_correlation(frame, "disjoint", 200, 0, within=True)
     assert value == pytest.approx(1 - 6 * 6 / (6 * 35)) and low < value < high <= 1

@@ -14,12 +14,22 @@ class Plan:
         calibration: examples per task in merges of many layers.
         options: most options of a method's grid that are tried, spread evenly over it; None tries all.
         chapters: how the names of the notebooks begin that are run; the others study the embedded suites only.
+        suites: the tier whose suites are used, where it is another one.
+        subsets: of the population of ``population.py``, how many experts its problems have, per suite and seed.
+        merges: how many of every kind are drawn for each of its problems.
+        largest: most calibration examples per task of its merges.
+        tested: most test examples per task that they are judged on.
     """
 
     seeds: int = 3
     calibration: int = 64
     options: int | None = None
     chapters: tuple[str, ...] = ("",)
+    suites: str | None = None
+    subsets: tuple[int, ...] = (2, 4)
+    merges: tuple[int, int, int, int] = (3, 2, 3, 2)
+    largest: int = 64
+    tested: int = 512
 
     def spread(self, grid: list) -> list:
         """A grid, or as many of its points as the plan allows, from the first on."""
@@ -29,6 +39,7 @@ class Plan:
 
 PLANS = {
     "smoke": Plan(),
+    "full": Plan(suites="smoke", chapters=("10", "11"), subsets=(2, 3, 4, 5, 6, 7, 8), merges=(3, 2, 5, 2), largest=256),
     "standard": Plan(seeds=1, options=3, chapters=("05", "06", "07")),
     "paper": Plan(seeds=1, calibration=256, options=3, chapters=("09",)),
 }

@@ -1,14 +1,31 @@
-"""All merges of a suite, one layer or many, with their captured energies and their accuracy: what the diagnostic is judged on."""
+"""The population on which the diagnostic is tried: merges of subsets of a suite's experts, good ones, odd ones and bad ones.
+
+Of every merge it is kept what can be known without labels (captured energies, agreement with the experts, entropy, sizes of
+updates), what a few labels would say, and how accurate it is on test data.
+"""
 from __future__ import annotations
 
-from .compare import NEIGHBOURS
+import math
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.functional import normalize
+
+from .. import datafree, methods
+from ..assess import audit
+from ..sequential import Merge
+from . import Suite, compare, load, plan, training
 
 ENERGIES = ("in_sample", "disjoint")
-HEURISTIC, NEIGHBOUR, PROGRAMME = "heuristics", "neighbours", "programme"
+HEURISTIC, NEIGHBOUR, PROGRAMME, BAD = KINDS = ("heuristics", "neighbours", "programme", "made to be bad")
+APART = 512  # disjoint examples come after so many of the draw, which no merge goes beyond
+AUDITED, LAYERED, VALIDATED = 64, 32, 128  # examples per task: end to end, layer by layer, with labels
 
 
 def _kind(method: str) -> str:
-    return PROGRAMME if method.startswith("qp_") else NEIGHBOUR if method in NEIGHBOURS else HEURISTIC
+    return PROGRAMME if method.startswith("qp_") else NEIGHBOUR if method in compare.NEIGHBOURS else HEURISTIC
 
 
 def one_layer(results: list[dict]):
@@ -31,27 +48,226 @@ def many_layers(name: str, results: list[dict], energy: str):
                          for r in results if "captured" in r])
 
 
-def rank_correlation(frame, energy: str, draws: int, seed: int, within: bool) -> tuple[float, tuple[float, float]]:
-    """Spearman's ρ of captured energy and normalised accuracy with a 95 % interval, the base left out, problems resampled whole (of one
-    problem, its merges).
+@dataclass(frozen=True)
+class Spec:
+    """One merge to be made: a method of ``CALLS`` and its options, and which examples it is solved on.
+
+    ``source`` is ``own`` (examples of the expert's task), ``foreign`` (of another task), ``scrambled`` (its own, entries in random
+    places), or ``none``; ``size`` how many per task.
+    """
+
+    kind: str
+    label: str
+    method: str
+    options: dict
+    size: int = 0
+    source: str = "none"
+
+
+def random_coefficients(base, experts, calibration=None, *, seed: int) -> Merge:
+    """Every expert's update in every parameter times a normal number of its own: mean 1/K, as much spread."""
+    generator, base_state = torch.Generator().manual_seed(seed), base.state_dict()
+    state = dict(base_state)
+    for name, vectors in datafree.task_vectors(base, experts).items():
+        scales = (1 + torch.randn(len(vectors), generator=generator).to(vectors)) / len(vectors)
+        state[name] = (base_state[name].double() + torch.tensordot(scales, vectors, 1)).to(base_state[name])
+    return Merge(state)
+
+
+CALLS = {"soup": datafree.soup, "task_arithmetic": datafree.task_arithmetic, "ties": datafree.ties, "dare": datafree.dare,
+         "tsv_merge": datafree.tsv_merge, "iso_c": datafree.iso_c, "random": random_coefficients, "regmean": methods.regmean,
+         "regmean_plus_plus": methods.regmean_plus_plus, "featcal": methods.featcal, "qp": methods.qp}
+
+
+def _specs(experts: int, seed: int, largest: int) -> dict[str, list[Spec]]:
+    """All merges that may be drawn, by kind."""
+    sizes = [n for n in (4, 8, 16, 32, 64, 128, 256, 512) if n <= largest]
+    free = [("soup", {}), *(("task_arithmetic", {"scale": s}) for s in (0.1, 0.2, 0.3, 0.5)), *(("ties", {"density": d, "scale": s})
+            for d in (0.1, 0.3) for s in (0.5, 1.0)), *(("dare", {"drop": d, "scale": 1 / experts, "seed": seed}) for d in (0.5, 0.9)),
+            *((m, {"scale": s}) for m in ("tsv_merge", "iso_c") for s in (0.5, 1.0))]
+    solved = [*(("regmean", {"alpha": a}) for a in (0.5, 0.9, 1.0)), ("regmean_plus_plus", {"alpha": 0.9}), ("featcal", {})]
+    aims = [{"inputs": "expert"}, {"targets": "propagated"}, {"targets": "own"}]
+    qps = [{"basis": b, "ridge": r} | aim for b in compare.FAMILIES for r in (0.0, 1e-2, 1.0, "cross-fitted") for aim in aims]
+    poor = [("task_arithmetic", {"scale": -0.3}, 0, "none"), ("task_arithmetic", {"scale": 1.5}, 0, "none"), ("random", {"seed": seed}, 0, "none"),
+            ("qp", {"basis": "elements", "ridge": 0.0, "prior": 0.0, "folds": 1}, 2, "own"),
+            *((m, o, 32, s) for m, o in (("regmean", {}), ("qp", {"basis": "elements"}), ("qp", {"basis": "rows"})) for s in ("foreign", "scrambled"))]
+    spec = lambda kind, method, options, size=0, source="none": Spec(kind, _label(method, options), method, options, size, source)
+    return {HEURISTIC: [spec(HEURISTIC, *f) for f in free],
+            NEIGHBOUR: [spec(NEIGHBOUR, *s, n, "own") for s in solved for n in sizes],
+            PROGRAMME: [spec(PROGRAMME, "qp", o, n, "own") for o in qps for n in sizes],
+            BAD: [spec(BAD, *p) for p in poor]}
+
+
+def _label(method: str, options: dict) -> str:
+    """What tells methods apart in tables and in the search for the best fixed one: sizes, ridges and strengths do not."""
+    return f"QP {options['basis'].replace('_', ' ')}" if method == "qp" else compare.ENTRIES[method].label if method in compare.ENTRIES else "random coefficients"
+
+
+def subsets(tasks: list[str], sizes, seed: int) -> list[list[str]]:
+    """One subset of a suite's tasks of each size, in the suite's order."""
+    chosen = lambda k: torch.randperm(len(tasks), generator=training.seeded(seed, str(k), "subset"))[:k].sort().values.tolist()
+    return [[tasks[i] for i in chosen(k)] for k in sizes]
+
+
+def drawn(tasks: list[str], seed: int, counts, largest: int) -> list[Spec]:
+    """The merges of one problem: so many of each kind, without repetition."""
+    found, generator = [], training.seeded(seed, *tasks, "population")
+    for count, specs in zip(counts, _specs(len(tasks), seed, largest).values(), strict=True):
+        found += [specs[i] for i in torch.randperm(len(specs), generator=generator)[:count].tolist()]
+    return found
+
+
+def scrambled(batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """A batch with the entries of every argument in random places; what is padding stays padding."""
+    mask = batch.get("attention_mask")
+    mixed = {}
+    for name, value in batch.items():
+        kept = mask.bool() if mask is not None and value.shape == mask.shape else torch.ones_like(value, dtype=torch.bool)
+        entries, mixed[name] = value[kept], value.clone()
+        mixed[name][kept] = entries[torch.randperm(len(entries), generator=generator).to(entries.device)]
+    return mixed
+
+
+def examples(suite: Suite, tasks: list[str], spec: Spec) -> dict[str, list[dict]] | None:
+    """What a merge is solved on, batches by task; None for one that needs no data."""
+    if spec.source == "none":
+        return None
+    following = dict(zip(suite.tasks, suite.tasks[1:] + suite.tasks[:1]))
+    source = {t: following[t] if spec.source == "foreign" else t for t in tasks}
+    batches = {t: suite.calibration(spec.size, tasks=[s])[s] for t, s in source.items()}
+    if spec.source == "scrambled":
+        generator = training.seeded(suite.seed, "scrambled")
+        batches = {t: [scrambled(b, generator) for b in parts] for t, parts in batches.items()}
+    return batches
+
+
+@torch.no_grad()
+def features(suite: Suite, state, batches) -> Tensor:
+    """Features (N, d) of unlabelled batches under a state dict, in the precision of the suite's heads."""
+    with training.autocast(suite.device, suite.precision):
+        found = torch.cat([functional_call(suite.base, dict(state), (), b) for b in batches])
+    return found.to(next(suite.base.parameters()))
+
+
+class Judge:
+    """What all merges of one suite are held against: features of base and experts, labels, moments; made once.
 
     Args:
-        energy: a column of the frame. draws: bootstrap samples.
-        within: correlate inside every problem and average, so that only methods are compared; else pool all merges.
+        tested: most test examples of a task.
     """
-    import numpy as np
-    from scipy.stats import rankdata
 
-    merges = frame[frame.method != "base"]
-    pairs = [group[[energy, "accuracy"]].to_numpy() for _, group in merges.groupby("problem")]
+    def __init__(self, suite: Suite, tested: int):
+        self.suite, self.base = suite, suite.base.state_dict()
+        self.apart = suite.calibration(AUDITED, skip=APART)
+        self.layered = suite.calibration(LAYERED, skip=APART)
+        self.rows = {(t, split): self._spread(t, split, most) for t in suite.tasks for split, most in (("validation", VALIDATED), ("test", tested))}
+        self.known = {t: self._known(t, self.apart[t]) for t in suite.tasks}
+        self.right = {key: self._correct(key, suite.experts[key[0]]).double().mean() for key in self.rows}
 
-    def spearman(xy):
-        return np.corrcoef(rankdata(xy[:, 0]), rankdata(xy[:, 1]))[0, 1]
+    def _spread(self, task, split, most):
+        inputs, labels = self.suite.tensors(task, split)
+        rows = torch.arange(len(labels))[:: max(1, len(labels) // most)][:most]
+        batches = training.batches({k: v[rows].to(self.suite.device) for k, v in inputs.items()}, self.suite.chunk)
+        return [training.trim(b) for b in batches], labels[rows].to(self.suite.device)
 
-    inside = np.array([spearman(xy) for xy in pairs])
-    value = lambda chosen: inside[chosen].mean() if within else spearman(np.concatenate([pairs[i] for i in chosen]))
-    generator, everything = np.random.default_rng(seed), np.arange(len(pairs))
-    found = [value(generator.choice(everything, len(everything))) for _ in range(draws)] if len(pairs) > 1 else [
-        spearman(pairs[0][generator.choice(len(pairs[0]), len(pairs[0]))]) for _ in range(draws)]
-    low, high = np.quantile(found, [0.025, 0.975])
-    return float(value(everything)), (float(low), float(high))
+    def _known(self, task, batches):
+        return features(self.suite, self.base, batches), features(self.suite, self.suite.experts[task], batches)
+
+    def _correct(self, key, state) -> Tensor:
+        batches, labels = self.rows[key]
+        return self.suite.classifiers()[key[0]](features(self.suite, state, batches)).argmax(1) == labels
+
+    def accuracy(self, state, task, split) -> tuple[float, list[int]]:
+        """Accuracy over the expert's, and which examples were right."""
+        right = self._correct((task, split), state)
+        return float(right.double().mean() / self.right[task, split]), right.int().tolist()
+
+    def ends(self, state, task, batches, known=None) -> dict[str, float]:
+        """End to end, on unlabelled batches of one task: squared errors of merge and base per example, plain and as the head sees them, agreement, entropy."""
+        made, (plain, aim) = features(self.suite, state, batches), known or self._known(task, batches)
+        head = self.suite.classifiers()[task]
+        V = self.suite.heads[task]["weight"]
+        V = V - V.mean(0)
+        errors = lambda z: float(z.double().square().sum(1).mean())
+        predicted = head(made).softmax(1)
+        return {"output": errors(made - aim), "output_base": errors(plain - aim), "head": errors((made - aim) @ V.mT), "head_base": errors((plain - aim) @ V.mT),
+                "agreement": float((predicted.argmax(1) == head(aim).argmax(1)).double().mean()),
+                "entropy": float(-torch.special.entr(predicted).sum(1).mean() / math.log(len(V)))}
+
+    def static(self, state, tasks) -> tuple[dict[str, float], dict[str, float]]:
+        """Captured energy of every layer on the experts' own inputs, in closed form on disjoint examples, and the layers' residual energies."""
+        shares, energy, places = {}, {}, [self.suite.tasks.index(t) for t in tasks]
+        for name, (view, moments, _) in self.suite.layers(AUDITED, APART).items():
+            few = {k: getattr(moments, k)[places] for k in ("C", "A", "M", "count")}
+            pooled = replace(moments, tasks=tuple(tasks), **few).pool()
+            if pooled.energy:
+                shares[name], energy[name] = pooled.captured(view.matrix(state) - view.matrix(self.base)), pooled.energy
+        return shares, energy
+
+
+def _sizes(judge: Judge, state, tasks) -> dict[str, float]:
+    """Trivial predictors: mean cosine between task vectors, and the update's norm and distance from the soup's, over the soup's norm."""
+    flat = lambda s: torch.cat([(s[k].double() - v.double()).flatten() for k, v in judge.base.items() if v.is_floating_point()])
+    vectors = torch.stack([flat(judge.suite.experts[t]) for t in tasks])
+    unit, update, soup = normalize(vectors, dim=1), flat(state), vectors.mean(0)
+    between = (unit @ unit.T)[~torch.eye(len(tasks), dtype=torch.bool)]
+    return {"cosine": float(between.mean()), "norm": float(update.norm() / soup.norm()), "distance": float((update - soup).norm() / soup.norm())}
+
+
+def _mean(values) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def _pooled(ends: list[dict]) -> dict[str, float]:
+    """Captured energies of all tasks together, and the mean of what else ``Judge.ends`` tells of each."""
+    total = {key: sum(e[key] for e in ends) for key in ends[0]}
+    return {form: 1 - total[form] / total[f"{form}_base"] for form in ("output", "head")} | {
+        form: total[form] / len(ends) for form in ("agreement", "entropy")}
+
+
+def measured(judge: Judge, tasks: list[str], spec: Spec) -> dict:
+    """One merge made and held against everything, see ``Judge``; energies by task are in ``tasks``, their pools beside."""
+    suite = judge.suite
+    experts, batches = {t: suite.experts[t] for t in tasks}, examples(suite, tasks, spec)
+    merge = CALLS[spec.method](suite.base, experts, batches, **spec.options)
+    state, solved_on = merge.state_dict, batches or suite.calibration(AUDITED, tasks=tasks)
+    ends = {"in_sample": {t: judge.ends(state, t, solved_on[t]) for t in tasks},
+            "disjoint": {t: judge.ends(state, t, judge.apart[t], judge.known[t]) for t in tasks}}
+    row = {"seed": suite.seed, "experts": len(tasks), **asdict(spec), "energies": {}}
+    for where, found in ends.items():
+        row["energies"] |= {f"{form}.{where}": value for form, value in _pooled(list(found.values())).items()}
+    shares, energy = judge.static(state, tasks)
+    strict = audit(suite.base, state, experts, {t: judge.layered[t] for t in tasks})["layers"]
+    row["layers"] = {"static": shares, "layers": {k: v for k, v in strict.items() if v is not None}, "energy": energy}
+    row["energies"] |= {f"{form}.disjoint": _mean(row["layers"][form].values()) for form in ("static", "layers")}
+    row["energies"] |= {f"{form}.in_sample": _mean(r[key] for r in merge.table if r.get(key) is not None)
+                        for form, key in (("solved", "captured"), ("cross_fitted", "cross_fitted"))}
+    row["trivial"] = _sizes(judge, state, tasks)
+    row["tasks"] = {}
+    for t in tasks:
+        (test, _), (_, bits) = judge.accuracy(state, t, "test"), judge.accuracy(state, t, "validation")
+        row["tasks"][t] = {"accuracy": test, "validation": "".join(map(str, bits)), "expert": float(judge.right[t, "validation"]),
+                           **{form: 1 - ends["disjoint"][t][form] / ends["disjoint"][t][f"{form}_base"] for form in ("output", "head")}}
+    row["accuracy"] = sum(v["accuracy"] for v in row["tasks"].values()) / len(tasks)
+    return row
+
+
+def population(name: str, tier: str, seeds: int, device="cpu", first_seed=0) -> list[dict]:
+    """All merges of a suite that the tier's plan draws, kept one by one, as of :func:`measured`, with their ``suite`` and ``problem``."""
+    planned, rows = plan(tier), []
+    for seed in range(first_seed, first_seed + seeds):
+        suite = load(name, planned.suites or tier, seed, device, progress=False)
+        for tasks in subsets(suite.tasks, planned.subsets, seed):
+            for spec in drawn(tasks, seed, planned.merges, planned.largest):
+                rows.append(_kept(suite, tasks, spec, planned.tested) | {"suite": name, "problem": f"{name} {seed} {'+'.join(tasks)}"})
+    return rows
+
+
+def _kept(suite: Suite, tasks, spec: Spec, tested: int) -> dict:
+    def make():
+        if ("judge", tested) not in suite._held:
+            suite._held["judge", tested] = Judge(suite, tested)
+        return measured(suite._held["judge", tested], tasks, spec)
+
+    return compare.kept(suite, "population", [tasks, asdict(spec), tested], make)
