@@ -217,6 +217,7 @@ def correlations(frames: dict, x: str, y: str, xlabel: str, ylabel: str, columns
         for (kind, part), marker, colour in zip(frame.groupby("kind"), MARKERS, sns.color_palette()):
             axis.plot(part[x], part[y], marker, color=colour, markeredgecolor="black", markeredgewidth=0.5, markersize=5, linestyle="none", label=kind)
         axis.set(title=title, ylabel=ylabel if axis in axes[:, 0] else "", xlabel=xlabel if axis in axes[-1] else "")
+        axis.locator_params(axis="x", nbins=5)
     _key(figure, axes.flat[0], 3)
     return _finish(figure)
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-ENERGIES = ("output", "head", "layers", "static")  # disjoint; what of them is known in sample is told apart by name
-RIVALS = ("agreement", "entropy")
+from .population import BAD
+
 PRIMARY = "output.disjoint"
 AGGREGATORS: dict[str, Callable] = {"mean": lambda v, e: np.mean(v), "median": lambda v, e: np.median(v), "minimum": lambda v, e: np.min(v),
                                     "last": lambda v, e: v[-1], "energy-weighted mean": lambda v, e: np.average(v, weights=e)}
@@ -166,7 +166,7 @@ def regrets(rows: list[dict], seed: int, scores=(PRIMARY,), draws: int = 200):
     """Accuracy lost against the best merge of every problem, as a ``pandas.DataFrame``: a row per problem, a column per rule.
 
     Rules: the highest of every one of the given scores; a merge drawn at ``random`` (expected loss); the ``fixed`` method that was best on
-    the other problems; and labelled validation sets of ``LABELS`` examples in all (expected over draws, ties to the first).
+    the other problems, never one made to be bad; and labelled validation sets of ``LABELS`` examples in all (expected over draws, ties to the first).
     """
     import pandas as pd
 
@@ -183,10 +183,14 @@ def regrets(rows: list[dict], seed: int, scores=(PRIMARY,), draws: int = 200):
 
 
 def _fixed(table, problem: str, places, loss) -> float:
-    """Expected loss of the label that is best, relative to the mean of its problem, over the suite's other problems."""
-    others = table[(table.problem != problem) & (table.suite == table.suite.iloc[places[0]])]
+    """Expected loss of the label that is best, relative to the mean of its problem, over the suite's other problems.
+
+    Nobody would make the merges that are made to be bad: they are left out.
+    """
+    table, here = table[table.kind != BAD], table.kind.to_numpy()[places] != BAD
+    labels, loss, suite = table.label.reindex(places[here]).to_numpy(), loss[here], table.suite[places[here][0]]
+    others = table[(table.problem != problem) & (table.suite == suite)]
     relative = others.accuracy - others.groupby("problem").accuracy.transform("mean")
-    labels = table.label.to_numpy()[places]
     merit = relative.groupby(others.label).mean().reindex(np.unique(labels)).dropna()
     return float(loss[labels == merit.idxmax()].mean())
 
