@@ -24,7 +24,7 @@ MORE = {task: {"train": 6000} for task in ("clinc150", "cola")}
 LENGTH = 64  # word pieces of a sentence, longer ones are cut
 # A strong ridge on the probe, and a high rate: where the head alone serves the base well, its encoder has little to learn, experts
 # hardly differ and every merge is as good as they are.
-RECIPE = Recipe(steps=94, batch=32, rate=3e-4, probe_decay=0.1, precision="bfloat16", chunk=64)  # one epoch
+RECIPE = Recipe(steps=94, batch=32, rate=3e-4, probe_decay=0.1, chunk=64)  # one epoch
 RECIPES = {task: replace(RECIPE, steps=376) for task in MORE}  # two
 RECIPES["clinc150"] = replace(RECIPES["clinc150"], probe_decay=0.01)  # the ridge sums over classes, which are many here
 LAYERS = ("bert.encoder.layer.1.intermediate.dense",)
