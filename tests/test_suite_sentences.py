@@ -83,7 +83,7 @@ def test_the_base_is_the_checkpoint_and_reads_its_own_word_pieces():
     base, sha256 = sentences.base()
     (weights,) = (file for source in sources.load_manifest(sentences.CHECKPOINT).sources for file in source.files
                   if source.id == "package" and file.path.endswith("model.safetensors"))
-    assert sha256 == weights.sha256 and suites.Walker(base).path == "bert.encoder.layer"
+    assert sha256 == weights.sha256 and suites.Walker(base).paths == ("bert.encoder.layer",)
     batch = sentences.collate({"text": TEXTS})
     plain = transformers.AutoTokenizer.from_pretrained(folder)(list(TEXTS), padding="max_length", max_length=sentences.LENGTH)
     assert torch.equal(batch["input_ids"], torch.tensor(plain["input_ids"]))
@@ -103,11 +103,11 @@ def test_two_tasks_are_trained_merged_and_judged(monkeypatch, tmp_path):
         pytest.skip(f"no data: {error}")
     monkeypatch.setenv("QPMERGE_CACHE", str(tmp_path))
     monkeypatch.setattr(sentences, "SPLITS", {"train": 60, "validation": 30, "test": 40})
-    monkeypatch.setattr(sentences, "RECIPE", training.Recipe(steps=4, batch=16, rate=1e-4, precision="bfloat16", chunk=16))
+    monkeypatch.setattr(sentences, "RECIPE", training.Recipe(steps=4, batch=16, rate=1e-4, chunk=16))
     suites._data.cache_clear()
     suite = suites.load("language", "standard", tasks=["trec", "snips"], progress=False)
     suites._data.cache_clear()
-    assert suite.data["trec"].num_rows == sentences.SPLITS and suite.precision == "bfloat16"
+    assert suite.data["trec"].num_rows == sentences.SPLITS
     lengths = [len(text) for text in suite.data["trec"]["test"]["text"]]
     assert lengths == sorted(lengths)
     merge = qp(suite.base, suite.experts, suite.calibration(8), basis="layer", ridge=0.1, folds=1, layers=["bert.encoder.layer.0.intermediate.dense"])
