@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from ..sources import rows
 from . import views, vision
 from .models import VisionTransformer
-from .training import Recipe, seeded, shipped
+from .public import some
+from .training import Recipe, shipped
 
 WEIGHTS = Path(__file__).parent / "weights" / "pictures_base.safetensors"
 MANIFEST = "standard-vision"
@@ -38,11 +39,7 @@ def data(task: str, seed: int):
 
     Training rows are drawn anew for each seed; those for validation and test never change.
     """
-    found = rows(task)
-    for split, n in SPLITS.items():
-        order = torch.randperm(len(found[split]), generator=seeded(seed if split == "train" else 0, task, split))
-        found[split] = found[split].select(order[:n].tolist())
-    return found
+    return some(task, SPLITS, seed)
 
 
 def pixels(images) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the suites of public checkpoints share: rows and prompts under the manifests, and weights that fit without a remainder."""
+"""What the suites of public sets and checkpoints share: rows and prompts under the manifests, and weights that fit without a remainder."""
 
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,15 @@ def rows(name: str):
     found = sources.rows(name)
     order = torch.randperm(len(found["validation"]), generator=seeded(0, name, "validation"))
     found["validation"] = found["validation"].select(sorted(order[:HELD_OUT].tolist()))
+    return found
+
+
+def some(name: str, most: dict[str, int], seed: int):
+    """A data set with at most so many rows of every split, drawn; training rows anew for each seed, the others never change."""
+    found = sources.rows(name)
+    for split, count in most.items():
+        order = torch.randperm(len(found[split]), generator=seeded(seed if split == "train" else 0, name, split))
+        found[split] = found[split].select(order[:count].tolist())
     return found
 
 

@@ -8,12 +8,12 @@ import hashlib
 from dataclasses import replace
 from functools import cache
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import sources
-from .training import Recipe, seeded, trim
+from . import public
+from .training import Recipe, trim
 
 MANIFEST = None
 CHECKPOINT = "all-MiniLM-L6-v2"
@@ -47,31 +47,22 @@ class SentenceEncoder(nn.Module):
 
 def data(task: str, seed: int):
     """``datasets.DatasetDict`` of one task, columns ``text`` and ``label``: at most ``SPLITS`` rows, those of validation and test by length."""
-    rows = sources.rows(task)
-    for split, most in (SPLITS | MORE.get(task, {})).items():
-        order = torch.randperm(len(rows[split]), generator=seeded(seed if split == "train" else 0, task, split))
-        rows[split] = rows[split].select(order[:most].tolist())
-        if split != "train":  # sentences of a batch are then about as long
-            lengths = [len(text) for text in rows[split]["text"]]
-            rows[split] = rows[split].select(sorted(range(len(lengths)), key=lengths.__getitem__))
+    rows = public.some(task, SPLITS | MORE.get(task, {}), seed)
+    for split in ("validation", "test"):  # sentences of a batch are then about as long
+        lengths = [len(text) for text in rows[split]["text"]]
+        rows[split] = rows[split].select(sorted(range(len(lengths)), key=lengths.__getitem__))
     return rows
 
 
 @cache
 def tokenizer():
-    """The checkpoint's own ``tokenizers.Tokenizer``, cutting and padding to ``LENGTH``."""
-    from tokenizers import Tokenizer
-
-    made = Tokenizer.from_file(str(sources.checkpoint(CHECKPOINT) / "tokenizer.json"))
-    made.enable_truncation(LENGTH)
-    made.enable_padding(length=LENGTH)
-    return made
+    """The checkpoint's own, cutting and padding to ``LENGTH``."""
+    return public.tokenizer(sources.checkpoint(CHECKPOINT), LENGTH, "[PAD]")
 
 
 def collate(rows: dict) -> dict[str, Tensor]:
     """Arguments of the encoder from columns of a split: ``input_ids`` and ``attention_mask`` (B, LENGTH)."""
-    found = tokenizer().encode_batch([str(text) for text in rows["text"]])
-    return {"input_ids": torch.tensor([f.ids for f in found]), "attention_mask": torch.tensor([f.attention_mask for f in found])}
+    return public.encoded(tokenizer(), [str(text) for text in rows["text"]])
 
 
 def build(folder) -> SentenceEncoder:
