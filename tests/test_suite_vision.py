@@ -93,14 +93,14 @@ def test_splits_have_the_declared_schema(quick):
         data = quick.data[task]
         assert isinstance(data, DatasetDict) and list(data) == list(vision.SPLITS)
         assert data["train"].features["label"].num_classes == quick.n_classes[task] == vision.N_CLASSES[task]
-        assert data["test"].with_format("numpy")[:2]["pixels"].shape == (2, 28, 28)
+        assert data["test"].with_format("numpy")[:2]["image"].shape == (2, 28, 28)
     assert [len(quick.data["greek"][split]) for split in vision.SPLITS] == list(vision.SPLITS.values())
     assert [len(quick.data["digits"][split]) for split in ("validation", "test")] == [200, 597]
 
 
 def test_training_images_follow_the_seed_and_the_others_do_not():
     for split, varies in (("train", True), ("validation", False), ("test", False)):
-        first, again, other = (vision.draw("hebrew", split, seed)["pixels"] for seed in (0, 0, 1))
+        first, again, other = (vision.draw("hebrew", split, seed)["image"] for seed in (0, 0, 1))
         assert torch.equal(first, again) and torch.equal(first, other) != varies
 
 

@@ -118,7 +118,7 @@ def digit_masters(split: str) -> tuple[Tensor, Tensor]:
 
 
 def draw(task: str, split: str, seed: int) -> dict[str, Tensor]:
-    """Images of one task and split: ``pixels`` (N, 28, 28) bytes and ``label`` (N,), classes in equal shares.
+    """Images of one task and split: ``image`` (N, 28, 28) bytes and ``label`` (N,), classes in equal shares.
 
     Digits for validation and test appear once each; every other example is drawn several times, and each draw varies
     place, size and medium.
@@ -133,7 +133,7 @@ def draw(task: str, split: str, seed: int) -> dict[str, Tensor]:
         chosen = torch.arange(len(labels))
     else:
         chosen = balanced(labels, SPLITS[split], generator)
-    return {"pixels": glyphs.show(images[chosen], medium, generator), "label": labels[chosen]}
+    return {"image": glyphs.show(images[chosen], medium, generator), "label": labels[chosen]}
 
 
 def balanced(labels: Tensor, n: int, generator: Generator) -> Tensor:
@@ -147,18 +147,18 @@ def balanced(labels: Tensor, n: int, generator: Generator) -> Tensor:
 
 
 def data(task: str, seed: int):
-    """``datasets.DatasetDict`` of one task: columns ``pixels`` (28, 28) uint8 and ``label``."""
+    """``datasets.DatasetDict`` of one task: columns ``image`` (28, 28) uint8 and ``label``."""
     from datasets import Array2D, ClassLabel, Dataset, DatasetDict, Features
 
     names = list(SCRIPTS[task].characters) if task in SCRIPTS else list("0123456789")
-    schema = Features(pixels=Array2D((glyphs.SIDE, glyphs.SIDE), "uint8"), label=ClassLabel(names=names))
+    schema = Features(image=Array2D((glyphs.SIDE, glyphs.SIDE), "uint8"), label=ClassLabel(names=names))
     columns = {split: draw(task, split, seed) for split in SPLITS}
     return DatasetDict({s: Dataset.from_dict({k: v.numpy() for k, v in c.items()}, features=schema) for s, c in columns.items()})
 
 
 def collate(rows: dict) -> dict[str, Tensor]:
     """Arguments of the encoder from columns of a split: float pixels (B, 1, 28, 28) in [0, 1]."""
-    return {"pixels": torch.as_tensor(np.asarray(rows["pixels"])).float()[:, None] / 255}
+    return {"pixels": torch.as_tensor(np.asarray(rows["image"])).float()[:, None] / 255}
 
 
 def build() -> VisionTransformer:
@@ -208,4 +208,4 @@ def pretraining_batch(encoder, head, generator: Generator, size: int) -> tuple[T
     for index, medium in enumerate(BASE_MEDIA):
         turn = slice(index, None, len(BASE_MEDIA))
         shown[turn] = glyphs.show(images[chosen[turn]], medium, generator)
-    return head(encoder(**collate({"pixels": shown}))), labels[chosen]
+    return head(encoder(**collate({"image": shown}))), labels[chosen]
