@@ -180,9 +180,10 @@ def featcal(base, experts, calibration, *, ridge=0.05, anchor=0.66, blocks=None,
 class Sketched:
     r"""The programme over single entries for very wide layers, with ``C`` known only through a Nyström sketch ``Y = CΩ`` of ``rank`` columns.
 
-    ``P + (A - PC)(Ĉ + μI)⁻¹`` by Woodbury, ``Ĉ = Y(ΩᵀY)⁺Yᵀ``, P the soup or ``prior · Σ_k Δ_k`` and μ = ``ridge`` times the mean of diag C. Y is
-    (n, rank), ``A - PC`` (m, n), and both are sums over samples: nothing of shape (n, n) is needed or factored. As much rank as inputs
-    gives the ridge solution itself, rank 0 one gradient step from P.
+    ``P + (A - PC) V (S + μ + τ)⁻¹ Vᵀ`` with ``Ĉ = Y(ΩᵀY)⁺Yᵀ = V S Vᵀ``, P the soup or ``prior · Σ_k Δ_k``, μ = ``ridge`` times the mean of
+    diag C, and τ the mean eigenvalue that the sketch missed. Directions outside V stay at P: dividing them by μ, as the inverse of ``Ĉ + μI``
+    would, takes a step far too long wherever C is larger than Ĉ + μ. Y is (n, rank) and ``A - PC`` (m, n); both, and diag C, are sums over
+    samples: no eigenvectors of an (n, n) matrix. As much rank as inputs gives the ridge solution, rank 0 gives P.
     """
 
     rank: int = 32
@@ -206,9 +207,11 @@ class Sketched:
         values, vectors = torch.linalg.eigh((Omega.mT @ Y + Y.mT @ Omega) / 2)  # of the core, (g, rank, rank)
         kept = values > RTOL * values.amax(-1, keepdim=True) if rank else values > 0
         B = Y @ (vectors * torch.where(kept, values.clamp(min=torch.finfo(C.dtype).tiny).rsqrt(), 0.0).unsqueeze(-2))  # BBᵀ = Ĉ
-        mu = self.ridge * float(C.diagonal(dim1=-2, dim2=-1).mean()) or 1.0
-        inner = torch.linalg.solve(B.mT @ B + mu * torch.eye(rank).to(C), B.mT)
-        update = start + (G - G @ B @ inner) / mu
+        trace = C.diagonal(dim1=-2, dim2=-1)
+        missed = (trace.sum(-1) - B.square().sum((-2, -1))).clamp(min=0) / max(C.shape[-1] - rank, 1)
+        floor = ((self.ridge * trace.mean() or 1.0) + missed).unsqueeze(-1)
+        seen, scales, _ = torch.linalg.svd(B, full_matrices=False)
+        update = start + G @ (seen / (scales.square() + floor).unsqueeze(-2)) @ seen.mT
         row = {"basis": "elements", "p": update.numel(), "rank": rank * update.shape[0] * update.shape[1], "ridge": self.ridge, "cross_fitted": None}
         return update, row | _shares(pooled, update)
 

@@ -84,7 +84,7 @@ def scrambled(batch: dict, seed: int) -> dict:
     real = batch["attention_mask"].flatten(1).bool() if "attention_mask" in batch else torch.ones_like(flat, dtype=torch.bool)
     keys = torch.rand(flat.shape, generator=torch.Generator().manual_seed(seed)).to(flat.device)
     order = torch.where(real, keys, 2.0).argsort(1)  # real entries first, at random
-    place = torch.where(real, 0.0, 1.0).argsort(1, stable=True)  # real places first, in order
+    place = (~real).long().argsort(dim=1, stable=True)  # real places first, in order
     return {**batch, name: flat.scatter(1, place, flat.gather(1, order)).reshape(values.shape)}
 
 
