@@ -13,7 +13,7 @@ from .errors import MergeError
 from .moments import Moments
 from .programme import programme
 from .sequential import Merge, merge_sequentially
-from .solve import Factored, minimise
+from .solve import RTOL, Factored, minimise
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,52 @@ def featcal(base, experts, calibration, *, ridge=0.05, anchor=0.66, blocks=None,
     """
     return merge_sequentially(base, experts, calibration, FeatCal(ridge, anchor), targets=0.25, folds=1, scope="dense", blocks=blocks,
                               progress=progress)
+
+
+@dataclass(frozen=True)
+class Sketched:
+    r"""The programme over single entries for very wide layers, with ``C`` known only through a Nyström sketch ``Y = CΩ`` of ``rank`` columns.
+
+    ``P + (A - PC) V (S + μ + τ)⁻¹ Vᵀ`` with ``Ĉ = Y(ΩᵀY)⁺Yᵀ = V S Vᵀ``, P the soup or ``prior · Σ_k Δ_k``, μ = ``ridge`` times the mean of
+    diag C, and τ the mean eigenvalue that the sketch missed. Directions outside V stay at P: dividing them by μ, as the inverse of ``Ĉ + μI``
+    would, takes a step far too long wherever C is larger than Ĉ + μ. Y is (n, rank) and ``A - PC`` (m, n); both, and diag C, are sums over
+    samples: no eigenvectors of an (n, n) matrix. As much rank as inputs gives the ridge solution, rank 0 gives P.
+    """
+
+    rank: int = 32
+    ridge: float = 0.01
+    prior: float | None = None
+    seed: int = 0
+    full_energy = False
+
+    def __post_init__(self):
+        if self.rank < 0 or self.ridge <= 0:
+            raise MergeError(f"sketch: expected a rank ≥ 0 and a ridge > 0, found {self.rank} and {self.ridge}")
+
+    def __call__(self, moments: Moments, updates: Tensor) -> tuple[Tensor, dict]:
+        """Update (g, m, n) of one layer and its table row."""
+        pooled = moments.pool()
+        C, rank = pooled.C, min(self.rank, pooled.C.shape[-1])
+        start = (1 / len(updates) if self.prior is None else self.prior) * updates.to(C).sum(0)
+        Omega = torch.randn(C.shape[-1], rank, generator=torch.Generator().manual_seed(self.seed), dtype=C.dtype).to(C.device)
+        Omega = torch.linalg.qr(Omega).Q
+        Y, G = C @ Omega, pooled.A - start @ C
+        values, vectors = torch.linalg.eigh((Omega.mT @ Y + Y.mT @ Omega) / 2)  # of the core, (g, rank, rank)
+        kept = values > RTOL * values.amax(-1, keepdim=True) if rank else values > 0
+        B = Y @ (vectors * torch.where(kept, values.clamp(min=torch.finfo(C.dtype).tiny).rsqrt(), 0.0).unsqueeze(-2))  # BBᵀ = Ĉ
+        trace = C.diagonal(dim1=-2, dim2=-1)
+        missed = (trace.sum(-1) - B.square().sum((-2, -1))).clamp(min=0) / max(C.shape[-1] - rank, 1)
+        floor = ((self.ridge * trace.mean() or 1.0) + missed).unsqueeze(-1)
+        seen, scales, _ = torch.linalg.svd(B, full_matrices=False)
+        update = start + G @ (seen / (scales.square() + floor).unsqueeze(-2)) @ seen.mT
+        row = {"basis": "elements", "p": update.numel(), "rank": rank * update.shape[0] * update.shape[1], "ridge": self.ridge, "cross_fitted": None}
+        return update, row | _shares(pooled, update)
+
+
+def sketched(base, experts, calibration, *, inputs="merged", targets="own", scope="all", blocks=None, progress=False, **solver) -> Merge:
+    """The unrestricted programme through all layers from sketches of what they read; ``solver`` takes the fields of :class:`Sketched`."""
+    return merge_sequentially(base, experts, calibration, Sketched(**solver), inputs=inputs, targets=targets, folds=1, scope=scope,
+                              blocks=blocks, progress=progress)
 
 
 def tune(method: Callable[..., Merge], grid: Iterable[dict], score: Callable[[dict], float], base, experts, calibration=None) -> tuple[Merge, dict, list[float]]:

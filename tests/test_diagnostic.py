@@ -6,14 +6,14 @@ import torch
 from asserts import assert_relative
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import FAMILIES, FREE, Layer, layers, make_layer, normal
+from strategies import FAMILIES, FREE, Layer, layers, make_layer, normal, outputs
 
 from qpmerge_lite.bases import build
-from qpmerge_lite.diagnostic import RIDGES, captured_energy, cross_fitted, disjoint, spectral_capture
-from qpmerge_lite.errors import EmptyCalibration
+from qpmerge_lite.diagnostic import OPTIMISM, RIDGES, captured_energy, cross_fitted, disjoint, optimism, spectral_capture
+from qpmerge_lite.errors import EmptyCalibration, MergeError
 from qpmerge_lite.moments import Moments
 from qpmerge_lite.programme import programme
-from qpmerge_lite.solve import minimise
+from qpmerge_lite.solve import Factored, minimise
 
 
 def part(layer, fold, keep) -> Layer:
@@ -162,3 +162,91 @@ def test_bad_input_is_named():
         moments.update(task, x, r, torch.arange(len(x)) % 2)
     with pytest.raises(EmptyCalibration, match=r"no calibration tokens for \['task0', 'task1'\] in folds \[2\] of 3"):
         cross_fitted(moments, layer.updates, "layer")
+
+
+SEQUENCES, TOKENS = 40, 4
+
+
+def drawn(seed, common=0.8, sequences=SEQUENCES, folds=8) -> Layer:
+    """Sequences drawn alike, of tokens that have a share of inputs and noise in ``common``; experts and truth are the same in every draw."""
+    updates, shape = normal(0, 2, 1, 3, 5), (sequences, TOKENS, 1)
+    def tokens(purpose, width):
+        own, same = normal(10_000 * purpose + seed, *shape, width), normal(10_000 * (purpose + 1) + seed, sequences, 1, 1, width)
+        return ((1 - common) ** 0.5 * own + common**0.5 * same).flatten(0, 1)
+    X = [tokens(2 + 4 * t, 5) * torch.linspace(0.5, 1.5, 5).double() for t in (0, 1)]
+    R = [outputs(u, x) + 0.7 * tokens(4 + 4 * t, 3) for t, (u, x) in enumerate(zip(updates, X))]
+    fold = torch.arange(sequences).repeat_interleave(TOKENS) % folds
+    return Layer(updates, tuple(X), tuple(R), (fold, fold), folds)
+
+
+@pytest.mark.parametrize("family", FREE)
+def test_optimism_is_the_gap_on_average(family):
+    """Over draws of dependent tokens, the mean prediction is the mean of what the minimiser loses on sequences it has not seen."""
+    held, found = drawn(9_999, sequences=4000, folds=1).moments().pool(), []
+    truth = (prog := programme(held, build(family, drawn(0).updates, held))).basis.combine(minimise(prog, 0.01).d)  # has no optimism
+    for seed in range(60):
+        layer = drawn(seed)
+        moments, pooled = layer.moments(), layer.moments().pool()
+        update = layer.basis(family, pooled).combine(minimise(layer.programme(family, pooled), 0.01).d)
+        gap = (held.loss(update) - pooled.loss(update) - held.loss(truth) + pooled.loss(truth)) / pooled.energy
+        found.append([gap, *(optimism(moments, layer.updates, family, 0.01, by=by) for by in ("refit", "gradients", "tokens"))])
+    gap, refit, gradients, tokens = torch.tensor(found).mean(0).tolist()
+    error = float(torch.tensor(found)[:, 0].std()) / 60**0.5
+    assert abs(refit - gap) < 0.1 * gap + 2 * error and abs(gradients - gap) < 0.15 * gap + 2 * error
+    assert tokens < 0.5 * refit  # which sees as many independent samples as there are tokens
+
+
+def test_tokens_are_enough_where_they_are_independent():
+    scores = torch.tensor([[optimism(drawn(s, 0.0).moments(), drawn(s).updates, "elements", by=by) for by in OPTIMISM] for s in range(30)])
+    refit, gradients, tokens = scores.mean(0).tolist()
+    assert_relative(tokens, refit, 0.15)
+    assert_relative(gradients, refit, 0.15)
+
+
+@pytest.mark.parametrize("by", OPTIMISM)
+@pytest.mark.parametrize("family", FREE)
+def test_there_is_no_optimism_where_nothing_is_fitted(by, family):
+    """An endless ridge, and experts equal to the base; folds of equal size in any order say the same."""
+    layer = drawn(3)
+    moments = layer.moments()
+    assert abs(optimism(moments, layer.updates, family, 1e12, by=by, prior=0.5)) < 1e-9
+    if family != "elements":
+        assert optimism(moments, 0 * layer.updates, family, by=by) == 0.0
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    turned = replace(moments, **{k: getattr(moments, k)[:, order] for k in ("C", "A", "M", "count")})
+    value = optimism(moments, layer.updates, family, 0.1, by=by)
+    assert value > 0
+    assert_relative(optimism(turned, layer.updates, family, 0.1, by=by), value, 1e-8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(layer=layers(folds=3), weights=st.sampled_from(["tokens", "energy"]))
+def test_first_order_optimism_by_hand(family, layer, weights):
+    """``tr((H + λΓ)⁻¹J)`` with dense matrices, gradients token by token."""
+    moments, groups = layer.moments(), layer.groups() if family == "groups" else None
+    pooled = moments.pool(weights=weights)
+    assume(pooled.energy > 1e-9)
+    basis = layer.basis(family, pooled)
+    assume(basis.p)
+    factored = Factored(programme(pooled, basis))
+    solution = factored.solve(0.3)
+    elements, J = basis.elements(), torch.zeros(basis.p, basis.p, dtype=torch.float64)
+    for x, r, fold, omega in zip(layer.X, layer.R, layer.fold, layer.omega(weights)):
+        error = outputs(basis.combine(solution.d), x) - r
+        slope = omega * torch.stack([(outputs(B, x) * error).sum((1, 2)) for B in elements], 1)
+        for f in range(3):
+            e = slope[fold == f].sum(0) - (fold == f).sum() / len(x) * slope.sum(0)
+            J += torch.outer(e, e) * 3 / 2
+    penalised = programme(pooled, basis).dense()[0] + 0.3 * torch.diag(factored.gamma[:, None].expand(basis.size).flatten())
+    expected = float(torch.linalg.solve(penalised, J).trace()) / pooled.energy
+    found = optimism(moments, layer.updates, family, 0.3, by="gradients", weights=weights, groups=groups)
+    if factored.kept.all():  # directions without an output are left out
+        assert_relative(found, expected, 1e-6, scale=1)
+
+
+def test_optimism_needs_folds_and_a_known_form():
+    layer = drawn(0)
+    with pytest.raises(MergeError, match="expected one of .*gradients.* and at least 2 folds, found 'bootstrap' and 8"):
+        optimism(layer.moments(), layer.updates, "rows", by="bootstrap")
+    with pytest.raises(MergeError, match="found 'refit' and 1"):
+        optimism(drawn(0, folds=1).moments(), layer.updates, "rows")

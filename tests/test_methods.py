@@ -1,11 +1,14 @@
 """Data-free methods against slow readable forms, and every method's certificate against a direct measurement."""
 import pytest
 import torch
+from asserts import assert_relative
+from strategies import make_layer
 from toys import TASKS, loaded, trace, vision
 
 import qpmerge_lite as q
 from qpmerge_lite.errors import MergeError
 from qpmerge_lite.layers import view
+from qpmerge_lite.methods import QP, Sketched
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +119,43 @@ def test_tune_takes_the_highest_score_and_the_earlier_of_equals(problem):
     with pytest.raises(MergeError, match="grid: expected at least one set of options, found none"):
         q.tune(q.task_arithmetic, [], distance, base, experts)
     assert options is grid[1] and len(scores) == 4 and distance(merge.state_dict) == max(scores)
+
+
+@pytest.mark.parametrize("g", [1, 3])
+def test_a_sketch_of_full_rank_is_the_ridge_solution(g):
+    """Also where fewer samples than inputs leave C singular."""
+    for N in (40, 5):
+        layer = make_layer(1, K=3, g=g, m=4, n=8, N=N)
+        moments = layer.moments()
+        exact, row = QP("elements", ridge=0.05)(moments, layer.updates)
+        update, found = Sketched(rank=8, ridge=0.05)(moments, layer.updates)
+        assert_relative(update, exact, 1e-8)
+        assert_relative([found["captured"], found["gap"]], [row["captured"], row["gap"]], 1e-7)
+
+
+def test_a_sketch_never_beats_the_optimum_and_improves_with_rank():
+    """Loss plus ridge never falls below its minimum, at full rank it is there; what is left falls with rank on average over sketches."""
+    layer = make_layer(2, K=2, m=4, n=16, N=60)
+    moments, ridge = layer.moments(), 0.02
+    pooled, prior = moments.pool(), layer.updates.mean(0)
+    mu = ridge * float(pooled.C.diagonal(dim1=-2, dim2=-1).mean())
+    penalised = lambda update: pooled.loss(update) + mu / 2 * float((update - prior).square().sum())
+    best = penalised(QP("elements", ridge=ridge)(moments, layer.updates)[0])
+    left = []
+    for rank in (0, 2, 4, 8, 12, 16):
+        values = [penalised(Sketched(rank, ridge, seed=s)(moments, layer.updates)[0]) - best for s in range(20)]
+        assert min(values) >= -1e-9 * best
+        left.append(sum(values))
+    assert all(a > b for a, b in zip(left, left[1:])) and left[-1] < 1e-9 * best
+
+
+def test_a_sketched_merge_of_full_rank_is_the_programme(problem):
+    exact, sketch = q.qp(*problem, basis="elements", ridge=0.1, folds=1), q.methods.sketched(*problem, rank=10_000, ridge=0.1)
+    for k, v in exact.state_dict.items():
+        torch.testing.assert_close(sketch.state_dict[k], v, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("options", [{"rank": -1}, {"ridge": 0.0}])
+def test_a_bad_sketch_is_refused(options):
+    with pytest.raises(MergeError, match="expected a rank ≥ 0 and a ridge > 0"):
+        Sketched(**options)
