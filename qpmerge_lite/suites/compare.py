@@ -95,7 +95,7 @@ ENTRIES = {
 def _fingerprint(suite: Suite) -> str:
     """Hash of the experts, the data they are judged on, the device, torch, and every source file a merge depends on."""
     package = Path(methods.__file__).parent
-    skip = {"cli.py", "book.py", "plots.py", "claims.py", "regression.py", "records.py", "bench.py", "digits.py", "synthetic.py", "trial.py"}
+    skip = {"cli.py", "book.py", "plots.py", "claims.py", "regression.py", "records.py", "bench.py", "digits.py", "synthetic.py", "trial.py", "sensitivity_records.py"}
     sources = sorted([*package.glob("*.py"), *Path(__file__).parent.glob("*.py")])
     code = b"".join(p.read_bytes() for p in sources if p.name not in skip)
     judged = [suite.tensors(t, s) for t in suite.tasks for s in ("validation", "test")]

@@ -16,6 +16,7 @@ from ..programme import programme
 from ..solve import Factored
 from . import Suite, training
 from .compare import FAMILIES, kept
+from .population import scrambled
 
 POOL = 256  # examples per task that a rule chooses from, and the largest calibration set
 HELD = 64  # examples per task behind the pool that judge a merge without labels
@@ -77,17 +78,6 @@ def selected(suite: Suite, rule: str, draw: int, tasks: list[str], n: int = SIZE
     return found
 
 
-def scrambled(batch: dict, seed: int) -> dict:
-    """A batch whose every example has its entries permuted, padding staying where it is."""
-    name = "input_ids" if "input_ids" in batch else "pixels"
-    values, flat = batch[name], batch[name].flatten(1)
-    real = batch["attention_mask"].flatten(1).bool() if "attention_mask" in batch else torch.ones_like(flat, dtype=torch.bool)
-    keys = torch.rand(flat.shape, generator=torch.Generator().manual_seed(seed)).to(flat.device)
-    order = torch.where(real, keys, 2.0).argsort(1)  # real entries first, at random
-    place = (~real).long().argsort(dim=1, stable=True)  # real places first, in order
-    return {**batch, name: flat.scatter(1, place, flat.gather(1, order)).reshape(values.shape)}
-
-
 def foreign(suite: Suite, domain: str, draw: int, tasks: list[str], n: int = SIZE) -> Batches:
     """n examples per task from its ``own`` data, ``another`` task's (the next one's), all tasks ``mixed``, or its own ``scrambled``."""
     own = suite.calibration(n, seed=draw, tasks=tasks)
@@ -95,7 +85,7 @@ def foreign(suite: Suite, domain: str, draw: int, tasks: list[str], n: int = SIZ
     if domain == "mixed":
         parts = [batch for batches in suite.calibration(n // len(tasks), seed=draw, tasks=tasks).values() for batch in batches]
         return dict.fromkeys(tasks, parts)
-    change = {"own": lambda t: own[t], "another": lambda t: own[following[t]], "scrambled": lambda t: [scrambled(b, draw) for b in own[t]]}
+    change = {"own": lambda t: own[t], "another": lambda t: own[following[t]], "scrambled": lambda t: [scrambled(b, training.seeded(draw, t, "scrambled")) for b in own[t]]}
     return {task: change[domain](task) for task in tasks}
 
 
