@@ -62,6 +62,8 @@ def test_the_claims_table_is_generated(pages, tmp_path):
     assert (status, problems) == (0, "")
     assert "It is so." in html and "b 0.12" in html and "<strong>holds</strong>" in html
     assert 'href="chapters/x.html"' in html and "Not asked." not in html
+    status, problems, html = pages("```{claims-table}\n:chapter: x\n:tier: standard\n```")
+    assert (status, problems) == (0, "") and "b 0.50" in html and "Not asked." not in html
 
 
 def test_tiers_stand_side_by_side_and_a_missing_one_is_said_to_be(pages, tmp_path):

@@ -47,16 +47,20 @@ class Result(SphinxRole):
 
 
 class ClaimsTable(SphinxDirective):
-    """``{claims-table}``: every claim of ``claims.yml`` with what was measured and the verdict; options filter by source."""
+    """``{claims-table}``: every claim of ``claims.yml`` with what was measured and the verdict.
 
-    option_spec = {"source": str}
+    Options: only claims of a ``source`` or a ``chapter``; judged by the records of another ``tier`` than the built one.
+    """
+
+    option_spec = {"source": str, "chapter": str, "tier": str}
 
     def run(self):
         source = Path(self.env.srcdir) / "claims.yml"
         self.env.note_dependency(str(source))
         try:
-            chosen = [c for c in claims.load_claims(source) if self.options.get("source") in (None, c.source)]
-            records = read(self.env, self.config.qpmerge_tier) if any(c.records for c in chosen) else {}
+            wanted = {k: v for k, v in self.options.items() if k != "tier"}
+            chosen = [c for c in claims.load_claims(source) if all(getattr(c, k) == v for k, v in wanted.items())]
+            records = read(self.env, self.options.get("tier", self.config.qpmerge_tier)) if any(c.records for c in chosen) else {}
             rows = [claims.judge(claim, records) for claim in chosen]
         except MergeError as error:
             raise ExtensionError(f"{self.env.docname}: claims table: {error}") from error
