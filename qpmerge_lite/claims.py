@@ -23,8 +23,8 @@ class Claim:
     """One line of ``book/claims.yml``.
 
     ``measured`` is a template whose ``{id format}`` parts are filled from records; ``predicate`` an expression over record
-    ids; ``words`` replace the usual verdicts (keys ``holds``, ``unclear``, ``fails``). Without records a claim is
-    *not yet tested*.
+    ids; ``words`` replace the usual verdicts (keys ``holds``, ``unclear``, ``fails``). ``tier`` names the recorded tier whose
+    records decide instead of those of the build. Without records a claim is *not yet tested*.
     """
 
     id: str
@@ -35,6 +35,7 @@ class Claim:
     predicate: str = ""
     measured: str = ""
     words: dict = field(default_factory=dict)
+    tier: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,15 +83,20 @@ def judge(claim, records):
     if not claim.records:
         return Row(claim, "—", "untested")
     chosen = {id: find(records, id) for id in claim.records}
-    return Row(claim, _fill(claim, chosen), evaluate(claim.predicate, chosen))
+    measured = _fill(claim, chosen) + (f" (tier {claim.tier}, recorded)" if claim.tier else "")
+    return Row(claim, measured, evaluate(claim.predicate, chosen))
 
 
 def rows(root=None, tier="smoke"):
-    """Every claim of ``book/claims.yml`` judged by the records of a tier, in the order of the file."""
+    """Every claim of ``book/claims.yml`` judged by the records of a tier, or of its own, in the order of the file."""
     root = Path(root or repository())
-    claims = load_claims(root / "book" / "claims.yml")
-    records = load_records(tier, root / "book" / "_records") if any(c.records for c in claims) else {}
-    return [judge(claim, records) for claim in claims]
+    return judged(load_claims(root / "book" / "claims.yml"), tier, lambda name: load_records(name, root / "book" / "_records"))
+
+
+def judged(claims, tier, read):
+    """The rows of claims, each by the records that ``read`` returns for its own tier or else for the given one."""
+    records = {name: read(name) for name in {c.tier or tier for c in claims if c.records}}
+    return [judge(c, records.get(c.tier or tier, {})) for c in claims]
 
 
 def evaluate(predicate, records):

@@ -95,7 +95,7 @@ def test_there_is_one_search_box():
 def test_measured_numbers_say_where_they_come_from():
     for name, html in pages().items():
         for title in re.findall(r"<abbr class=\"record\" title=\"([^\"]*)\"", html):
-            assert re.match(r"[a-z0-9_.]+ · .*tier (smoke|standard|paper)", title), (name, title)
+            assert re.match(r"[a-z0-9_.]+ · .*tier (smoke|full|standard|paper)", title), (name, title)
     assert any('<abbr class="record"' in html for html in pages().values())
 
 

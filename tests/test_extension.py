@@ -55,6 +55,7 @@ def test_the_claims_table_is_generated(pages, tmp_path):
     (tmp_path / "claims.yml").write_text(
         "- {id: c, source: paper, statement: It is so., records: [a.b], chapter: x, predicate: a.b > 0, measured: 'b {a.b .2f}'}\n"
         "- {id: d, source: ours, statement: Not asked.}\n"
+        "- {id: e, source: ours, statement: It is more., records: [a.b], chapter: y, predicate: a.b > 0.4, measured: 'b {a.b .2f}', tier: standard}\n"
     )
     (tmp_path / "chapters").mkdir()
     (tmp_path / "chapters" / "x.md").write_text("---\norphan: true\n---\n# The chapter\n")
@@ -62,8 +63,9 @@ def test_the_claims_table_is_generated(pages, tmp_path):
     assert (status, problems) == (0, "")
     assert "It is so." in html and "b 0.12" in html and "<strong>holds</strong>" in html
     assert 'href="chapters/x.html"' in html and "Not asked." not in html
-    status, problems, html = pages("```{claims-table}\n:chapter: x\n:tier: standard\n```")
-    assert (status, problems) == (0, "") and "b 0.50" in html and "Not asked." not in html
+    (tmp_path / "chapters" / "y.md").write_text("---\norphan: true\n---\n# Another\n")
+    status, problems, html = pages("```{claims-table}\n:chapter: y\n```")
+    assert (status, problems) == (0, "") and "b 0.50 (tier standard, recorded)" in html and "<strong>holds</strong>" in html and "It is so." not in html
 
 
 def test_tiers_stand_side_by_side_and_a_missing_one_is_said_to_be(pages, tmp_path):

@@ -49,22 +49,20 @@ class Result(SphinxRole):
 class ClaimsTable(SphinxDirective):
     """``{claims-table}``: every claim of ``claims.yml`` with what was measured and the verdict.
 
-    Options: only claims of a ``source`` or a ``chapter``; judged by the records of another ``tier`` than the built one.
+    Options: only claims of a ``source`` or a ``chapter``.
     """
 
-    option_spec = {"source": str, "chapter": str, "tier": str}
+    option_spec = {"source": str, "chapter": str}
 
     def run(self):
         source = Path(self.env.srcdir) / "claims.yml"
         self.env.note_dependency(str(source))
         try:
-            wanted = {k: v for k, v in self.options.items() if k != "tier"}
-            chosen = [c for c in claims.load_claims(source) if all(getattr(c, k) == v for k, v in wanted.items())]
-            records = read(self.env, self.options.get("tier", self.config.qpmerge_tier)) if any(c.records for c in chosen) else {}
-            rows = [claims.judge(claim, records) for claim in chosen]
+            chosen = [c for c in claims.load_claims(source) if all(getattr(c, k) == v for k, v in self.options.items())]
+            rows = claims.judged(chosen, self.config.qpmerge_tier, lambda tier: read(self.env, tier))
         except MergeError as error:
             raise ExtensionError(f"{self.env.docname}: claims table: {error}") from error
-        table = claims.markdown_table(rows, lambda chapter: f"[](chapters/{chapter})")
+        table = claims.markdown_table(rows, lambda chapter: f"[](/chapters/{chapter})")
         parsed = self.parse_text_to_nodes(table)
         parsed[0]["classes"].append("claims")
         return parsed
