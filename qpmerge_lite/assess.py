@@ -59,7 +59,6 @@ def certify(layers: Layers, base: nn.Module, state: Mapping[str, Tensor]) -> dic
     return found
 
 
-@torch.no_grad()
 def audit(base: nn.Module, state, experts, calibration, *, blocks: str | None = None) -> dict:
     r"""Captured energy ``1 - L(W)/E`` of any merge on any inputs, layer by layer and end to end; no programme is solved.
 
@@ -72,23 +71,64 @@ def audit(base: nn.Module, state, experts, calibration, *, blocks: str | None = 
     Returns: ``layers`` (name -> captured energy, in forward order); ``drift`` (per block, ``Σ‖h - h_t‖² / Σ‖h_base - h_t‖²`` of the hidden
         state behind it); ``output``, one minus that of what the model returns, which is what heads read. None where there is no residual energy.
     """
-    experts, state, reference = check_experts(base, experts), check_experts(base, {"merge": state})["merge"], base.state_dict()
-    streams = carries(calibration, list(experts), 1, next(base.parameters()).device)
-    walker, sums = Walker(base, blocks), {}
-    with evaluating(base):
-        probe = next(iter(streams.values()))[0]
-        walker.check(reference, probe)
-        chunks = _views_by_chunk(walker, reference, probe)
-        for task, stream in streams.items():
-            for carry in stream:
-                _audit_batch(walker, chunks, {"merge": state, "base": reference, "expert": experts[task]}, carry, sums)
-    shares = {}
-    for key, tasks in sums.items():
-        lost, energy = (sum(t[i] / t[2] for t in tasks.values()) for i in (0, 1))
-        shares[key] = lost / energy if energy else None
-    captured = lambda share: None if share is None else 1 - share
-    return {"layers": {v.name: captured(shares[v.name]) for views in chunks for v in views},
-            "drift": [shares[i] for i in range(1, len(chunks) - 1)], "output": captured(shares[len(chunks) - 1])}
+    return Auditor(base, experts, calibration, blocks=blocks, hold=False)(state)
+
+
+class Auditor:
+    """:func:`audit` of many merges on the same inputs; what base and experts put out there is held, unless ``hold`` is false."""
+
+    @torch.no_grad()
+    def __init__(self, base: nn.Module, experts, calibration, *, blocks: str | None = None, hold: bool = True):
+        self.base, self.experts, self.reference = base, check_experts(base, experts), base.state_dict()
+        self.streams = carries(calibration, list(self.experts), 1, next(base.parameters()).device)
+        self.walker, probe = Walker(base, blocks), next(iter(self.streams.values()))[0]
+        with evaluating(base):
+            self.walker.check(self.reference, probe)
+            self.chunks = _views_by_chunk(self.walker, self.reference, probe)
+            self.held = {t: [list(self._aims(carry)) for carry in stream] for t, stream in self.streams.items()} if hold else None
+
+    def _aims(self, carry):
+        """Chunk by chunk what the base puts out, what the task's expert does, and what the expert's layers do."""
+        plain = aim = carry
+        for index, views in enumerate(self.chunks):
+            put = {}
+            plain, _ = self.walker.run(index, self.reference, plain)
+            aim, _ = self.walker.run(index, self.experts[carry.task], aim, [v.name for v in views], puts=put)
+            yield tensor(plain.hidden), tensor(aim.hidden), put
+
+    @torch.no_grad()
+    def __call__(self, state, tasks=None) -> dict:
+        """One merge, on the inputs of all tasks or of some."""
+        state, sums = check_experts(self.base, {"merge": state})["merge"], {}
+        with evaluating(self.base):
+            for task in self.streams if tasks is None else tasks:
+                for i, carry in enumerate(self.streams[task]):
+                    self._add(state, carry, self.held[task][i] if self.held else self._aims(carry), sums)
+        shares = {}
+        for key, found in sums.items():
+            lost, energy = (sum(t[i] / t[2] for t in found.values()) for i in (0, 1))
+            shares[key] = lost / energy if energy else None
+        captured = lambda share: None if share is None else 1 - share
+        return {"layers": {v.name: captured(shares[v.name]) for views in self.chunks for v in views},
+                "drift": [shares[i] for i in range(1, len(self.chunks) - 1)], "output": captured(shares[len(self.chunks) - 1])}
+
+    def _add(self, state, carry, aims, sums):
+        """Add to ``sums[layer name or chunk][task]`` the squared errors of merge and base, and the number of tokens."""
+        def add(key, mask, made, plain, aim):
+            made, plain, aim = (carry.samples(z, mask) for z in (made, plain, aim))
+            total = sums.setdefault(key, {}).setdefault(carry.task, [0.0, 0.0, 0])
+            for i, z in enumerate((made, plain)):
+                total[i] += float((z - aim).square().sum(dtype=torch.float64))
+            total[2] += len(aim)
+
+        behind, walker = carry, self.walker
+        for index, (views, (plain, aim, put)) in enumerate(zip(self.chunks, aims)):
+            before, made = behind, {}
+            behind, read = walker.run(index, state, before, [v.name for v in views], puts=made)
+            for v in views:
+                outputs = made[v.name], v.output(self.reference, read[v.name]), put[v.name]
+                add(v.name, walker.mask(index, before, v.name, read[v.name]), *(v.outputs(y, len(carry.folds)) for y in outputs))
+            add(index, walker.mask(index, behind), tensor(behind.hidden), plain, aim)
 
 
 def _views_by_chunk(walker, state, carry) -> list[list[View]]:
@@ -97,23 +137,3 @@ def _views_by_chunk(walker, state, carry) -> list[list[View]]:
         chunks.append([v for stage in walker.stages(index, state, carry) for v in stage])
         carry, _ = walker.run(index, state, carry)
     return chunks
-
-
-def _audit_batch(walker, chunks, states, carry, sums):
-    """Add to ``sums[layer name or chunk][task]`` the squared errors of merge and base, and the number of tokens."""
-    def add(key, mask, made, plain, aim):
-        made, plain, aim = (carry.samples(z, mask) for z in (made, plain, aim))
-        total = sums.setdefault(key, {}).setdefault(carry.task, [0.0, 0.0, 0])
-        for i, z in enumerate((made, plain)):
-            total[i] += float((z - aim).square().sum(dtype=torch.float64))
-        total[2] += len(aim)
-
-    at = dict.fromkeys(states, carry)
-    for index, views in enumerate(chunks):
-        before, read, put = dict(at), {}, {who: {} for who in states}
-        for who, state in states.items():
-            at[who], read[who] = walker.run(index, state, at[who], [v.name for v in views], puts=put[who])
-        for v in views:
-            outputs = put["merge"][v.name], v.output(states["base"], read["merge"][v.name]), put["expert"][v.name]
-            add(v.name, walker.mask(index, before["merge"], v.name, read["merge"][v.name]), *(v.outputs(y, len(carry.folds)) for y in outputs))
-        add(index, walker.mask(index, at["merge"]), *(tensor(at[who].hidden) for who in ("merge", "base", "expert")))

@@ -158,6 +158,11 @@ class Moments:
         part = slice(start, stop)
         return replace(self, A=self.A[..., part, :], M=self.M[..., part, part] if self.full_energy else self.M[..., part])
 
+    def only(self, tasks) -> Moments:
+        """Moments of some of the tasks, in the order given."""
+        places = [self.tasks.index(t) for t in tasks]
+        return replace(self, tasks=tuple(tasks), **{k: getattr(self, k)[places] for k in ("C", "A", "M", "count")})
+
     def shrink(self, updates: Tensor, alpha: float) -> Moments:
         """RegMean's ``C' = α C + (1 - α) diag C`` per task, with propagated targets ``A' = Δ_t C'_t`` for updates (T, g, m, n)."""
         C = alpha * self.C + (1 - alpha) * torch.diag_embed(self.C.diagonal(dim1=-2, dim2=-1))

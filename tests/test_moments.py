@@ -200,6 +200,17 @@ def test_rows_of_stacked_layers(layer):
     assert_same_moments(layer.moments().rows(0, (m + 1) // 2), part.moments())
 
 
+@given(layer=layers(folds=2))
+def test_moments_of_some_tasks_are_those_of_their_samples(layer):
+    """In the order asked for, and with the tasks' names."""
+    chosen = layer.tasks[::-1][:2]
+    few = Moments.zeros(chosen, *layer.updates.shape[:1:-1], g=layer.updates.shape[1], folds=2)
+    for task, *samples in zip(layer.tasks, layer.X, layer.R, layer.fold):
+        if task in chosen:
+            few.update(task, *samples)
+    assert_same_moments(layer.moments().only(chosen), few, 0)
+
+
 @given(layer=layers(targets=("propagated",), folds=2), alpha=st.floats(0, 1))
 def test_shrink_keeps_the_diagonal_and_the_propagated_targets(layer, alpha):
     """``C' = αC + (1-α) diag C``, ``A' = Δ C'``, ``M' = Δ C' Δᵀ``; α = 1 is the identity on propagated targets."""

@@ -7,6 +7,7 @@ from torch import nn
 from toys import TASKS, experts_of, loaded, tokens, trace, vision
 
 import qpmerge_lite as q
+from qpmerge_lite.assess import Auditor
 from qpmerge_lite.errors import EmptyCalibration, MergeError, MissingLayer, NonFinite, ShapeMismatch
 from qpmerge_lite.layers import view
 from qpmerge_lite.walk import Walker
@@ -411,6 +412,16 @@ def test_an_audit_end_to_end_is_what_whole_models_show(problem):
     assert set(merged["layers"].values()) == {1.0} and merged["output"] == 1.0 and set(merged["drift"]) == {0.0}
     nothing = q.audit(base, base.state_dict(), dict.fromkeys(TASKS, base.state_dict()), calibration)
     assert set(nothing["layers"].values()) == {None} and nothing["output"] is None
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_what_an_auditor_holds_does_not_show(problem):
+    """Several merges held against references made once, on all tasks and on some, are audited as by themselves."""
+    base, experts, calibration = PROBLEMS[problem]()
+    auditor, few = Auditor(base, experts, calibration), TASKS[1:]
+    for state in (q.soup(base, experts).state_dict, experts["a"]):
+        assert auditor(state) == q.audit(base, state, experts, calibration)
+        assert auditor(state, few) == q.audit(base, state, {t: experts[t] for t in few}, calibration)
 
 
 def test_an_audit_leaves_the_base_alone_and_refuses_what_does_not_fit():
