@@ -168,7 +168,7 @@ def test_regrets():
 
 
 def test_flattered_merges_stand_too_high():
-    found = trial.misjudged(trial.frame(problem_rows([0.9, 0.8, 0.2], [0.1, 0.5, 0.9])))
+    found = trial.misjudged(trial.frame(problem_rows([0.9, 0.8, 0.2], [0.1, 0.5, 0.9])), flattered=trial.PRIMARY)
     assert found.flattered.tolist() == pytest.approx([-2 / 3, 0, 2 / 3])
 
 

@@ -151,15 +151,16 @@ def halves(table, seed: int):
     return table[first], table[~first]
 
 
-def _labelled(row: dict, count: int, generator, draws: int) -> np.ndarray:
-    """Mean normalised accuracy (draws,) of a merge on so many labelled examples in all, the same for all merges of one generator state."""
-    values = []
-    for v in row["tasks"].values():
-        bits = np.frombuffer(v["validation"].encode(), dtype=np.uint8) - ord("0")
-        each = max(1, count // len(row["tasks"]))
-        chosen = np.stack([generator.permutation(len(bits))[:each] for _ in range(draws)])
-        values.append(bits[chosen].mean(1) / v["expert"])
-    return np.mean(values, 0)
+def _labelled(rows: list[dict], count: int, seed: int, draws: int) -> np.ndarray:
+    """Mean normalised accuracy (merges, draws) of a problem's merges on so many labelled examples in all, the same for all of them."""
+    generator, scored = np.random.default_rng(seed), []
+    for task in rows[0]["tasks"]:
+        found = [row["tasks"][task] for row in rows]
+        bits = np.stack([np.frombuffer(v["validation"].encode(), dtype=np.uint8) - ord("0") for v in found])
+        each = max(1, count // len(rows[0]["tasks"]))
+        chosen = np.stack([generator.permutation(bits.shape[1])[:each] for _ in range(draws)])
+        scored.append(bits[:, chosen].mean(2) / np.array([[v["expert"]] for v in found]))
+    return np.mean(scored, 0)
 
 
 def regrets(rows: list[dict], seed: int, scores=(PRIMARY,), draws: int = 200):
@@ -177,7 +178,7 @@ def regrets(rows: list[dict], seed: int, scores=(PRIMARY,), draws: int = 200):
         found[problem] = {s: float(loss[np.nanargmax(table[s].to_numpy(dtype=float)[places])]) for s in scores}
         found[problem] |= {"random": float(loss.mean()), "fixed": _fixed(table, problem, places, loss)}
         for count in LABELS:
-            scored = np.stack([_labelled(rows[i], count, np.random.default_rng(seed), draws) for i in places])
+            scored = _labelled([rows[i] for i in places], count, seed, draws)
             found[problem][f"{count} labels"] = float(loss[scored.argmax(0)].mean())
     return pd.DataFrame(found).T
 
@@ -201,7 +202,8 @@ def worth(losses, rule: str = PRIMARY) -> int:
     return 0 if enough and enough[0] == LABELS[0] else enough[0] if enough else 2 * LABELS[-1]
 
 
-def misjudged(table, predictor: str = PRIMARY):
-    """The table with ``flattered``: how many of its problem's merges a merge overtakes if ordered by the predictor and not by accuracy, as a share."""
+def misjudged(table, **predictors: str):
+    """The table with a column for every named predictor: how many of its problem's merges a merge overtakes if ordered by it and not by accuracy, as a share."""
     rank = lambda column: table.groupby("problem")[column].rank(pct=True)
-    return table.assign(flattered=rank(predictor) - rank("accuracy"))
+    actual = rank("accuracy")
+    return table.assign(**{name: rank(predictor) - actual for name, predictor in predictors.items()})
