@@ -1,5 +1,6 @@
 """The diagnostic's population on a toy suite, and its statistics on tables whose answers are known."""
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def test_energies_are_those_of_an_audit_and_of_moments(judge):
 
 
 def test_an_expert_agrees_with_itself_and_the_base_captures_nothing(judge):
-    own = judge.ends(judge.suite.experts["a"], "a", judge.apart["a"], judge.known["a"])
+    own = judge.ends(judge.suite.experts["a"], "a", judge.apart["a"], (12, 8))
     assert own["output"] == own["head"] == 0 and own["agreement"] == 1
     base = judge.ends(judge.base, "a", judge.apart["a"])
     assert base["output"] == base["output_base"] > 0 and base["head"] == base["head_base"] > 0
@@ -59,7 +60,7 @@ def test_directions_that_the_head_does_not_read_do_not_count_for_it(judge):
     head["weight"] = torch.tensor([[1.0, 0, 0, 0, 0, 0, 0, 0], [2.0, 0, 0, 0, 0, 0, 0, 0], [0.0, 0, 0, 0, 0, 0, 0, 0]], dtype=torch.float64)
     moved = {k: v.clone() for k, v in judge.suite.experts["a"].items()}
     moved["norm.bias"][1:] += 1
-    ends = judge.ends(moved, "a", judge.apart["a"], judge.known["a"])
+    ends = judge.ends(moved, "a", judge.apart["a"], (12, 8))
     assert ends["output"] > 1 and ends["head"] < 1e-12 and ends["agreement"] == 1
 
 
@@ -94,9 +95,26 @@ def test_the_population_is_as_large_as_asked_for(tier):
     assert total >= {"smoke": 120, "full": 400}[tier]
 
 
+def test_every_baseline_may_be_drawn_at_several_strengths():
+    """All but the base itself, of the kind that chapters count them to, once each; gradients are spared large sets."""
+    found = [s for specs in population._specs(5, 0, 512).values() for s in specs]
+    assert len({json.dumps(asdict(s)) for s in found}) == len(found)
+    plausible = {m: [s for s in found if s.method == m and s.kind != population.BAD] for m in compare.ENTRIES}
+    for method, specs in plausible.items():
+        if method != "base" and not method.startswith("qp_"):
+            assert {s.kind for s in specs} == {population._kind(method)} and all((s.size > 0) == (s.source == "own") for s in specs)
+            assert len({json.dumps(s.options) for s in specs}) > 1 or method in ("soup", "lot")
+            assert max(s.size for s in specs) == (0 if method in population.FREE else population.MOST.get(method, 512))
+
+
+def test_methods_are_drawn_as_often_as_each_other():
+    labels = [s.label for seed in range(400) for s in population.drawn(["a", "b"], seed, (1, 3, 1, 1), 512) if s.kind == population.NEIGHBOUR]
+    assert len(set(labels)) == len(compare.NEIGHBOURS) and min(map(labels.count, set(labels))) > 400 * 3 / 9 * 0.75
+
+
 def test_every_merge_that_may_be_drawn_can_be_made(judge):
     for specs in population._specs(2, 0, 4).values():
-        for one in specs[:: max(1, len(specs) // 12)]:
+        for one in [*{s.label: s for s in specs}.values(), *specs[:: max(1, len(specs) // 12)]]:
             one = replace(one, size=min(one.size, 8))
             assert np.isfinite(population.measured(judge, ["a", "b"], one)["energies"]["output.disjoint"])
 

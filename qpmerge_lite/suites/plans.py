@@ -27,7 +27,7 @@ class Plan:
     chapters: tuple[str, ...] = ("",)
     suites: str | None = None
     subsets: tuple[int, ...] = (2, 4)
-    merges: tuple[int, int, int, int] = (3, 2, 3, 2)
+    merges: tuple[int, int, int, int] = (2, 3, 3, 2)
     largest: int = 64
     tested: int = 512
 
@@ -39,7 +39,7 @@ class Plan:
 
 PLANS = {
     "smoke": Plan(),
-    "full": Plan(suites="smoke", chapters=("10", "11"), subsets=(2, 3, 4, 5, 6, 7, 8), merges=(3, 2, 5, 2), largest=256),
+    "full": Plan(suites="smoke", chapters=("10", "11"), subsets=(2, 3, 4, 5, 6, 7, 8), merges=(2, 3, 5, 2), largest=512),
     "standard": Plan(seeds=1, options=3, chapters=("05", "06", "07")),
     "paper": Plan(seeds=1, calibration=256, options=3, chapters=("09",)),
 }

@@ -6,7 +6,7 @@ updates), what a few labels would say, and how accurate it is on test data.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.functional import normalize
 
 from .. import datafree, methods
-from ..assess import audit
+from ..assess import Auditor
 from ..sequential import Merge
 from . import Suite, compare, load, plan, training
 
@@ -22,6 +22,7 @@ ENERGIES = ("in_sample", "disjoint")
 HEURISTIC, NEIGHBOUR, PROGRAMME, BAD = KINDS = ("heuristics", "neighbours", "programme", "made to be bad")
 APART = 512  # disjoint examples come after so many of the draw, which no merge goes beyond
 AUDITED, LAYERED, VALIDATED = 64, 32, 128  # examples per task: end to end, layer by layer, with labels
+CHUNK = 128  # labelled examples judged at a time: text of like length is seldom padded far, and activations stay in the cache
 
 
 def _kind(method: str) -> str:
@@ -74,33 +75,31 @@ def random_coefficients(base, experts, calibration=None, *, seed: int) -> Merge:
     return Merge(state)
 
 
-CALLS = {"soup": datafree.soup, "task_arithmetic": datafree.task_arithmetic, "ties": datafree.ties, "dare": datafree.dare,
-         "tsv_merge": datafree.tsv_merge, "iso_c": datafree.iso_c, "random": random_coefficients, "regmean": methods.regmean,
-         "regmean_plus_plus": methods.regmean_plus_plus, "featcal": methods.featcal, "qp": methods.qp}
+CALLS = compare.ENTRIES | {"random": compare.Entry("random coefficients", random_coefficients, lambda *_: []), "qp": compare.Entry("QP", methods.qp, lambda *_: [])}
+FREE = (*compare.HEURISTICS, "tsv_merge", "iso_c", "wudi")  # of the baselines, those that need no data
+MOST = {"fisher": 64, "adamerging": 64}  # examples per task, as a gradient for every one would take longer than all else
 
 
 def _specs(experts: int, seed: int, largest: int) -> dict[str, list[Spec]]:
-    """All merges that may be drawn, by kind."""
+    """All merges that may be drawn, by kind: every baseline with every option of its grid in ``compare``, on sets of every size."""
     sizes = [n for n in (4, 8, 16, 32, 64, 128, 256, 512) if n <= largest]
-    free = [("soup", {}), *(("task_arithmetic", {"scale": s}) for s in (0.1, 0.2, 0.3, 0.5)), *(("ties", {"density": d, "scale": s})
-            for d in (0.1, 0.3) for s in (0.5, 1.0)), *(("dare", {"drop": d, "scale": 1 / experts, "seed": seed}) for d in (0.5, 0.9)),
-            *((m, {"scale": s}) for m in ("tsv_merge", "iso_c") for s in (0.5, 1.0))]
-    solved = [*(("regmean", {"alpha": a}) for a in (0.5, 0.9, 1.0)), ("regmean_plus_plus", {"alpha": 0.9}), ("featcal", {})]
+    soup = {"task_arithmetic": {"scale": 1 / experts}, "weighted_soup": {"weights": [1 / experts] * experts}}  # by other names
+    where = lambda m: [(0, "none")] if m in FREE else [(n, "own") for n in sizes if n <= MOST.get(m, n)]
     aims = [{"inputs": "expert"}, {"targets": "propagated"}, {"targets": "own"}]
     qps = [{"basis": b, "ridge": r} | aim for b in compare.FAMILIES for r in (0.0, 1e-2, 1.0, "cross-fitted") for aim in aims]
     poor = [("task_arithmetic", {"scale": -0.3}, 0, "none"), ("task_arithmetic", {"scale": 1.5}, 0, "none"), ("random", {"seed": seed}, 0, "none"),
             ("qp", {"basis": "elements", "ridge": 0.0, "prior": 0.0, "folds": 1}, 2, "own"),
             *((m, o, 32, s) for m, o in (("regmean", {}), ("qp", {"basis": "elements"}), ("qp", {"basis": "rows"})) for s in ("foreign", "scrambled"))]
-    spec = lambda kind, method, options, size=0, source="none": Spec(kind, _label(method, options), method, options, size, source)
-    return {HEURISTIC: [spec(HEURISTIC, *f) for f in free],
-            NEIGHBOUR: [spec(NEIGHBOUR, *s, n, "own") for s in solved for n in sizes],
+    spec = lambda kind, method, options, *source: Spec(kind, _label(method, options), method, options, *source)
+    baselines = lambda kind, names: [spec(kind, m, o, *at) for m in names for o in CALLS[m].grid(experts, seed) if o != soup.get(m) for at in where(m)]
+    return {HEURISTIC: baselines(HEURISTIC, compare.HEURISTICS), NEIGHBOUR: baselines(NEIGHBOUR, compare.NEIGHBOURS),
             PROGRAMME: [spec(PROGRAMME, "qp", o, n, "own") for o in qps for n in sizes],
             BAD: [spec(BAD, *p) for p in poor]}
 
 
 def _label(method: str, options: dict) -> str:
     """What tells methods apart in tables and in the search for the best fixed one: sizes, ridges and strengths do not."""
-    return f"QP {options['basis'].replace('_', ' ')}" if method == "qp" else compare.ENTRIES[method].label if method in compare.ENTRIES else "random coefficients"
+    return f"QP {options['basis'].replace('_', ' ')}" if method == "qp" else CALLS[method].label
 
 
 def subsets(tasks: list[str], sizes, seed: int) -> list[list[str]]:
@@ -110,10 +109,12 @@ def subsets(tasks: list[str], sizes, seed: int) -> list[list[str]]:
 
 
 def drawn(tasks: list[str], seed: int, counts, largest: int) -> list[Spec]:
-    """The merges of one problem: so many of each kind, without repetition."""
+    """The merges of one problem: so many of each kind, without repetition; methods are as likely as each other, however many options they have."""
     found, generator = [], training.seeded(seed, *tasks, "population")
     for count, specs in zip(counts, _specs(len(tasks), seed, largest).values(), strict=True):
-        found += [specs[i] for i in torch.randperm(len(specs), generator=generator)[:count].tolist()]
+        labels = [s.label for s in specs]
+        odds = torch.tensor([1 / labels.count(label) for label in labels], dtype=torch.float64)
+        found += [specs[i] for i in torch.multinomial(odds, count, generator=generator).tolist()]
     return found
 
 
@@ -158,20 +159,23 @@ class Judge:
 
     def __init__(self, suite: Suite, tested: int):
         self.suite, self.base = suite, suite.base.state_dict()
-        self.apart = suite.calibration(AUDITED, skip=APART)
-        self.layered = suite.calibration(LAYERED, skip=APART)
+        self.seen, self.apart, self._known = suite.calibration(AUDITED), suite.calibration(AUDITED, skip=APART), {}
+        self.strict = Auditor(suite.base, suite.experts, suite.calibration(LAYERED, skip=APART))
         self.rows = {(t, split): self._spread(t, split, most) for t in suite.tasks for split, most in (("validation", VALIDATED), ("test", tested))}
-        self.known = {t: self._known(t, self.apart[t]) for t in suite.tasks}
         self.right = {key: self._correct(key, suite.experts[key[0]]).double().mean() for key in self.rows}
 
     def _spread(self, task, split, most):
         inputs, labels = self.suite.tensors(task, split)
         rows = torch.arange(len(labels))[:: max(1, len(labels) // most)][:most]
-        batches = training.batches({k: v[rows].to(self.suite.device) for k, v in inputs.items()}, self.suite.chunk)
+        batches = training.batches({k: v[rows].to(self.suite.device) for k, v in inputs.items()}, min(self.suite.chunk, CHUNK))
         return [training.trim(b) for b in batches], labels[rows].to(self.suite.device)
 
-    def _known(self, task, batches):
-        return features(self.suite, self.base, batches), features(self.suite, self.suite.experts[task], batches)
+    def known(self, task, batches, place=None) -> tuple[Tensor, Tensor]:
+        """Features of base and expert on batches of a task; held where these are told by a ``place``."""
+        if (task, place) in self._known:
+            return self._known[task, place]
+        found = features(self.suite, self.base, batches), features(self.suite, self.suite.experts[task], batches)
+        return self._known.setdefault((task, place), found) if place else found
 
     def _correct(self, key, state) -> Tensor:
         batches, labels = self.rows[key]
@@ -182,9 +186,9 @@ class Judge:
         right = self._correct((task, split), state)
         return float(right.double().mean() / self.right[task, split]), right.int().tolist()
 
-    def ends(self, state, task, batches, known=None) -> dict[str, float]:
+    def ends(self, state, task, batches, place=None) -> dict[str, float]:
         """End to end, on unlabelled batches of one task: squared errors of merge and base per example, plain and as the head sees them, agreement, entropy."""
-        made, (plain, aim) = features(self.suite, state, batches), known or self._known(task, batches)
+        made, (plain, aim) = features(self.suite, state, batches), self.known(task, batches, place)
         head = self.suite.classifiers()[task]
         V = self.suite.heads[task]["weight"]
         V = V - V.mean(0)
@@ -196,10 +200,9 @@ class Judge:
 
     def static(self, state, tasks) -> tuple[dict[str, float], dict[str, float]]:
         """Captured energy of every layer on the experts' own inputs, in closed form on disjoint examples, and the layers' residual energies."""
-        shares, energy, places = {}, {}, [self.suite.tasks.index(t) for t in tasks]
+        shares, energy = {}, {}
         for name, (view, moments, _) in self.suite.layers(AUDITED, APART).items():
-            few = {k: getattr(moments, k)[places] for k in ("C", "A", "M", "count")}
-            pooled = replace(moments, tasks=tuple(tasks), **few).pool()
+            pooled = moments.only(tasks).pool()
             if pooled.energy:
                 shares[name], energy[name] = pooled.captured(view.matrix(state) - view.matrix(self.base)), pooled.energy
         return shares, energy
@@ -230,15 +233,16 @@ def measured(judge: Judge, tasks: list[str], spec: Spec) -> dict:
     """One merge made and held against everything, see ``Judge``; energies by task are in ``tasks``, their pools beside."""
     suite = judge.suite
     experts, batches = {t: suite.experts[t] for t in tasks}, examples(suite, tasks, spec)
-    merge = CALLS[spec.method](suite.base, experts, batches, **spec.options)
-    state, solved_on = merge.state_dict, batches or suite.calibration(AUDITED, tasks=tasks)
-    ends = {"in_sample": {t: judge.ends(state, t, solved_on[t]) for t in tasks},
-            "disjoint": {t: judge.ends(state, t, judge.apart[t], judge.known[t]) for t in tasks}}
+    merge = CALLS[spec.method].bound(suite)(suite.base, experts, batches, **spec.options)
+    state, solved_on = merge.state_dict, batches or judge.seen
+    place = {"own": (0, spec.size), "none": (0, AUDITED)}.get(spec.source)
+    ends = {"in_sample": {t: judge.ends(state, t, solved_on[t], place) for t in tasks},
+            "disjoint": {t: judge.ends(state, t, judge.apart[t], (APART, AUDITED)) for t in tasks}}
     row = {"seed": suite.seed, "experts": len(tasks), **asdict(spec), "energies": {}}
     for where, found in ends.items():
         row["energies"] |= {f"{form}.{where}": value for form, value in _pooled(list(found.values())).items()}
     shares, energy = judge.static(state, tasks)
-    strict = audit(suite.base, state, experts, {t: judge.layered[t] for t in tasks})["layers"]
+    strict = judge.strict(state, tasks)["layers"]
     row["layers"] = {"static": shares, "layers": {k: v for k, v in strict.items() if v is not None}, "energy": energy}
     row["energies"] |= {f"{form}.disjoint": _mean(row["layers"][form].values()) for form in ("static", "layers")}
     row["energies"] |= {f"{form}.in_sample": _mean(r[key] for r in merge.table if r.get(key) is not None)
