@@ -47,28 +47,29 @@ class VisionTransformer(nn.Module):
         channels: 1 for grey images, 3 for colour.
         stem: features after each 3 x 3 convolution of stride two that comes before the patches, as a dense layer over unfolded
             neighbourhoods (Xiao et al., 2021: early convolutions help where images are few).
+        token: whether a class token's state is the feature; else it is the mean over patches.
     """
 
-    def __init__(self, width=96, depth=4, heads=4, ratio=2, side=28, patch=7, channels=1, stem=()):
+    def __init__(self, width=96, depth=4, heads=4, ratio=2, side=28, patch=7, channels=1, stem=(), token=True):
         super().__init__()
         self.patch, sizes = patch, (channels, *stem)
         self.stem = nn.ModuleList(nn.Linear(9 * read, put) for read, put in zip(sizes, stem))
         self.embed = nn.Linear(sizes[-1] * patch * patch, width)
-        self.cls = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.position = nn.Parameter(0.02 * torch.randn(1, (side // patch // 2 ** len(stem)) ** 2 + 1, width))
+        self.cls = nn.Parameter(0.02 * torch.randn(1, 1, width)) if token else None
+        self.position = nn.Parameter(0.02 * torch.randn(1, (side // patch // 2 ** len(stem)) ** 2 + token, width))
         self.blocks = nn.ModuleList(Block(width, heads, ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Feature of the class token: (B, channels, side, side) floats to (B, d)."""
+        """Feature of the class token, or mean of the patches': (B, channels, side, side) floats to (B, d)."""
         for layer in self.stem:
             near = unfold(pixels, 3, stride=2, padding=1).transpose(1, 2)
             pixels = gelu(layer(near)).transpose(1, 2).unflatten(2, (pixels.shape[2] // 2, -1))
-        patches = unfold(pixels, self.patch, stride=self.patch).transpose(1, 2)
-        x = torch.cat([self.cls.expand(len(pixels), -1, -1), self.embed(patches)], 1) + self.position
+        x = self.embed(unfold(pixels, self.patch, stride=self.patch).transpose(1, 2))
+        x = (x if self.cls is None else torch.cat([self.cls.expand(len(pixels), -1, -1), x], 1)) + self.position
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)[:, 0]
+        return self.norm(x).mean(1) if self.cls is None else self.norm(x)[:, 0]
 
 
 class TextTransformer(nn.Module):

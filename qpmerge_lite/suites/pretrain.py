@@ -20,7 +20,7 @@ from .training import digest, schedule, write_weights
 STEPS, BATCH, RATE, DECAY, WARMUP, EARLY = 6000, 128, 2e-3, 0.05, 1 / 30, 200
 
 
-def pretrain(suite, seed=0, steps=STEPS, stop=None, progress=True) -> tuple[nn.Module, list[float], list[float]]:
+def pretrain(suite, seed=0, steps=STEPS, stop=None, progress=True, device="cpu") -> tuple[nn.Module, list[float], list[float]]:
     """Train the base of a suite module from scratch.
 
     Args:
@@ -28,11 +28,12 @@ def pretrain(suite, seed=0, steps=STEPS, stop=None, progress=True) -> tuple[nn.M
         seed: of the weights, the order and the variations.
         steps: length of the schedule.
         stop: leave after so many steps of it.
+        device: of the encoder; what it is shown is drawn on the CPU, the same everywhere.
     Returns: the encoder, and the loss and the accuracy of every batch.
     """
     torch.manual_seed(seed)
     encoder, generator = suite.build(), torch.Generator().manual_seed(seed)
-    head = suite.pretraining_head(encoder)
+    head = suite.pretraining_head(encoder.to(device)).to(device)
     parameters = [*encoder.parameters(), *head.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=RATE, weight_decay=DECAY)
     losses, accuracies = [], []
@@ -67,9 +68,10 @@ def main() -> None:
     parser.add_argument("suite")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     suite = importlib.import_module(f"qpmerge_lite.suites.{options.suite}")
-    encoder, losses, accuracies = pretrain(suite, options.seed, options.steps)
+    encoder, losses, accuracies = pretrain(suite, options.seed, options.steps, device=options.device)
     metadata = header(suite, options.seed, options.steps, losses, accuracies)
     half = {name: value.half() for name, value in encoder.state_dict().items()}
     write_weights(half, suite.WEIGHTS, metadata)
