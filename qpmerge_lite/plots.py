@@ -285,12 +285,14 @@ def bars(names, panels: dict, ylabel: str, columns: int = 2) -> Figure:
 def depth(names, panels: dict, xlabel: str = "") -> Figure:
     """Curves over the layers or blocks of a model: panel title -> label -> value per layer, the layers' names under the last panel."""
     names = list(map(str, names))
-    figure, axes = plt.subplots(len(panels), 1, figsize=(WIDTH, 2.1 * len(panels) + 1.6), sharex=True)
+    longest = max(map(len, names))
+    below = 0.8 + 0.08 * longest if longest > 4 else 1.6  # inches for names that stand upright
+    figure, axes = plt.subplots(len(panels), 1, figsize=(WIDTH, 2.1 * len(panels) + below), sharex=True)
     for axis, (title, curves) in zip(np.atleast_1d(axes), panels.items()):
         for (label, values), line, marker in zip(curves.items(), LINES, MARKERS):
             axis.plot(range(len(values)), values, linestyle=line, marker=marker, markersize=5, label=label)
         axis.set_title(title)
-        axis.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 4 else 0, fontsize=9)
+        axis.set_xticks(range(len(names)), names, rotation=90 if longest > 4 else 0, fontsize=9)
     axis.set_xlabel(xlabel)
     _key(figure, axis, 3)
     return _finish(figure)
