@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import pad
 
 from .datafree import add_update, task_vectors
 from .errors import EmptyCalibration, MergeError
@@ -24,7 +25,13 @@ def _inputs(experts, calibration, heads: Heads, device) -> dict[str, dict[str, T
             raise MergeError(f"heads: expected one for every expert, found none for {task!r}; pass heads={{task: function to logits}}")
         if not calibration or not calibration.get(task):
             raise EmptyCalibration(f"no calibration batches for {task!r}; give every expert at least one batch of unlabelled inputs")
-    return {t: {k: torch.cat([b[k] for b in calibration[t]]).to(device) for k in calibration[t][0]} for t in experts}
+    return {t: {k: _joined([b[k] for b in calibration[t]]).to(device) for k in calibration[t][0]} for t in experts}
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Batches end to end; sequences (B, L) that were padded to several lengths are padded with zeros, as their masks are, to the longest."""
+    widest = max(p.shape[1] if p.dim() == 2 else 0 for p in parts)
+    return torch.cat([pad(p, (0, widest - p.shape[1])) if p.dim() == 2 else p for p in parts])
 
 
 def _fisher(base, state, names, inputs, head, generator) -> dict[str, Tensor]:

@@ -151,7 +151,7 @@ class _Pass:
         g, m, n = base.shape
         moments = self._zeros(stage, n=n, m=m, g=g)
         for task, stream in self._streams():
-            expert = torch.cat([v.matrix(self.experts[task]) for v in stage], 1)
+            expert, held = torch.cat([v.matrix(self.experts[task]) for v in stage], 1), []
             for i, carry in enumerate(stream):
                 taught = recorded[task, i][first.name] if recorded else None
                 rows, mask = self._read(index, first, carry, taught)
@@ -160,7 +160,10 @@ class _Pass:
                 if self.beta:
                     own = first.inputs(carry.samples(first.sequence(taught[0], len(carry.folds)), mask))
                     R = R + self.beta * (first.apply(expert, own) - first.apply(base, X))
-                moments.update(task, X, R, carry.fold(rows, mask))
+                held.append((X, R, carry.fold(rows, mask)))
+                if carry is stream[-1] or sum(len(x) for x, *_ in held) >= n:  # an update costs n², however few its samples are
+                    moments.update(task, *map(torch.cat, zip(*held)))
+                    held = []
         return moments
 
     def _count(self, index, stage, recorded) -> Moments:

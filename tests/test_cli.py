@@ -1,6 +1,7 @@
 """`qpmerge`: notebooks run once per content, failures are kept and named, wrong usage is refused with a reason."""
 import json
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -110,6 +111,20 @@ def test_advice_to_install_widgets_stays_out_of_the_chapters_and_other_warnings_
     shown = (checkout / "book" / "chapters" / "01_a.ipynb").read_text()
     assert "IProgress" not in shown and "UserWarning: look here" in shown
     assert os.environ["PYTHONWARNINGS"] == "always::UserWarning"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize("own, shown", [(None, "reused"), ("glibc.malloc.mmap_threshold=131072", "fresh")])
+def test_notebooks_use_pages_again_unless_their_user_says_how_to_allocate(checkout, capsys, monkeypatch, own, shown):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if own:
+        monkeypatch.setenv("GLIBC_TUNABLES", own)
+    count = "from resource import RUSAGE_SELF, getrusage\nfaults = lambda: getrusage(RUSAGE_SELF).ru_minflt\nwrite = lambda: len(b'x' * (64 << 20))"
+    write(checkout / "notebooks" / "01_a.ipynb", count, "write(); before = faults(); write(); print('reused' if faults() - before < 1000 else 'fresh')")
+    assert outcome(capsys) == ["executed"]
+    cells = nbformat.read(checkout / "book" / "chapters" / "01_a.ipynb", as_version=4).cells
+    assert cells[-1].outputs[0].text.strip() == shown
+    assert os.environ.get("GLIBC_TUNABLES") == own
 
 
 def test_a_renamed_notebook_leaves_nothing_behind(checkout, capsys):

@@ -47,6 +47,13 @@ def test_fisher_averages_entry_by_entry(problem):
     torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0.05, atol=0)
 
 
+def test_batches_of_several_lengths_are_joined_by_padding():
+    short, long = ({"input_ids": torch.full((2, n), 7), "attention_mask": torch.ones(2, n, dtype=torch.long)} for n in (3, 5))
+    (found,) = q.gradient._inputs(["a"], {"a": [short, long]}, {"a": None}, "cpu").values()
+    assert found["input_ids"].tolist() == [[7, 7, 7, 0, 0]] * 2 + [[7] * 5] * 2
+    assert found["attention_mask"].tolist() == [[1, 1, 1, 0, 0]] * 2 + [[1] * 5] * 2
+
+
 @torch.no_grad()
 def entropy(base, state, calibration, heads):
     total = 0

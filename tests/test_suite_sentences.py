@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from qpmerge_lite import qp, sources, suites
+from qpmerge_lite import gradient, qp, sources, suites
 from qpmerge_lite.manifests import ManifestError
 from qpmerge_lite.suites import sentences, training
 
@@ -31,6 +31,14 @@ def test_padding_does_not_reach_the_features(encoder):
     alone = {k: v[:1, : batch["attention_mask"][0].sum()] for k, v in batch.items()}
     torch.testing.assert_close(encoder(**batch), encoder(**noisy))
     torch.testing.assert_close(encoder(**batch)[:1], encoder(**alone), rtol=1e-4, atol=1e-5)
+
+
+def test_sentences_that_pass_in_groups_get_the_same_features_and_gradients(encoder):
+    batch, together = written(2 * sentences.ALIKE + 3), encoder._mean
+    encoder.requires_grad_(True)
+    grouped, whole = (torch.autograd.grad(f(**batch).square().sum(), list(encoder.parameters())) for f in (encoder, together))
+    torch.testing.assert_close(encoder(**batch), together(**batch))
+    torch.testing.assert_close(grouped, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_batches_are_cut_to_their_longest_sentence():
@@ -108,7 +116,13 @@ def test_two_tasks_are_trained_merged_and_judged(monkeypatch, tmp_path):
     suite = suites.load("language", "standard", tasks=["trec", "snips"], progress=False)
     suites._data.cache_clear()
     assert suite.data["trec"].num_rows == sentences.SPLITS
-    lengths = [len(text) for text in suite.data["trec"]["test"]["text"]]
-    assert lengths == sorted(lengths)
+    for split in sentences.SPLITS:
+        lengths = [len(text) for text in suite.data["trec"][split]["text"]]
+        assert lengths == sorted(lengths)
+    drawn = suite.calibration(20)["trec"]
+    assert [b["input_ids"].shape[0] for b in drawn] == [8, 8, 4] and all(b["attention_mask"].any(0).all() for b in drawn)
+    lengths = torch.cat([b["attention_mask"].sum(1) for b in drawn])
+    assert torch.equal(lengths, lengths.sort().values)
+    assert suite.normalised(gradient.fisher(suite.base, suite.experts, suite.calibration(20), heads=suite.classifiers()).state_dict)
     merge = qp(suite.base, suite.experts, suite.calibration(8), basis="layer", ridge=0.1, folds=1, layers=["bert.encoder.layer.0.intermediate.dense"])
     assert set(suite.normalised(merge.state_dict)) == {"trec", "snips", "mean"}

@@ -4,6 +4,7 @@ A suite is one declarative module, registered below by name and tier, with
 
     TASKS       names of the tasks, in order
     N_CLASSES   labels of each task
+    ALIKE       sentences of like length that a CPU takes at a time, where there are any
     MANIFEST    name of the manifest that its sources are checked against; None where ``base`` and ``data`` check what they read
     RECIPE      how experts are trained (``training.Recipe``); RECIPES, where there are any, by task instead; LAYER_RECIPE for experts
                 trained in one of the LAYERS
@@ -65,6 +66,7 @@ class Suite:
         layer: the one layer in which experts differ from the base; None when all were trained.
         precision: of matrix products in training and evaluation; merges are computed in that of the base's weights.
         chunk: examples evaluated at a time.
+        alike: calibration sentences are put in the order of their lengths, and on a CPU so many are a batch; None leaves them as drawn.
         complete, score: of suites without heads, see above.
     """
 
@@ -82,6 +84,7 @@ class Suite:
     layer: str | None = None
     precision: str = "float32"
     chunk: int = training.CHUNK
+    alike: int | None = None
     complete: Callable | None = field(default=None, repr=False)
     score: Callable | None = field(default=None, repr=False)
     _ceilings: dict = field(default_factory=dict, repr=False)
@@ -109,7 +112,10 @@ class Suite:
         if not 0 < n <= len(rows) - skip:
             raise MergeError(f"{task}/{split}: expected 1 to {len(rows) - skip} calibration examples, found {n}; ask for fewer")
         chosen = torch.randperm(len(rows), generator=training.seeded(seed, task, "calibration"))[skip : skip + n]
-        batches = [training.trim(b) for b in training.batches(training.tensors(rows, self.collate, self.device, chosen)[0], batch_size)]
+        inputs = training.tensors(rows, self.collate, self.device, chosen)[0]
+        if self.alike:
+            inputs, batch_size = training.by_length(inputs), min(batch_size, self.alike) if self.device == "cpu" else batch_size
+        batches = [training.trim(b) for b in training.batches(inputs, batch_size)]
         return [self.complete(self.base, self.experts[task], b) for b in batches] if self.complete else batches
 
     def layers(self, n, skip=0) -> Layers:
@@ -267,6 +273,7 @@ def load(name: str, tier="smoke", seed=0, device="cpu", progress=True, tasks=Non
     classes = {task: definition.N_CLASSES[task] for task in tasks}
     how = training.Recipe(chunk=definition.CHUNK) if definition.RECIPE is None else definition.RECIPE
     how = {"precision": how.precision, "chunk": how.chunk} | {part: getattr(definition, part, None) for part in ("complete", "score")}
+    how["alike"] = getattr(definition, "ALIKE", None)
     return Suite(name, tier, seed, device, tasks, data, base, experts, heads, classes, definition.collate, layer, **how)
 
 

@@ -109,6 +109,12 @@ def trim(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v[:, :longest] for k, v in batch.items()}
 
 
+def by_length(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tokenised sentences from the shortest to the longest."""
+    order = inputs["attention_mask"].sum(1).argsort(stable=True)
+    return {k: v[order] for k, v in inputs.items()}
+
+
 def autocast(device, precision: str):
     """Context in which matrix products run in a precision, ``float32`` or ``bfloat16``."""
     return torch.autocast(torch.device(device).type, getattr(torch, precision), enabled=precision != "float32")
