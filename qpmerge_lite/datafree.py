@@ -137,12 +137,13 @@ def breadcrumbs(base, experts, calibration=None, *, density: float = 0.9, outlie
     return add_update(base, update, scale)
 
 
-def _consensus(vectors: Tensor, weights: Tensor | None = None, zero: str = "plus", election: str = "weighted", divide: str = "count") -> Tensor:
-    """Sign election and disjoint mean of trimmed vectors (K, d); ``divide``: count of agreeing entries, their weights, or not at all."""
+def _consensus(vectors: Tensor, weights: Tensor | None = None, zero: float = 1.0, election: str = "weighted", divide: str = "count") -> Tensor:
+    """Sign election and disjoint mean of trimmed vectors (K, d); ``zero``: sign of entries that cancel; ``divide``: count of agreeing entries,
+    their weights, or not at all."""
     weights = torch.ones(len(vectors), 1).to(vectors) if weights is None else weights.to(vectors)[:, None]
     votes = vectors * weights if election == "weighted" else vectors
     sign = votes.sum(0).sign()
-    sign = torch.where(sign == 0, sign.sum().sign() if zero == "majority" else 1.0, sign)
+    sign = torch.where(sign == 0, zero, sign)
     agree = torch.where(sign > 0, votes > 0, votes < 0)
     total = (vectors * weights * agree).sum(0)
     if divide == "nothing":
@@ -154,6 +155,14 @@ def _consensus(vectors: Tensor, weights: Tensor | None = None, zero: str = "plus
 # trimmed over the whole model or per tensor; entries kept beyond ⌊density·d⌋; sign of entries that cancel; election; divisor
 TIES = {"authors": ("model", 1, "majority", "plain", "count"), "fusion_bench": ("model", 1, "majority", "plain", "nothing"),
         "mergekit": ("tensor", 0, "plus", "weighted", "weights"), "peft": ("tensor", 0, "plus", "plain", "count")}
+
+
+def _trim(vector: Tensor, density: float, semantics: str) -> Tensor:
+    """The largest entries of a vector (d,), the others zero."""
+    cut = len(vector) - max(int(len(vector) * density), 1 if semantics == "mergekit" else 0)
+    if cut > 0 and TIES[semantics][1]:
+        return vector * (vector.abs() >= vector.abs().kthvalue(cut).values)
+    return vector.scatter(0, vector.abs().argsort(stable=True)[:cut], 0.0) if cut > 0 else vector
 
 
 def ties(base, experts, calibration=None, *, density: float = 0.2, scale: float = 1.0, weights: Sequence[float] | None = None,
@@ -169,22 +178,19 @@ def ties(base, experts, calibration=None, *, density: float = 0.2, scale: float 
     """
     _fraction("density", density, high=True)
     _one_of("semantics", semantics, TIES)
-    span, extra, *rule = TIES[semantics]
+    span, _, zero, *rule = TIES[semantics]
     if weights is not None and (span == "model" or len(weights) != len(experts)):
         raise MergeError(f"ties weights: expected {len(experts)} numbers with semantics mergekit or peft, found {list(weights)} with {semantics}")
-    vectors = task_vectors(base, experts)
-    groups = [sorted(vectors)] if span == "model" else [[k] for k in vectors]
-    weights, update = None if weights is None else torch.tensor(weights, dtype=torch.float64), {}
-    for names in groups:
-        flat = torch.cat([vectors[k].flatten(1) for k in names], 1)
-        cut = flat.shape[1] - max(int(flat.shape[1] * density), 1 if semantics == "mergekit" else 0)
-        if cut > 0 and extra:
-            flat = flat * (flat.abs() >= flat.abs().kthvalue(cut, dim=1, keepdim=True).values)
-        elif cut > 0:
-            flat = flat.scatter(1, flat.abs().argsort(dim=1, stable=True)[:, :cut], 0.0)
-        pieces = _consensus(flat, weights, *rule).split([vectors[k][0].numel() for k in names])
-        update |= {k: p.reshape(vectors[k].shape[1:]) for k, p in zip(names, pieces)}
-    return add_update(base, update, scale)
+    vectors = {k: v.flatten(1) for k, v in sorted(task_vectors(base, experts).items())}
+    for k in range(len(experts)):  # one by one and in place: a whole model's vectors are large
+        for names in [list(vectors)] if span == "model" else [[name] for name in vectors]:
+            trimmed = _trim(torch.cat([vectors[name][k] for name in names]), density, semantics)
+            for name, piece in zip(names, trimmed.split([vectors[name].shape[1] for name in names])):
+                vectors[name][k] = piece
+    majority = sum(v.sum(0).sign().sum() for v in vectors.values()).sign()
+    weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    update = {name: _consensus(v, weights, majority if zero == "majority" else 1.0, *rule) for name, v in vectors.items()}
+    return add_update(base, {name: u.reshape(base.state_dict()[name].shape) for name, u in update.items()}, scale)
 
 
 def della(base, experts, calibration=None, *, density: float = 0.5, spread: float = 0.15, scale: float = 1.0, rescale: str = "keep",

@@ -78,6 +78,9 @@ def test_results_tell_every_validation_score_and_captured_energies(suite):
     assert found["captured"] == compare.energies(suite, merge.state_dict, 8)
     made = compare.variant(suite, 8, **found["options"])
     assert made["validation"] == found["validation"] and made["audit"]["output"] == found["captured"]["disjoint"]["output"]
+    plain = lambda table: [{k: v for k, v in row.items() if k != "seconds"} for row in table]
+    assert plain(made["table"]) == plain(found["tables"][found["scores"].index(found["validation"])]) and len(found["tables"]) == 4
+    assert compare.result(suite, "soup", 8)["tables"] is None
 
 
 def evidence(noise):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -219,6 +220,12 @@ def test_one_encoder_is_trained_on_all_tasks_and_kept(counted):
     again, kept = suites.multitask(suite)
     assert len(counted) == 3 and same(state, kept) and all(same(joint.heads[t], again.heads[t]) for t in PAIR)
     assert joint.evaluate(state).keys() == suite.evaluate(state).keys() and not same(joint.heads["greek"], suite.heads["greek"])
+
+
+def test_an_expert_that_is_never_right_is_named(quick):
+    suite = replace(quick, _ceilings={("greek", "test"): 0.0})
+    with pytest.raises(MergeError, match="greek/test: expected an expert that is right at times, found a score of 0; its weights or its head"):
+        suite.normalised(suite.base.state_dict())
 
 
 def test_evaluation_from_the_changed_block_on_is_evaluation(single, monkeypatch):

@@ -186,10 +186,13 @@ class Suite:
         return self.over_experts(self.evaluate(state_dict, split, tasks), split)
 
     def over_experts(self, accuracy: dict[str, float], split="test") -> dict[str, float]:
-        """Accuracies by task divided by those of the experts, and their ``mean``."""
+        """Accuracies by task divided by those of the experts, and their ``mean``. Raises: MergeError for an expert that is never right."""
         for task in accuracy:
             if (task, split) not in self._ceilings:
                 self._ceilings[task, split] = self.evaluate(self.experts[task], split, [task])[task]
+            if not self._ceilings[task, split] > 0:
+                raise MergeError(f"{task}/{split}: expected an expert that is right at times, found a score of {self._ceilings[task, split]:g}; "
+                                 "its weights or its head do not belong to the task: make them again or leave the task out")
         ratios = {task: value / self._ceilings[task, split] for task, value in accuracy.items()}
         return {**ratios, "mean": sum(ratios.values()) / len(ratios)}
 

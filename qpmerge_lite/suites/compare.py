@@ -34,13 +34,23 @@ class Entry:
         """The call, with the suite's heads where it takes them."""
         return partial(self.call, heads=suite.classifiers()) if self.heads else self.call
 
-    def tuned(self, suite: Suite, calibration) -> tuple[Merge, dict, list[float]]:
-        """The merge with the highest mean normalised validation accuracy, its options, and that accuracy for every entry of the grid."""
+    def tuned(self, suite: Suite, calibration, tables: list | None = None) -> tuple[Merge, dict, list[float]]:
+        """The merge with the highest mean normalised validation accuracy, its options, and that accuracy for every entry of the grid.
+
+        ``tables`` takes the table of every merge of the grid.
+        """
         score = lambda state: suite.normalised(state, "validation")["mean"]
         grid, call = plan(suite.tier).spread(self.grid(len(suite.experts), suite.seed)), self.bound(suite)
         if self.call is gradient.fisher:  # the options of its grid do not change the gradients
             call = partial(call, known=gradient.information(suite.base, suite.experts, calibration, heads=suite.classifiers(), seed=suite.seed))
-        return methods.tune(call, grid, score, suite.base, suite.experts, calibration)
+
+        def noted(*args, **options):
+            merge = call(*args, **options)
+            if tables is not None:
+                tables.append(merge.table)
+            return merge
+
+        return methods.tune(noted, grid, score, suite.base, suite.experts, calibration)
 
 
 def _base(base, experts, calibration=None):
@@ -154,15 +164,15 @@ def result(suite: Suite, name: str, size: int) -> dict:
         name: a key of ``ENTRIES``.
         size: calibration examples per task, drawn from the training split with the suite's seed.
     Returns: method, seed, options chosen, validation scores over the grid, accuracy and normalised accuracy by task on the test split,
-        captured energies, seconds.
+        captured energies, seconds; of a programme also ``tables``, layer by layer, of every entry of the grid.
     """
     entry = ENTRIES[name]
 
     def make():
-        started = time.perf_counter()
-        merge, options, scores = entry.tuned(suite, suite.calibration(size))
+        started, tables = time.perf_counter(), [] if entry.call is methods.qp else None
+        merge, options, scores = entry.tuned(suite, suite.calibration(size), tables)
         found = judged(suite, name, entry.label, merge, options, scores) | {"seconds": time.perf_counter() - started}
-        return found | {"captured": energies(suite, merge.state_dict, size)}
+        return found | {"captured": energies(suite, merge.state_dict, size), "tables": tables}
 
     return kept(suite, name, [entry.grid(len(suite.experts), suite.seed), size], make)
 

@@ -20,7 +20,7 @@ MANIFEST = None
 CHECKPOINT = "all-MiniLM-L6-v2"
 N_CLASSES = {"trec": 6, "sst2": 2, "ag_news": 4, "clinc150": 150, "snips": 7, "sms_spam": 2, "tweet_emotion": 4, "cola": 2}
 TASKS = list(N_CLASSES)
-SPLITS = {"train": 3000, "validation": 200, "test": 500}  # at most so many rows of each
+SPLITS = {"train": 3000, "validation": 128, "test": 400}  # at most so many rows of each
 MORE = {task: {"train": 6000} for task in ("clinc150", "cola")}
 LENGTH = 64  # word pieces of a sentence, longer ones are cut
 # A strong ridge on the probe: where the head alone serves the base well, its encoder has little to learn, experts hardly differ and
@@ -28,7 +28,7 @@ LENGTH = 64  # word pieces of a sentence, longer ones are cut
 RECIPE = Recipe(steps=188, batch=32, rate=3e-4, probe_decay=0.1, chunk=64)  # two epochs
 RECIPES = {task: replace(RECIPE, steps=564) for task in MORE}  # three
 RECIPES["clinc150"] = replace(RECIPES["clinc150"], probe_decay=0.01)  # the ridge sums over classes, which are many here
-LAYERS = ("bert.encoder.layer.1.intermediate.dense",)
+LAYERS = ("bert.encoder.layer.4.intermediate.dense",)
 LAYER_RECIPE = replace(RECIPE, rate=1e-3, probe_decay=Recipe.probe_decay)
 ALIKE = 8  # sentences of like length that a CPU takes at a time in training and calibration: in larger batches half of the work is padding
 
