@@ -160,9 +160,11 @@ TIES = {"authors": ("model", 1, "majority", "plain", "count"), "fusion_bench": (
 def _trim(vector: Tensor, density: float, semantics: str) -> Tensor:
     """The largest entries of a vector (d,), the others zero."""
     cut = len(vector) - max(int(len(vector) * density), 1 if semantics == "mergekit" else 0)
-    if cut > 0 and TIES[semantics][1]:
+    if cut <= 0:
+        return vector
+    if TIES[semantics][1]:
         return vector * (vector.abs() >= vector.abs().kthvalue(cut).values)
-    return vector.scatter(0, vector.abs().argsort(stable=True)[:cut], 0.0) if cut > 0 else vector
+    return vector.scatter(0, vector.abs().argsort(stable=True)[:cut], 0.0)
 
 
 def ties(base, experts, calibration=None, *, density: float = 0.2, scale: float = 1.0, weights: Sequence[float] | None = None,
@@ -187,10 +189,9 @@ def ties(base, experts, calibration=None, *, density: float = 0.2, scale: float 
             trimmed = _trim(torch.cat([vectors[name][k] for name in names]), density, semantics)
             for name, piece in zip(names, trimmed.split([vectors[name].shape[1] for name in names])):
                 vectors[name][k] = piece
-    majority = sum(v.sum(0).sign().sum() for v in vectors.values()).sign()
-    weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
-    update = {name: _consensus(v, weights, majority if zero == "majority" else 1.0, *rule) for name, v in vectors.items()}
-    return add_update(base, {name: u.reshape(base.state_dict()[name].shape) for name, u in update.items()}, scale)
+    sign = sum(v.sum(0).sign().sum() for v in vectors.values()).sign() if zero == "majority" else 1.0
+    weights, state = None if weights is None else torch.tensor(weights, dtype=torch.float64), base.state_dict()
+    return add_update(base, {name: _consensus(v, weights, sign, *rule).view_as(state[name]) for name, v in vectors.items()}, scale)
 
 
 def della(base, experts, calibration=None, *, density: float = 0.5, spread: float = 0.15, scale: float = 1.0, rescale: str = "keep",

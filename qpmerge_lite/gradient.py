@@ -44,7 +44,8 @@ def _fisher(base, state, names, inputs, head, generator) -> dict[str, Tensor]:
         gradients = torch.autograd.grad(logits.log_softmax(-1).gather(1, drawn).sum(), list(trained.values()), allow_unused=True)
         for k, g in zip(names, gradients):
             if g is not None:
-                squares[k].addcmul_(g := g.double(), g, value=1 / count)
+                g = g.double()
+                squares[k].addcmul_(g, g, value=1 / count)
     return squares
 
 
