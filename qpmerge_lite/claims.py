@@ -171,7 +171,7 @@ def _number(id, value, spec):
     if isinstance(value, str):
         return value
     try:
-        return format(value, spec or ("," if isinstance(value, int) else ".4g"))
+        return format(value + 0, spec or ("," if isinstance(value, int) else ".4g"))  # -0.0 becomes 0.0
     except ValueError as error:
         raise ClaimError(f"record {id}: {spec!r} is no number format ({error})") from error
 

@@ -78,6 +78,10 @@ def test_the_unit_is_shown_on_request():
     assert format_record(Record("a.b", 2.0, unit="s"), ".1f unit") == "2.0 s"
 
 
+def test_zero_has_no_sign():
+    assert format_record(Record("a.b", -0.0), ".2f") == "0.00" and format_record(Record("a.b", -0.001), ".2f") == "-0.00"
+
+
 @pytest.mark.parametrize(("id", "spec"), [("a.lambda", "ci"), ("a.low", ".3f .2f"), ("a.low", ".3q")])
 def test_a_format_that_cannot_be_is_an_error(id, spec):
     with pytest.raises(ClaimError, match=id):

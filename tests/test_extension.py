@@ -69,12 +69,12 @@ def test_the_claims_table_is_generated(pages, tmp_path):
 
 
 def test_tiers_stand_side_by_side_and_a_missing_one_is_said_to_be(pages, tmp_path):
-    status, problems, html = pages("```{tiers} *.b\n```\n\n```{tiers} a.*\n:beside: paper\n:format: .2f\n```")
+    status, problems, html = pages("```{tiers} *.b\n```\n\n```{tiers} a.*\n:beside: paper standard\n:format: .2f\n```")
     assert (status, problems) == (0, "")
     text = re.sub(r"<[^>]+>|\s+", " ", html)
     assert re.search(r"smoke +standard +a +0\.125 \[0\.100, 0\.150\] +0\.500 ", text), text
     assert re.search(r"standard +: cpu, \d{4}-\d\d-\d\d, torch ", text)
-    assert re.search(r"smoke +paper +b +0\.12 +not recorded +paper +: not recorded", text)
+    assert re.search(r"smoke +paper +standard +b +0\.12 +not recorded +0\.50 +paper +: not recorded; +standard +: cpu,", text)
 
 
 def test_tiers_need_the_built_one(pages, tmp_path):

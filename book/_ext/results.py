@@ -69,29 +69,32 @@ class ClaimsTable(SphinxDirective):
 
 
 class Tiers(SphinxDirective):
-    """``{tiers} vision.*.accuracy``: the records that match, one row each, the built tier beside another one.
+    """``{tiers} vision.*.accuracy``: the records that match, one row each, the built tier beside others.
 
-    What another tier has not recorded is said to be so. Options: ``beside`` (default ``standard``), and ``format`` as in ``{res}``.
+    What another tier has not recorded is said to be so. Options: ``beside`` (tiers, default ``standard``), and ``format`` as in ``{res}``.
     """
 
     required_arguments = 1
-    option_spec = {"beside": str, "format": str}
+    option_spec = {"beside": str.split, "format": str}
 
     def run(self):
-        built, beside = self.config.qpmerge_tier, self.options.get("beside", "standard")
+        built = self.config.qpmerge_tier
         try:
-            found = {built: self.matching(built), beside: {}}
+            found = {built: self.matching(built)}
         except MergeError as error:
             raise ExtensionError(f"{self.env.docname}: {{tiers}} {self.arguments[0]}: {error}") from error
-        try:
-            found[beside], origin = self.matching(beside), self.origin(beside)
-        except RecordError:
-            origin = f"*{beside}*: not recorded"
+        origins = []
+        for tier in self.options.get("beside", ["standard"]):
+            try:
+                found[tier], origin = self.matching(tier), self.origin(tier)
+            except RecordError:
+                found[tier], origin = {}, f"*{tier}*: not recorded"
+            origins.append(origin)
         start, _, end = self.arguments[0].partition("*")
         ids = sorted(set().union(*found.values()), key=lambda id: -max(float(f[id].value) for f in found.values() if id in f))
         rows = [[id.removeprefix(start).removesuffix(end).replace("_", " "), *(self.cell(f.get(id)) for f in found.values())] for id in ids]
         lines = [["", *found], ["---"] * (len(found) + 1), *rows]
-        return self.parse_text_to_nodes("\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{origin}\n")
+        return self.parse_text_to_nodes("\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{'; '.join(origins)}\n")
 
     def matching(self, tier):
         return {id: r for id, r in read(self.env, tier).items() if fnmatch.fnmatchcase(id, self.arguments[0])}
