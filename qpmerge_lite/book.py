@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from .errors import MergeError
@@ -113,7 +114,8 @@ def run(root=None, tier="smoke", only=None, force=False, parameters=None, progre
         force: also execute those whose fingerprint has not changed, and make the merges again that were kept; experts stay.
         parameters: values for the parameters cells; a name that a chosen notebook does not have is an error.
         report: called with each ``Outcome`` as it is known.
-    Returns: the outcomes. Raises: BookError before anything runs when a parameter is unknown.
+    Returns: the outcomes. Raises: BookError before anything runs when a parameter is unknown, or when what reads the tier's
+    checkpoints is not installed.
     """
     root = Path(root or repository())
     names = ("",) if only else plan(tier).chapters
@@ -131,9 +133,19 @@ def run(root=None, tier="smoke", only=None, force=False, parameters=None, progre
         else:
             stale.append((path, chapters, tier, chosen[path], marks[path], progress))
     if stale:
+        _require_readers(tier)
         not_before = time.time() if force else 0  # chapters share the merges made during one forced run
         outcomes |= _run_all(stale, not_before, report)
     return [outcomes[path] for path in chosen]
+
+
+def _require_readers(tier):
+    lacking = [name for name in ("transformers", "tokenizers") if find_spec(name) is None]
+    if lacking and (plan(tier).suites or tier) != "smoke":
+        raise BookError(
+            f"tier {tier}: {' and '.join(lacking)}, which read its checkpoints, are not installed; "
+            f"run `make notebooks TIER={tier}`, which installs requirements-hub.lock first"
+        )
 
 
 def _run_all(stale, not_before, report):

@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -162,6 +163,15 @@ def test_another_tier_runs_the_chapters_of_its_plan_and_is_recorded_with_its_com
     kept = Path("book", "recorded", "standard", "05_b.json")
     assert run(capsys, "book", "record") == (0, f"wrote {kept}\n", "")
     assert json.loads(kept.read_text())["records"]["a.seed"]["value"] == 0
+
+
+def test_a_tier_of_checkpoints_asks_for_what_reads_them_before_anything_runs(checkout, capsys, monkeypatch):
+    write(checkout / "notebooks" / "05_b.ipynb", RECORDING.replace("01_a", "05_b"))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    status, out, err = run(capsys, "book", "run", "--tier", "standard")
+    assert (status, out) == (1, "") and "tier standard: transformers, which read its checkpoints, are not installed" in err
+    assert "run `make notebooks TIER=standard`" in err and not list((checkout / "book" / "chapters").iterdir())
+    assert outcome(capsys, "--only", "05") == ["executed"]
 
 
 def test_check_executes_all_notebooks_again(checkout, capsys):
