@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from .errors import MergeError
 from .records import records_root, repository
@@ -192,15 +193,19 @@ def _run_one(path, chapters, tier, parameters, mark, progress):
 
 def _execute(path, target, parameters, progress):
     import papermill
+    from traitlets.config import Config
 
-    papermill.execute_notebook(
-        os.path.relpath(path),
-        os.path.relpath(target),
-        parameters=parameters,
-        cwd=str(path.parent),
-        kernel_name="python3",
-        progress_bar=progress,
-    )
+    with TemporaryDirectory() as sockets:
+        papermill.execute_notebook(
+            os.path.relpath(path),
+            os.path.relpath(target),
+            parameters=parameters,
+            cwd=str(path.parent),
+            kernel_name="python3",
+            progress_bar=progress,
+            # Kernels that several processes start pick TCP ports that are free at that moment, and can pick the same one.
+            config=Config(ConnectionFileMixin={"transport": "ipc", "ip": os.path.join(sockets, "kernel")}),
+        )
 
 
 @contextmanager

@@ -128,6 +128,13 @@ def test_notebooks_use_pages_again_unless_their_user_says_how_to_allocate(checko
     assert os.environ.get("GLIBC_TUNABLES") == own
 
 
+def test_kernels_take_no_ports_that_another_may_take_at_the_same_time(checkout, capsys):
+    asks = "from ipykernel.kernelapp import IPKernelApp\nrecorder.record('a.transport', IPKernelApp.instance().transport)"
+    write(checkout / "notebooks" / "01_a.ipynb", RECORDING, asks)
+    assert outcome(capsys) == ["executed"]
+    assert json.loads((checkout / "book" / "_records" / "smoke" / "01_a.json").read_text())["records"]["a.transport"]["value"] == "ipc"
+
+
 def test_a_renamed_notebook_leaves_nothing_behind(checkout, capsys):
     assert outcome(capsys) == ["executed"]
     (checkout / "notebooks" / "01_a.ipynb").unlink()
