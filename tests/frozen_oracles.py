@@ -6,7 +6,6 @@ import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -54,12 +53,20 @@ class Case:
         return " ".join(filter(None, (self.whose, self.method, self.note)))
 
 
+class Parameters(nn.Module):
+    """Tensors as parameters, under names that may hold dots, and no forward."""
+
+    def __init__(self, state):
+        super().__init__()
+        self._parameters.update({name: nn.Parameter(value) for name, value in state.items()})
+
+
 def replay(case, problem):
     """The same merge by our function, of the parameters that the oracle merged."""
     chosen = lambda state: {k: state[k] for k in case.theirs}
     base, experts = problem.model, {t: problem.experts[t] for t in case.tasks}
     if not case.method.startswith("regmean"):
-        base, experts = SimpleNamespace(state_dict=lambda: chosen(problem.base)), {t: chosen(s) for t, s in experts.items()}
+        base, experts = Parameters(chosen(problem.base)), {t: chosen(s) for t, s in experts.items()}
     numbers = iter([] if case.draws is None else case.draws.tolist())
     rand = lambda shape, generator: torch.tensor([next(numbers) for _ in range(shape.numel())], dtype=torch.float64).reshape(shape)
     with nullcontext() if case.draws is None else patch.object(torch, "rand", rand):

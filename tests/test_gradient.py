@@ -47,13 +47,6 @@ def test_fisher_averages_entry_by_entry(problem):
     torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0.05, atol=0)
 
 
-def test_batches_of_several_lengths_are_joined_by_padding():
-    short, long = ({"input_ids": torch.full((2, n), 7), "attention_mask": torch.ones(2, n, dtype=torch.long)} for n in (3, 5))
-    (found,) = q.gradient._inputs(["a"], {"a": [short, long]}, {"a": None}, "cpu").values()
-    assert found["input_ids"].tolist() == [[7, 7, 7, 0, 0]] * 2 + [[7] * 5] * 2
-    assert found["attention_mask"].tolist() == [[1, 1, 1, 0, 0]] * 2 + [[1] * 5] * 2
-
-
 @torch.no_grad()
 def entropy(base, state, calibration, heads):
     total = 0
@@ -81,7 +74,7 @@ def test_missing_heads_and_inputs_are_named(problem, method):
     base, experts, calibration, heads = problem
     with pytest.raises(MergeError, match="expected one for every expert, found none for 'c'"):
         method(base, experts, calibration, heads={t: heads[t] for t in "ab"})
-    with pytest.raises(EmptyCalibration, match="no calibration batches for 'b'"):
+    with pytest.raises(EmptyCalibration, match=r"no calibration batches for \['b'\]"):
         method(base, experts, calibration | {"b": []}, heads=heads)
 
 
@@ -134,7 +127,7 @@ def test_a_ridge_runs_from_its_anchor_to_the_programme(problem, basis):
     layers = q.layer_moments(base, experts, calibration, folds=1)
     theirs, ours = (q.certify(layers, base, state) for state in (anchor, free.state_dict))
     assert all(ours[k]["captured"] >= theirs[k]["captured"] - 1e-9 for k in layers)
-    assert free.averaged == []
+    assert not free.averaged
 
 
 def test_certificates_along_a_merge_agree_with_its_audit(problem):

@@ -1,0 +1,283 @@
+r"""Calibration batches, and how models are made to run on them.
+
+Calibration maps every task to batches of unlabelled inputs. A batch maps the names of keyword
+arguments of the model's ``forward`` to tensors, or to plain values such as None and flags.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .errors import EmptyCalibration, MergeError
+
+# entries whose leading dimension is the number of sequences, the surest first
+MASKS = ("attention_mask", "decoder_attention_mask")
+TOKENS = ("input_ids", "inputs_embeds")
+INPUTS = (*TOKENS, "pixel_values", "input_values", "input_features")
+PLAIN = (type(None), bool, int, float, str)
+
+EXPECTED = (
+    "expected a mapping from names of forward's arguments to tensors (or None, flags, numbers, "
+    "strings), such as {'input_ids': tensor}"
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One calibration batch.
+
+    Attributes:
+        task: whose inputs these are.
+        number: position in the task's list of batches.
+        arguments: keyword arguments of ``forward``, tensors on the device of the model.
+        size: number of sequences, images or the like.
+        start: running number of the first of them within the task.
+    """
+
+    task: str
+    number: int
+    arguments: dict
+    size: int
+    start: int
+
+
+def check_calibration(calibration, tasks: Iterable[str], device) -> dict[str, list[Batch]]:
+    """The batches of every task, tensors moved to ``device``.
+
+    Args:
+        calibration: task -> batches (any iterable, also a generator); see the head of this file.
+        tasks: for which there must be batches; others are left out.
+    Raises: EmptyCalibration for tasks without batches or with an empty one; MergeError naming
+        task, number of the batch and key for anything that is no batch.
+    """
+    if not isinstance(calibration, Mapping):
+        raise MergeError(
+            "calibration: expected a mapping of task names to lists of batches, found "
+            f"{_type(calibration)}; in each batch {EXPECTED}"
+        )
+    lists = {task: _listed(task, calibration.get(task)) for task in tasks}
+    missing = [task for task, batches in lists.items() if not batches or any(map(_hollow, batches))]
+    if missing:
+        raise EmptyCalibration(
+            f"no calibration batches for {missing}; give every expert at least one batch of "
+            "unlabelled inputs"
+        )
+    return {task: _numbered(task, batches, device) for task, batches in lists.items()}
+
+
+def _hollow(batch) -> bool:
+    return isinstance(batch, Mapping) and not batch
+
+
+def _listed(task: str, batches) -> list:
+    """The batches of a task as a list; generators are used up once, here."""
+    if batches is None:
+        return []
+    if isinstance(batches, Mapping):
+        raise MergeError(
+            f"task {task!r}: expected a list of batches, found a single one ({_type(batches)}); "
+            "pass [batch]"
+        )
+    if isinstance(batches, (str, bytes, Tensor)) or not isinstance(batches, Iterable):
+        raise MergeError(
+            f"task {task!r}: expected a list of batches, found {_type(batches)}; in each batch "
+            f"{EXPECTED}"
+        )
+    return list(batches)
+
+
+def _type(value) -> str:
+    return type(value).__name__
+
+
+def _numbered(task: str, batches: list, device) -> list[Batch]:
+    numbered, start = [], 0
+    for number, batch in enumerate(batches):
+        where = f"task {task!r}, batch {number}"
+        arguments = _arguments(where, batch, device)
+        size = _size(where, arguments)
+        numbered.append(Batch(task, number, arguments, size, start))
+        start += size
+    return numbered
+
+
+def _arguments(where: str, batch, device) -> dict:
+    """The keyword arguments of a batch, checked and on the device."""
+    if not isinstance(batch, Mapping):
+        raise MergeError(f"{where}: {EXPECTED}; found {_type(batch)}")
+    for key in batch:
+        if not isinstance(key, str):
+            raise MergeError(
+                f"{where}, key {key!r}: expected the name of an argument, found {_type(key)}"
+            )
+    arguments = {key: _argument(f"{where}, key {key!r}", batch[key], device) for key in batch}
+    if not any(isinstance(value, Tensor) for value in arguments.values()):
+        raise MergeError(f"{where}: {EXPECTED}; found {sorted(arguments)}, none of them a tensor")
+    return arguments
+
+
+def _argument(where: str, value, device):
+    """A tensor on the device, or a plain value as it is."""
+    if isinstance(value, PLAIN):
+        return value
+    if not isinstance(value, Tensor):
+        raise MergeError(
+            f"{where}: expected a tensor, None, a flag, a number or a string, found "
+            f"{_type(value)}; convert it with torch.as_tensor"
+        )
+    if value.device.type == "meta":
+        raise MergeError(f"{where}: the tensor is on the meta device, which holds no values")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "a nested one" if value.is_nested else value.layout
+        raise MergeError(
+            f"{where}: expected a dense tensor, found {kind}; pad it or convert it with to_dense(), "
+            "and mark padding in an attention_mask"
+        )
+    if value.numel() == 0:
+        raise EmptyCalibration(
+            f"{where}: expected inputs, found an empty tensor of shape {tuple(value.shape)}; leave "
+            "the batch out"
+        )
+    return value.to(device)
+
+
+def _size(where: str, arguments: dict) -> int:
+    """Number of sequences of a batch."""
+    shapes = {k: v.shape for k, v in arguments.items() if isinstance(v, Tensor) and v.dim()}
+    for name in MASKS:
+        mask = arguments.get(name)
+        if mask is not None and len(shapes.get(name, ())) != 2:
+            found = tuple(mask.shape) if isinstance(mask, Tensor) else repr(mask)
+            raise MergeError(
+                f"{where}, key {name!r}: expected shape (B, S), one entry per token, found {found}; "
+                "leave it out where nothing is padding"
+            )
+    for name in TOKENS if MASKS[0] in shapes else ():
+        if name in shapes and shapes[name][0] != shapes[MASKS[0]][0]:
+            raise MergeError(
+                f"{where}: expected as many rows in {name!r} as in {MASKS[0]!r}, found "
+                f"{tuple(shapes[name])} and {tuple(shapes[MASKS[0]])}; expand the shorter one"
+            )
+    for name in (MASKS[0], *INPUTS):
+        if name in shapes:
+            return shapes[name][0]
+    leading = Counter(shape[0] for shape in shapes.values() if shape[0] > 1)
+    return leading.most_common(1)[0][0] if leading else 1
+
+
+# -------------------------------------------------------------------------------- the model
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """The model in evaluation mode, layer by layer and without a cache; afterwards as it was.
+
+    Within, ``nn.TransformerEncoder`` takes no fast path, which would go past hooks of its layers
+    and pack padded sequences into nested tensors.
+    """
+    modes = {module: module.training for module in model.modules()}
+    configs = _configs_with_cache(model)
+    cached = [config.use_cache for config in configs]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        for config in configs:
+            config.use_cache = False
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, training in modes.items():
+            module.training = training
+        for config, value in zip(configs, cached):
+            config.use_cache = value
+
+
+def _configs_with_cache(model: nn.Module) -> list:
+    """Configurations of the model and its parts that ask for a cache, each once."""
+    configs = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            configs[id(config)] = config
+    return list(configs.values())
+
+
+def main_output(output) -> Tensor:
+    """The main tensor of what a model returns.
+
+    The output itself, or the first tensor with an axis of a tuple, list or mapping (as the
+    outputs of transformers are): a loss that stands first is no output.
+
+    Raises: MergeError naming the type that has no such tensor.
+    """
+    values = [output]
+    if isinstance(output, Mapping):
+        values = list(output.values())
+    elif isinstance(output, (tuple, list)):
+        values = list(output)
+    for value in values:
+        if isinstance(value, Tensor) and value.dim():
+            return value
+    raise MergeError(
+        f"the model returns {_type(output)}: expected a tensor, or a tuple, list or mapping with a "
+        "tensor that has at least one axis; wrap the model so that it returns its hidden state"
+    )
+
+
+def refuse_what_cannot_run(model: nn.Module) -> None:
+    """Nothing, or a MergeError that names the module that cannot be run layer by layer."""
+    if not isinstance(model, nn.Module):
+        raise MergeError(f"base: expected a model (nn.Module), found {_type(model)}")
+    for name, module in model.named_modules():
+        fault = _fault(module)
+        if fault:
+            where = f"module {name!r}" if name else "the model"
+            raise MergeError(f"{where} ({_type(module)}) {fault}")
+
+
+def _fault(module: nn.Module) -> str:
+    """Why a module cannot be run layer by layer, and the cure; empty if it can."""
+    if _is_compiled(module):
+        return (
+            "is compiled, so that its layers cannot be watched; pass the model as it was before "
+            "torch.compile (model._orig_mod, or a fresh one)"
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        return (
+            "is a ScriptModule, so that its layers cannot be watched; pass the nn.Module that it "
+            "was made from"
+        )
+    if _is_quantised(module):
+        return (
+            "holds quantised weights, which are no floating numbers; load the model in a floating "
+            "dtype, or dequantise it first"
+        )
+    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    for key, value in tensors:
+        if value.device.type == "meta":
+            return (
+                f"has its {key!r} on the meta device, which holds no values; load the weights "
+                "first (without device_map offloading)"
+            )
+    return ""
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    optimised = hasattr(module, "_orig_mod") and hasattr(module, "dynamo_ctx")
+    return optimised or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """A quantised module of torch, or one named like a layer whose weight is no float."""
+    if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
+        return True
+    if not any(kind in type(module).__name__ for kind in ("Linear", "Conv", "Embedding")):
+        return False
+    weight = module._parameters.get("weight")
+    return weight is not None and not (weight.is_floating_point() or weight.is_complex())

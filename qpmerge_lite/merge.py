@@ -1,0 +1,169 @@
+r"""State dicts in, one state dict out: what every method does with the weights of base and experts.
+
+Parameters are merged by a method. Floating buffers, such as running means and variances, are
+always averaged. Entries that are no numbers to average (codes, counters, masks) are the experts'.
+"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .experts import State, agreed, check_experts, equal, is_finite, is_number, stored, tied, wide
+from .options import number
+
+AVERAGED_BUFFER = "a buffer, which no method changes: the mean of the experts'"
+
+
+@dataclass
+class Merge:
+    """A merged model and how it came about.
+
+    Attributes:
+        state_dict: every entry of the base's state dict, in its shape, dtype and device.
+        table: one row per merged layer, where the method has something to say about layers.
+        averaged: name of every floating entry that was plainly averaged -> the reason.
+    """
+
+    state_dict: dict[str, Tensor]
+    table: list[dict] = field(default_factory=list)
+    averaged: dict[str, str] = field(default_factory=dict)
+
+    def model(self, base: nn.Module) -> nn.Module:
+        """A copy of ``base`` with the merged weights."""
+        merged = copy.deepcopy(base)
+        merged.load_state_dict(self.state_dict)
+        return merged
+
+
+def buffers_of(base: nn.Module) -> set[str]:
+    """Names of the floating and complex buffers in the base's state dict."""
+    buffers = {name for name, _ in base.named_buffers(remove_duplicate=False)}
+    state = base.state_dict()
+    return {name for name, value in state.items() if name in buffers and is_number(value)}
+
+
+def parameters_of(base: nn.Module) -> set[str]:
+    """Names of the floating and complex entries of the base's state dict that are no buffers.
+
+    A parameter with several names (tied weights) is there under each of them.
+    """
+    numbers = {name for name, value in base.state_dict().items() if is_number(value)}
+    return numbers - buffers_of(base)
+
+
+def average(
+    base: nn.Module, experts: Mapping[str, State], weights: Sequence[float] | None = None
+) -> dict[str, Tensor]:
+    """Weighted mean of the experts, in float64, returned in the base's dtypes.
+
+    Parameters are weighted; floating buffers are averaged evenly; of all else see :func:`agreed`.
+    Values that all experts share come back bit for bit if the weights sum to one.
+
+    Args:
+        experts: as :func:`check_experts` returns them.
+        weights: one per expert, 1/K each by default.
+    Raises: NonFinite for a mean that the base's dtype cannot hold.
+    """
+    even = [1 / len(experts)] * len(experts)
+    weights = even if weights is None else weights
+    parameters = parameters_of(base)
+    merged = {}
+    for name, like in base.state_dict().items():
+        values = [state[name] for state in experts.values()]
+        merged[name] = _mean(name, values, weights if name in parameters else even, like)
+    return merged
+
+
+def _mean(name: str, values: list[Tensor], weights: Sequence[float], like: Tensor) -> Tensor:
+    """Weighted mean of an entry; what is no number is taken from the experts."""
+    first = values[0]
+    if not is_number(like):
+        return agreed(name, values).to(like, copy=True)
+    affine = abs(sum(weights) - 1) <= 1e-9
+    alike = affine and all(equal(first, other) for other in values[1:])
+    if alike and not is_finite(first):  # checked: as in the base
+        return first.to(like, copy=True)
+    mean = sum(weight * wide(value) for weight, value in zip(weights, values))
+    if affine:
+        mean = torch.where(_shared(values), wide(first), mean)
+    return stored(f"parameter {name!r}", mean, like)
+
+
+def _shared(values: list[Tensor]) -> Tensor:
+    """Where all tensors have one value: boolean, of their shape."""
+    first = wide(values[0])
+    shared = torch.ones_like(first, dtype=torch.bool)
+    for other in values[1:]:
+        shared &= wide(other) == first
+    return shared
+
+
+def task_vectors(base: nn.Module, experts: Mapping[str, State]) -> dict[str, Tensor]:
+    """The experts, checked, as updates of every parameter: see :func:`differences`.
+
+    Raises: what :func:`check_experts` raises.
+    """
+    return differences(base, check_experts(base, experts))
+
+
+def differences(base: nn.Module, experts: Mapping[str, State]) -> dict[str, Tensor]:
+    r"""Updates ``τ_k = θ_k - θ_0`` of every parameter: name -> (K, …), float64 or complex128.
+
+    A parameter without axes has (K,), a tied one is there under each of its names, and buffers
+    have no updates.
+
+    Args:
+        experts: as :func:`check_experts` returns them.
+    """
+    parameters = parameters_of(base)
+    vectors = {}
+    for name, origin in base.state_dict().items():
+        if name not in parameters:
+            continue
+        stacked = torch.stack([wide(state[name]) for state in experts.values()])
+        if is_finite(origin):
+            vectors[name] = stacked - wide(origin)
+        else:  # checked: all experts have the base's values, so that nothing changes
+            vectors[name] = torch.zeros_like(stacked)
+    return vectors
+
+
+def add_update(
+    base: nn.Module,
+    experts: Mapping[str, State],
+    update: Mapping[str, Tensor],
+    scale: float = 1.0,
+) -> Merge:
+    """The base plus ``scale`` times an update of its parameters.
+
+    Buffers, counters and codes are the experts', as in :func:`average`. Tied parameters get the
+    update of the first of their names that has one, so that they stay tied. Parameters without an
+    update stay the base's.
+
+    Args:
+        experts: as :func:`check_experts` returns them.
+        update: parameter name -> tensor of its shape, float64 or complex128.
+    Raises: MergeError for a scale that is no number; NonFinite for weights that are not finite, or
+        that the base's dtype cannot hold.
+    """
+    scale = number("scale", scale)
+    parameters, ties = parameters_of(base), tied(base)
+    even = [1 / len(experts)] * len(experts)
+    merged, averaged = {}, {}
+    for name, origin in base.state_dict().items():
+        source = next((n for n in ties[name] if n in update), None)
+        if name not in parameters:
+            values = [state[name] for state in experts.values()]
+            merged[name] = _mean(name, values, even, origin)
+            if is_number(origin):
+                averaged[name] = AVERAGED_BUFFER
+        elif source is None or not is_finite(origin):
+            merged[name] = origin.clone()
+        else:
+            value = wide(origin) + scale * update[source]
+            merged[name] = stored(f"parameter {name!r}", value, origin)
+    return Merge(merged, averaged=averaged)
