@@ -19,6 +19,7 @@ class Basis:
     name: str
     size: tuple[int, int, int]
     by_expert = False  # whether the q coefficients of a block are one per expert
+    own_noise = True  # whether rounding noise in H is relative to each block; not where blocks are eigenvectors
 
     @property
     def p(self) -> int:
@@ -58,7 +59,7 @@ class RowBasis(Basis):
     """
 
     def __init__(self, name: str, updates: Tensor, groups: Tensor, U: Tensor | None = None):
-        self.name, self.U, self.by_expert = name, U, True
+        self.name, self.U, self.by_expert, self.own_noise = name, U, True, U is None
         self.D = updates if U is None else U.mT @ updates  # (K, g, r, n)
         if groups.numel() != self.D[0, ..., 0].numel():
             raise ShapeMismatch(f"basis {name}, group labels", (self.D[0, ..., 0].numel(),), groups.shape, "one label per output row")
@@ -94,7 +95,7 @@ class ColumnBasis(Basis):
     """
 
     def __init__(self, name: str, updates: Tensor, V: Tensor | None = None):
-        self.name, self.V, self.by_expert = name, V, V is not None
+        self.name, self.V, self.by_expert, self.own_noise = name, V, V is not None, V is None
         self.D = updates if V is None else updates @ V  # (K, g, m, n)
         K, g, _, n = updates.shape
         self.size = (g, 1, K * n) if V is None else (g * n, 1, K)

@@ -1,14 +1,18 @@
-r"""Captured energy in sample, disjoint and cross-fitted; spectral capture; certificates of any merge.
+r"""Captured energy in sample, disjoint and cross-fitted; spectral capture; certificates of merges.
 
-*Captured energy* is what a programme achieves, ``ρ = 1 - L/E``; *spectral capture* ``κ`` is the ceiling its output directions set.
+*Captured energy* is what a programme achieves, ``ρ = 1 - L/E``; *spectral capture* ``κ`` is the
+ceiling its output directions set.
 """
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .bases import build
-from .errors import EmptyCalibration, MergeError
+from .errors import MergeError
+from .held_out import Contest, energies, unchecked
 from .moments import Moments, Pooled
 from .programme import Programme, programme
 from .solve import Factored, minimise
@@ -17,80 +21,161 @@ RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 def captured_energy(prog: Programme) -> float:
-    """``ρ(B) = fᵀH⁺f / 2E`` in [0, 1]: the fraction of residual energy the basis captures in sample; 1 if E = 0."""
+    """``ρ(B) = fᵀH⁺f / 2E`` in [0, 1]: the share of energy captured in sample; 1 if E = 0."""
     return 1 - minimise(prog).objective / prog.energy if prog.energy else 1.0
 
 
 def spectral_capture(pooled: Pooled, U: Tensor) -> float:
-    """``κ(U) = tr(UᵀMU) / tr M`` in [0, 1] for orthonormal U (m, r) or (g, m, r); no merge with outputs in span U captures more."""
+    """``κ(U) = tr(UᵀMU) / tr M`` in [0, 1]; no merge with outputs in span U captures more.
+
+    Args:
+        U: orthonormal columns, (m, r) or (g, m, r).
+    """
     U = U.to(pooled.M)
     total = pooled.M.diagonal(dim1=-2, dim2=-1).sum()
     return float(((pooled.M @ U) * U).sum() / total) if total > 0 else 1.0
 
 
-def gap(pooled: Pooled, update: Tensor, family: str = "elements", updates: Tensor | None = None) -> float:
-    r"""Certificate of any merge: ``L(W) - L(W*) ≥ 0``, its exact distance in calibration loss from the optimum of a basis.
+def gap(
+    pooled: Pooled, update: Tensor, family: str = "elements", updates: Tensor | None = None
+) -> float:
+    r"""Certificate of any merge: ``L(W) - L(W*) ≥ 0``, its exact distance from a basis' optimum.
+
+    For a basis containing the merge this equals ``½ (d - d*)ᵀ H (d - d*)``.
 
     Args:
         update: ``W - W0`` (g, m, n), made by any method.
-        family, updates: the basis whose optimum is W*; the unrestricted least squares by default. For a basis containing
-            the merge this equals ``½ (d - d*)ᵀ H (d - d*)``.
+        family, updates: the basis whose optimum is W*; the unrestricted least squares by default.
     """
-    prog = programme(pooled, build(family, update.unsqueeze(0) if updates is None else updates, pooled))
+    updates = update.unsqueeze(0) if updates is None else updates
+    prog = programme(pooled, build(family, updates, pooled))
     return pooled.loss(update) - minimise(prog).objective
 
 
-def disjoint(moments: Moments, updates: Tensor, family: str, ridges=(0.0,), *, prior: float | Tensor = 0.0, groups: Tensor | None = None,
-             weights: str = "tokens", penalty: str = "mean") -> Tensor:
-    r"""Disjoint captured energy ``ρ̃`` (F, len(ridges)): solved, rotation included, on all folds but one, scored on that one.
+def disjoint(
+    moments: Moments,
+    updates: Tensor,
+    family: str,
+    ridges: Sequence[float] = (0.0,),
+    *,
+    priors: Sequence[float] | None = None,
+    **options,
+) -> Tensor:
+    r"""Disjoint captured energy ``ρ̃``: solved on all folds but one, scored on that one.
 
-    Negative values are overfitting. In closed form from the moments; no second pass over data. ``prior`` is the scale, or one
-    scale (K,) for each update, of the task arithmetic that the ridge pulls towards.
-    Raises: EmptyCalibration when a fold lacks a task or there is only one fold.
-    """
-    if moments.folds < 2:
-        raise EmptyCalibration(f"layer {moments.layer}: {moments.folds} fold leaves none to hold out; collect the moments in at least 2 folds")
-    scores = torch.empty(moments.folds, len(ridges), dtype=torch.float64)
-    for out in range(moments.folds):
-        fitted = moments.pool([f for f in range(moments.folds) if f != out], weights)
-        held = moments.pool([out], weights)
-        basis = build(family, updates, fitted, groups=groups)
-        solutions = Factored(programme(fitted, basis), penalty).path(ridges, basis.arithmetic(prior))
-        scores[out] = torch.tensor([held.captured(basis.combine(d)) for d in solutions])
-    return scores
-
-
-def cross_fitted(moments: Moments, updates: Tensor, family: str, ridges=RIDGES, **options) -> tuple[float, float]:
-    """The ridge with the highest disjoint captured energy averaged over folds, and that average; ties go to the smaller ridge.
-
-    The ridge is chosen on the folds that score it, so the average flatters the choice a little. ``options`` are those of :func:`disjoint`.
-    """
-    if not ridges:
-        raise MergeError("ridges: expected at least one number ≥ 0, found none")
-    mean = disjoint(moments, updates, family, ridges, **options).mean(0)
-    best = int(mean.argmax())
-    return ridges[best], float(mean[best])
-
-
-def optimism(moments: Moments, updates: Tensor, family: str, ridge: float = 0.0, *, by: str = "refit", prior: float | Tensor = 0.0,
-             groups: Tensor | None = None, weights: str = "tokens", penalty: str = "mean") -> float:
-    r"""Expected ``ρ_in - ρ_out`` of the minimiser, as a share of E, from its own calibration moments; subtract it from ``1 - L/E`` in sample.
+    The rotation of a basis is solved for as well. Negative values are overfitting. In closed form
+    from the moments, with no second pass over data; R ridges and P priors cost hardly more than
+    one, except for ``rotated_columns``, whose blocks couple elsewhere.
 
     Args:
-        by: ``refit``, the mean over folds of ``(L_f - L)(d̂_{-f}) - (L_f - L)(d̂)``, Burman's form of leaving out one fold, rotation
-            included; ``gradients``, its first order ``tr((H + λΓ)⁻¹J)`` with ``J = F/(F-1) Σ_tf e_tf e_tfᵀ``, e_tf the gradient at d̂ of task t in fold f less the fold's share of
-            the task's; or ``tokens``, ``2L df/(N - df)``, as if every token were drawn by itself and all outputs were equally noisy.
-        The others as in :func:`disjoint`. Folds have to be of independent sequences.
-    Raises: MergeError for an unknown ``by`` or a single fold; EmptyCalibration when a fold lacks a task. Cost of ``refit``: F + 1 factorisations, else one.
+        updates: (K, g, m, n), or (K, m, n) for a dense layer.
+        ridges: R relative ridges ``λ ≥ 0``.
+        priors: P factors of ``prior`` to score.
+        options: ``prior`` (0 by default), the scale, or one scale (K,) for each update, of the
+            task arithmetic that the ridge pulls towards; ``groups`` of :func:`bases.build`,
+            ``weights`` of :meth:`Moments.pool`, ``penalty`` of :class:`solve.Factored`.
+    Returns: (F, R) float64 for F folds held out; (F, P, R) where ``priors`` are given.
+    Raises: EmptyCalibration when a fold lacks a task or there is only one fold; MergeError for a
+        negative ridge, no ridges, no priors, or factors of a prior that is 0.
+    """
+    contest = Contest(moments, updates, family, ridges, priors, **options)
+    contest.check_counts()
+    scores = contest.scores()
+    return scores.squeeze(1) if priors is None else scores
+
+
+def cross_fitted(
+    moments: Moments,
+    updates: Tensor,
+    family: str,
+    ridges: Sequence[float] = RIDGES,
+    *,
+    priors: Sequence[float] | None = None,
+    **options,
+) -> tuple[float, ...]:
+    """The ridge with the highest disjoint captured energy averaged over folds, and that average.
+
+    The ridge is chosen on the folds that score it, so the average flatters the choice a little.
+    Ties go to the smaller ridge, then to the prior's factor of smaller size, then to the first.
+    Wide layers whose moments are of float32 products choose by float32 factorisations.
+
+    Args:
+        moments, updates, family, ridges, priors, options: of :func:`disjoint`.
+    Returns: ``(ridge, average)``, or ``(ridge, factor of the prior, average)`` given ``priors``.
+    Raises: what :func:`disjoint` raises.
+    """
+    contest = Contest(moments, updates, family, ridges, priors, quick=True, **options)
+    contest.check_counts()
+    index, score = contest.best()
+    if priors is None:
+        return ridges[int(index)], float(score)
+    scale, ridge = index.tolist()
+    return ridges[ridge], priors[scale], float(score)
+
+
+def choose(
+    moments: Moments,
+    updates: Tensor,
+    family: str,
+    ridges: Sequence[float] = RIDGES,
+    *,
+    priors: Sequence[float] | None = None,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """What :func:`cross_fitted` takes, as tensors on the device of the moments.
+
+    No value is read, so that the device need not be waited for: that updates are finite and every
+    fold has samples of every task is for the caller to know.
+
+    Args:
+        moments, updates, family, ridges, priors, options: of :func:`disjoint`.
+    Returns: place in ``ridges`` () or, given ``priors``, in these and in ``ridges`` (2,), int64;
+        average () float64.
+    Raises: MergeError for the arguments that :func:`disjoint` refuses, apart from those.
+    """
+    options = {"make": unchecked, "quick": True, **options}
+    return Contest(moments, updates, family, ridges, priors, **options).best()
+
+
+def optimism(
+    moments: Moments,
+    updates: Tensor,
+    family: str,
+    ridge: float = 0.0,
+    *,
+    by: str = "refit",
+    prior: float | Tensor = 0.0,
+    groups: Tensor | None = None,
+    weights: str = "tokens",
+    penalty: str = "mean",
+) -> float:
+    r"""Expected ``ρ_in - ρ_out`` of the minimiser, as a share of E, from its own moments.
+
+    Subtract it from ``1 - L/E`` in sample. Folds have to be of independent sequences. Costs F + 1
+    factorisations for ``refit``, else one.
+
+    Args:
+        by: ``refit``, the mean over folds of ``(L_f - L)(d̂_{-f}) - (L_f - L)(d̂)``, Burman's form
+            of leaving out one fold, rotation included; ``gradients``, its first order
+            ``tr((H + λΓ)⁻¹J)`` with ``J = F/(F-1) Σ_tf e_tf e_tfᵀ``, e_tf the gradient at d̂ of
+            task t in fold f less the fold's share of the task's; or ``tokens``,
+            ``2L df/(N - df)``, as if every token were drawn by itself and all outputs were
+            equally noisy.
+        updates, family, prior, groups, weights, penalty: of :func:`disjoint`.
+    Raises: MergeError for an unknown ``by`` or a single fold; EmptyCalibration when a fold lacks a
+        task.
     """
     if by not in OPTIMISM or moments.folds < 2:
-        raise MergeError(f"optimism: expected one of {sorted(OPTIMISM)} and at least 2 folds, found {by!r} and {moments.folds}")
+        raise MergeError(
+            f"optimism: expected one of {sorted(OPTIMISM)} and at least 2 folds, "
+            f"found {by!r} and {moments.folds}"
+        )
     full = moments.pool(weights=weights)
 
-    def solve(pooled):
+    def solve(pooled: Pooled) -> tuple[Factored, Tensor]:
         basis = build(family, updates, pooled, groups=groups)
         factored = Factored(programme(pooled, basis), penalty)
-        return factored, basis.combine(factored.path((ridge,), basis.arithmetic(prior))[0])
+        return factored, basis.combine(factored.solve(ridge, basis.arithmetic(prior)).d)
 
     return OPTIMISM[by](moments, full, weights, ridge, solve) / full.energy if full.energy else 0.0
 
@@ -98,7 +183,8 @@ def optimism(moments: Moments, updates: Tensor, family: str, ridge: float = 0.0,
 def _by_refit(moments, full, weights, ridge, solve) -> float:
     best, total = solve(full)[1], 0.0
     for out in range(moments.folds):
-        update = solve(moments.pool([f for f in range(moments.folds) if f != out], weights))[1]
+        others = [fold for fold in range(moments.folds) if fold != out]
+        update = solve(moments.pool(others, weights))[1]
         held = moments.pool([out], weights)
         total += held.loss(update) - held.loss(best) - full.loss(update) + full.loss(best)
     return total / moments.folds
@@ -106,19 +192,22 @@ def _by_refit(moments, full, weights, ridge, solve) -> float:
 
 def _by_gradients(moments, full, weights, ridge, solve) -> float:
     factored, update = solve(full)
-    count, energy = moments.count, (moments.M.diagonal(dim1=-2, dim2=-1) if moments.full_energy else moments.M).flatten(2).sum((1, 2))
-    omega = 1 / count.sum(1) if weights == "tokens" else torch.where(energy > 0, 1 / energy, 0.0)
+    count, energy = moments.count, energies(moments).sum(1)
+    omega = 1 / count.sum(1)
+    if weights == "energy":
+        omega = torch.where(energy > 0, 1 / energy, 0.0)
     slopes = omega[:, None, None, None, None] * (update @ moments.C - moments.A)  # (T, F, g, m, n)
     share = (count / count.sum(1, keepdim=True))[:, :, None, None, None]
     slopes = (slopes - share * slopes.sum(1, keepdim=True)).flatten(0, 1)
-    pulls = torch.stack([factored.programme.basis.linear(e) for e in slopes]) / factored.gamma.sqrt().unsqueeze(1) @ factored.vectors
-    inverse = torch.where(factored.kept, 1 / torch.where(factored.kept, factored.values + ridge, 1.0), 0.0)
-    return float((pulls.square() * inverse.unsqueeze(1)).sum()) * moments.folds / (moments.folds - 1)
+    linear = torch.stack([factored.programme.basis.linear(slope) for slope in slopes])
+    pulls = linear @ factored.rotation
+    total = (pulls.square() * factored.inverse((ridge,)).unsqueeze(2)).sum()
+    return float(total) * moments.folds / (moments.folds - 1)
 
 
 def _by_tokens(moments, full, weights, ridge, solve) -> float:
     factored, update = solve(full)
-    shrunk = torch.where(factored.kept, factored.values / torch.where(factored.kept, factored.values + ridge, 1.0), 0.0)
+    shrunk = factored.values * factored.inverse((ridge,))[0]
     freedom = float(shrunk.sum()) * factored.programme.f.shape[1]
     copies, outputs = moments.A.shape[2:4]
     samples = float(moments.count.sum()) * (outputs if moments.shared else copies * outputs)

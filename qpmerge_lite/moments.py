@@ -22,7 +22,6 @@ from .errors import EmptyCalibration, MergeError, NonFinite, ShapeMismatch
 
 WEIGHTS = ("tokens", "energy")
 
-
 @dataclass(frozen=True)
 class Pooled:
     r"""Task-weighted moments ``C = Σ_t ω_t C_t`` (g, n, n), ``A`` (g, m, n), ``M`` (g, m, m), all float64, and
@@ -32,15 +31,20 @@ class Pooled:
     C: Tensor
     A: Tensor
     M: Tensor | None
-    energy: float
+    energy: float | Tensor
     shared: bool = False
+    rtol: float = 1e-10
 
     def loss(self, update: Tensor) -> float:
         """``L(W) = ½ tr(D C Dᵀ) - tr(D Aᵀ) + E`` of any merge, ``D = W - W0`` of shape (g, m, n)."""
+        return float(self.loss_tensor(update))
+
+    def loss_tensor(self, update: Tensor) -> Tensor:
+        """The same as a tensor without axes, which nothing waits for."""
         if update.shape != self.A.shape:
             raise ShapeMismatch("merged update", self.A.shape, update.shape)
         update = update.to(self.C)
-        return float(((update @ self.C) * update).sum() / 2 - (update * self.A).sum()) + self.energy
+        return ((update @ self.C) * update).sum() / 2 - (update * self.A).sum() + self.energy
 
     def captured(self, update: Tensor) -> float:
         """``1 - L(W)/E``: at most 1, negative if the merge is worse than the base.
@@ -69,6 +73,7 @@ class Moments:
     A: Tensor
     M: Tensor
     count: Tensor
+    rtol: float = 1e-10
 
     @classmethod
     def zeros(cls, tasks, n: int, m: int, *, g: int = 1, folds: int = 1, layer: str = "layer", device=None, full_energy: bool = True,
@@ -180,17 +185,25 @@ class Moments:
         """
         if weights not in WEIGHTS:
             raise MergeError(f"task weights: expected one of {WEIGHTS}, found {weights!r}")
-        chosen = torch.as_tensor(list(range(self.folds) if folds is None else folds), dtype=torch.long, device=self.C.device)
-        inside = torch.zeros(self.folds, dtype=torch.float64, device=self.C.device).index_fill(0, chosen, 1.0)
-        count = self.count @ inside
+        chosen = list(range(self.folds) if folds is None else folds)
+        count = self.count[:, chosen].sum(1)
         empty = [t for t, c in zip(self.tasks, count.tolist()) if c == 0]
         if empty:
-            raise EmptyCalibration(f"layer {self.layer}: no calibration tokens for {empty} in folds {chosen.tolist()} of "
+            raise EmptyCalibration(f"layer {self.layer}: no calibration tokens for {empty} in folds {chosen} of "
                                    f"{self.folds}; give at least one sequence per task and fold, or use fewer folds")
+        pooled = self.pooled(chosen, weights)
+        return replace(pooled, energy=float(pooled.energy))
+
+    def pooled(self, folds=None, weights: str = "tokens") -> Pooled:
+        """:meth:`pool` without a look at the values: nothing waits for the device, E is a tensor, and every task must have samples."""
+        inside = torch.zeros(self.folds, dtype=torch.float64)
+        inside[list(range(self.folds) if folds is None else folds)] = 1.0
+        inside = inside.to(self.C.device)
+        count = self.count @ inside
         energy = (self.M.diagonal(dim1=-2, dim2=-1) if self.full_energy else self.M).sum((-2, -1)) @ inside
         omega = 1 / count if weights == "tokens" else torch.where(energy > 0, 1 / energy, 0.0)
         C, A, M = (torch.tensordot(omega[:, None] * inside, z, 2) for z in (self.C, self.A, self.M))  # one pass, no copies
-        return Pooled(C, A, M if self.full_energy else None, float(omega @ energy) / 2, self.shared)
+        return Pooled(C, A, M if self.full_energy else None, omega @ energy / 2, self.shared, self.rtol)
 
     def save(self, path) -> None:
         """Write safetensors to ``path`` through a temporary name."""

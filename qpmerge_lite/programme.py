@@ -14,6 +14,8 @@ from .moments import Pooled
 class Programme:
     r"""``H`` (b, q, q) PSD, ``f`` (b, s, q), both float64, and ``energy = E``; coefficients ``d`` have the shape of ``f``.
 
+    ``rtol``: eigenvalues below it, relative to the largest, are rounding noise of the products that the moments were made of.
+
     ``f`` lies in the range of ``H``: if Hw = 0 then Σ_j w_j B_j vanishes on every calibration input of positive weight,
     so fᵀw = -Σ_t ω_t tr(R_tᵀ (Σ_j w_j B_j) X_t) = 0. Hence a minimiser always exists.
     """
@@ -22,6 +24,7 @@ class Programme:
     H: Tensor
     f: Tensor
     energy: float
+    rtol: float = 1e-10
 
     def gradient(self, d: Tensor) -> Tensor:
         """``Hd + f``, the shape of d."""
@@ -40,4 +43,4 @@ class Programme:
 def programme(pooled: Pooled, basis: Basis) -> Programme:
     """The programme of a basis under given moments; the moments may come from other data than the basis."""
     H = basis.quadratic(pooled.C)
-    return Programme(basis, (H + H.mT) / 2, -basis.linear(pooled.A), pooled.energy)
+    return Programme(basis, (H + H.mT) / 2, -basis.linear(pooled.A), pooled.energy, pooled.rtol)

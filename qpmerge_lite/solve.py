@@ -1,11 +1,16 @@
-r"""Minimisers of the merge programme: closed forms through one eigendecomposition, constraints through Clarabel.
+r"""Minimisers of the merge programme: closed forms, and constraints through Clarabel.
 
-``min L(d) + ½ λ (d - d0)ᵀ Γ (d - d0)`` is solved for the step e = d - d0 from ``(H + λΓ) e = -(H d0 + f)``, so that λ → ∞
-returns the prior d0, and λ = 0 the minimiser nearest to d0: ``-H⁺f`` of least norm for d0 = 0.
+``min L(d) + ½ λ (d - d0)ᵀ Γ (d - d0)`` is solved for the step e = d - d0 from
+``(H + λΓ) e = -(H d0 + f)``, so that λ → ∞ returns the prior d0, and λ = 0 the minimiser nearest
+to d0: ``-H⁺f`` of least norm for d0 = 0. One ridge takes a Cholesky factorisation, or an
+eigendecomposition where the programme may be singular; many ridges share one of the latter.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,112 +18,282 @@ from torch import Tensor
 from .errors import Infeasible, MergeError
 from .programme import Programme
 
-RTOL = 1e-10  # eigenvalues below RTOL times the largest are noise of float32 activations: (2^-23)² times their number
+RTOL = 1e-10  # eigenvalues below RTOL times the largest are rounding noise of float64 products
+RTOL_FLOAT32 = 1e-6  # and those of a float32 factorisation
+CHOLESKY_WIDTH = 64  # a Cholesky factorisation is three to nine times as quick from here on
+PENALTIES = ("mean", "diagonal")
+
+Ridge = float | Tensor  # a tensor has no axes, is ≥ 0 and never looked at
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Coefficients ``d`` (b, s, q) and what is known about them.
+    """Coefficients ``d`` (b, s, q) of a minimiser; all else is computed when it is asked for.
 
-    ``objective`` is L(d) without the ridge term; ``rank`` of ``p`` counts eigenvalues of H kept; ``residual`` is the
-    stationarity error ``‖(H + λΓ)(d - d0) + H d0 + f‖ / ‖f‖`` (KKT error for a constrained programme).
+    Attributes:
+        programme: that ``d`` minimises.
+        ridge, prior, penalty: what it was asked for with, see :func:`minimise`.
+        factored: the factorisation it was found with, if by eigenvectors.
     """
 
     d: Tensor
-    objective: float
-    rank: int
-    p: int
-    ridge: float
-    residual: float
-    status: str
+    programme: Programme = field(repr=False)
+    ridge: Ridge = 0.0
+    prior: Tensor | None = field(default=None, repr=False)
+    penalty: str = "mean"
+    factored: Factored | None = field(default=None, repr=False)
+
+    @property
+    def p(self) -> int:
+        """Number of coefficients."""
+        return self.programme.basis.p
+
+    @cached_property
+    def objective(self) -> float:
+        """``L(d)`` without the ridge term."""
+        return float(self.programme.objective(self.d))
+
+    @cached_property
+    def rank(self) -> int:
+        """Eigenvalues of H above the rounding noise, ``p`` of them if H is positive definite."""
+        factored = self.factored or Factored(self.programme, self.penalty)
+        return factored.rank
+
+    @cached_property
+    def residual(self) -> float:
+        """Stationarity error ``‖(H + λΓ)(d - d0) + H d0 + f‖ / ‖f‖``; absolute where f = 0."""
+        programme = self.programme
+        step = self.d if self.prior is None else self.d - self.prior.to(self.d)
+        gamma = penalty_weights(programme, self.penalty).unsqueeze(1)
+        error = float((programme.gradient(self.d) + self.ridge * gamma * step).norm())
+        size = float(programme.f.norm())
+        return error / size if size > 0 else error
+
+    @cached_property
+    def status(self) -> str:
+        """Whether the minimiser is unique, and if not what chose among them."""
+        if self.rank == self.p:
+            return f"H positive definite (rank {self.p}): the minimiser is unique"
+        cure = (
+            "least-norm (nearest to the prior) one returned; "
+            "more calibration tokens or a ridge would decide"
+        )
+        if self.ridge:
+            cure = f"ridge {float(self.ridge):g} decides"
+        return (
+            f"H singular (rank {self.rank} of {self.p}): "
+            f"minimisers differ by ker H with the same calibration outputs; {cure}"
+        )
+
+
+@dataclass(frozen=True)
+class ConstrainedSolution(Solution):
+    """A minimiser under constraints; ``residual`` and ``status`` are the iterative solver's."""
+
+    residual: float = 0.0
+    status: str = ""
+
+
+def penalty_weights(programme: Programme, penalty: str = "mean") -> Tensor:
+    """Γ of the ridge term as its diagonal (b, q), positive; 1 for elements without any output.
+
+    Args:
+        penalty: ``mean``, the mean of diag H for all (filters weak directions, does not depend on
+            the coordinates) or ``diagonal``, diag H (does not depend on the scale of single
+            elements; RegMean's α is one).
+    Raises: MergeError for another penalty.
+    """
+    if penalty not in PENALTIES:
+        raise MergeError(f"ridge penalty: expected 'mean' or 'diagonal', found {penalty!r}")
+    diagonal = programme.H.diagonal(dim1=-2, dim2=-1)
+    gamma = diagonal if penalty == "diagonal" else diagonal.mean().expand_as(diagonal)
+    return torch.where(gamma > 0, gamma, 1.0)
 
 
 class Factored:
-    """A programme factored once, to be solved for many ridges.
+    """A programme by its eigenvectors, to be solved for many ridges at the price of one.
 
     Args:
-        penalty: Γ as ``mean`` (identity times the mean of diag H: filters weak directions, does not depend on the
-            coordinates) or ``diagonal`` (diag H: does not depend on the scale of single elements; RegMean's α is one).
+        penalty: Γ of the ridge term, see :func:`penalty_weights`.
+        rtol: eigenvalues below ``rtol`` times the largest of their block (of all blocks, where
+            these are eigenvectors) are taken for noise: nothing moves along their directions. By default what the programme says of its moments.
+        dtype: precision of the eigendecomposition; float32 takes half the time, and is good enough
+            to choose a ridge by.
+
+    Attributes:
+        gamma: (b, q) float64. values, kept: (b, q) eigenvalues of ``Γ^-½ H Γ^-½``, noise set to 0.
+        vectors: (b, q, q) eigenvectors, in ``dtype``.
     """
 
-    def __init__(self, programme: Programme, penalty: str = "mean", rtol: float = RTOL):
-        if penalty not in ("mean", "diagonal"):
-            raise MergeError(f"ridge penalty: expected 'mean' or 'diagonal', found {penalty!r}")
+    def __init__(
+        self,
+        programme: Programme,
+        penalty: str = "mean",
+        rtol: float | None = None,
+        dtype: torch.dtype = torch.float64,
+    ):
         self.programme, self.penalty = programme, penalty
-        diagonal = programme.H.diagonal(dim1=-2, dim2=-1)
-        gamma = diagonal if penalty == "diagonal" else torch.full_like(diagonal, float(diagonal.mean()))
-        self.gamma = torch.where(gamma > 0, gamma, 1.0)  # (b, q); an element with no output is left at its prior
+        self.gamma = penalty_weights(programme, penalty)
         root = self.gamma.sqrt()
-        values, self.vectors = torch.linalg.eigh(programme.H / (root[:, :, None] * root[:, None, :]))
-        self.kept = values > rtol * (values.max().clamp(min=0) if values.numel() else 0)  # p = 0: experts equal to the base
+        scaled = programme.H / (root[:, :, None] * root[:, None, :])
+        values, self.vectors = torch.linalg.eigh(scaled.to(dtype))
+        values = values.to(programme.H)
+        noise = programme.rtol if rtol is None else rtol
+        if dtype == torch.float32:
+            noise = max(noise, RTOL_FLOAT32)
+        self.kept = values > noise * self._largest(values)
         self.values = torch.where(self.kept, values, 0.0)
-        self.rank = int(self.kept.sum()) * programme.f.shape[1]
 
-    def path(self, ridges, prior: Tensor | None = None) -> Tensor:
-        """Coefficients (R, b, s, q) of the minimisers for R relative ridges ``λ ≥ 0`` towards ``prior`` (b, s, q), zero by default."""
-        if min(ridges) < 0:
-            raise MergeError(f"ridge: expected a number ≥ 0, found {min(ridges)}")
-        prior = torch.zeros_like(self.programme.f) if prior is None else prior.to(self.programme.f)
-        root = self.gamma.sqrt().unsqueeze(1)
-        pull = (-self.programme.gradient(prior) / root) @ self.vectors
-        steps = []
+    def _largest(self, values: Tensor) -> Tensor | float:
+        """What noise is relative to: the largest eigenvalue of all, or of each block, if not lost beside all."""
+        if values.numel() == 0:
+            return 0.0  # experts equal the base
+        largest = values.max().clamp(min=0)
+        if not self.programme.basis.own_noise:
+            return largest
+        return torch.maximum(values.amax(1, keepdim=True), 1e-3 * largest)
+
+    @cached_property
+    def rotation(self) -> Tensor:
+        """``Γ^-½ V`` (b, q, q) float64: turns steps along the eigenvectors into coefficients."""
+        return self.vectors.to(self.gamma) / self.gamma.sqrt()[:, :, None]
+
+    @cached_property
+    def rank(self) -> int:
+        """Eigenvalues of H above the noise, for all right-hand sides."""
+        return int(self.kept.sum()) * self.programme.f.shape[1]
+
+    def inverse(self, ridges: Sequence[Ridge]) -> Tensor:
+        """``1 / (w + λ)`` (R, b, q) for the eigenvalues w, 0 for those that are noise."""
         for ridge in ridges:
-            inverse = torch.where(self.kept, 1 / torch.where(self.kept, self.values + ridge, 1.0), 0.0)
-            steps.append(pull * inverse.unsqueeze(1))
-        return prior + torch.stack(steps) @ self.vectors.mT / root
+            check_ridge(ridge)
+        damped = torch.stack([self.values + ridge for ridge in ridges])
+        return torch.where(self.kept, 1 / damped, 0.0)
 
-    def solve(self, ridge: float = 0.0, prior: Tensor | None = None) -> Solution:
-        """Minimiser for a relative ridge ``λ ≥ 0`` towards ``prior`` (b, s, q), zero (the base) by default."""
-        P = self.programme
+    def path(self, ridges: Sequence[Ridge], prior: Tensor | None = None) -> Tensor:
+        """Minimisers (R, b, s, q) for R relative ridges ``λ ≥ 0`` towards a prior.
+
+        Args:
+            prior: (b, s, q), zero (the base) by default.
+        Raises: MergeError for a negative number among the ridges; tensors are not looked at.
+        """
+        prior = torch.zeros_like(self.programme.f) if prior is None else prior.to(self.programme.f)
+        pull = -self.programme.gradient(prior) @ self.rotation
+        return prior + (pull * self.inverse(ridges).unsqueeze(2)) @ self.rotation.mT
+
+    def solve(self, ridge: Ridge = 0.0, prior: Tensor | None = None) -> Solution:
+        """Minimiser for one relative ridge ``λ ≥ 0`` towards ``prior`` (b, s, q), or zero."""
         d = self.path((ridge,), prior)[0]
-        step = d if prior is None else d - prior.to(d)
-        stationarity = P.gradient(d) + ridge * self.gamma.unsqueeze(1) * step
-        residual = float(stationarity.norm() / P.f.norm()) if P.f.norm() > 0 else float(stationarity.norm())
-        return Solution(d, P.objective(d), self.rank, P.basis.p, ridge, residual, self._status(ridge))
-
-    def _status(self, ridge):
-        p = self.programme.basis.p
-        if self.rank == p:
-            return f"H positive definite (rank {p}): the minimiser is unique"
-        cure = f"ridge {ridge:g} decides" if ridge else "least-norm (nearest to the prior) one returned; more calibration tokens or a ridge would decide"
-        return f"H singular (rank {self.rank} of {p}): minimisers differ by ker H with the same calibration outputs; {cure}"
+        return Solution(d, self.programme, ridge, prior, self.penalty, self)
 
 
-def minimise(programme: Programme, ridge: float = 0.0, prior: Tensor | None = None, penalty: str = "mean") -> Solution:
-    """Closed-form minimiser; see :class:`Factored` to solve for several ridges at the cost of one."""
-    return Factored(programme, penalty).solve(ridge, prior)
+def check_ridge(ridge: Ridge) -> None:
+    """Raise MergeError for a number that is no ridge; tensors stay on their device unseen."""
+    if not isinstance(ridge, Tensor) and not ridge >= 0:
+        raise MergeError(f"ridge: expected a number ≥ 0, found {ridge}")
 
 
-def minimise_constrained(programme: Programme, *, nonnegative: bool = False, sum_to_one: bool = False) -> Solution:
-    """Minimiser under ``d ≥ 0`` and/or ``Σ_k d_k = 1`` over the experts in every block, by Clarabel's interior-point method.
+def is_definite(programme: Programme, ridge: Ridge) -> bool:
+    """Whether a ridge is known to outweigh the noise of a wide programme, for Cholesky to take it.
 
-    Needs the ``qp`` extra; for small p. ``sum_to_one`` needs blocks indexed by experts (row families, rotated columns).
-    Raises: Infeasible with the solver's status; MergeError when no constraint, or a meaningless one, is asked for.
+    No eigenvalue is larger than the trace, so noise is at most ``rtol`` times that.
+    """
+    b, _, q = programme.f.shape
+    if isinstance(ridge, Tensor) or q < CHOLESKY_WIDTH:
+        return False
+    return 2 * programme.rtol * b * q <= ridge < math.inf
+
+
+def minimise(
+    programme: Programme, ridge: Ridge = 0.0, prior: Tensor | None = None, penalty: str = "mean"
+) -> Solution:
+    """Closed-form minimiser of ``L(d) + ½ λ (d - d0)ᵀ Γ (d - d0)``.
+
+    By one Cholesky factorisation where the blocks are wide and the ridge is a number above the
+    noise of H, else by eigenvectors, along which nothing moves where H is noise. Use
+    :class:`Factored` to solve for several ridges at the cost of one.
+
+    Args:
+        ridge: relative ``λ ≥ 0``, a number or a float64 tensor without axes, which is not read.
+        prior: d0 (b, s, q), zero (the base) by default.
+        penalty: Γ, see :func:`penalty_weights`.
+    Returns: a Solution; its ``d`` is NaN where the moments are not those of any data.
+    Raises: MergeError for a negative ridge or an unknown penalty.
+    """
+    check_ridge(ridge)
+    if not is_definite(programme, ridge):
+        return Factored(programme, penalty).solve(ridge, prior)
+    d = _by_cholesky(programme, ridge, prior, penalty_weights(programme, penalty))
+    return Solution(d, programme, ridge, prior, penalty)
+
+
+def _by_cholesky(programme: Programme, ridge: float, prior: Tensor | None, gamma: Tensor) -> Tensor:
+    """``d`` (b, s, q) for a ridge that makes H definite; NaN if H was not positive semidefinite."""
+    H = programme.H.clone()
+    H.diagonal(dim1=-2, dim2=-1).add_(ridge * gamma)
+    factor, failed = torch.linalg.cholesky_ex(H)
+    factor = torch.where(failed[:, None, None] == 0, factor, torch.nan)  # without waiting for it
+    start = None if prior is None else prior.to(programme.f)
+    pull = -programme.f if start is None else -programme.gradient(start)
+    step = torch.cholesky_solve(pull.mT, factor).mT
+    return step if start is None else start + step
+
+
+def minimise_constrained(
+    programme: Programme, *, nonnegative: bool = False, sum_to_one: bool = False
+) -> Solution:
+    """Minimiser under ``d ≥ 0`` and/or ``Σ_k d_k = 1`` over the experts in every block.
+
+    By Clarabel's interior-point method, for small p; needs the ``qp`` extra. ``sum_to_one`` needs
+    blocks indexed by experts (row families, rotated columns).
+    Raises: Infeasible with the solver's status; MergeError when no constraint, or a meaningless
+        one, is asked for.
     """
     import clarabel
     import numpy as np
     from scipy import sparse
 
-    if not (nonnegative or sum_to_one):
-        raise MergeError("constraints: expected nonnegative and/or sum_to_one, found neither; use minimise for the free programme")
-    if sum_to_one and not programme.basis.by_expert:
-        raise MergeError(f"basis {programme.basis.name}: its blocks are not indexed by experts, so Σ_k d_k = 1 has no meaning; use a row family")
+    _check_constraints(programme, nonnegative, sum_to_one)
     b, s, q = programme.f.shape
     scale = float(programme.H.abs().max()) or 1.0
-    H = sparse.block_diag(list((programme.H / scale).cpu().numpy().repeat(s, 0)), format="csc")
+    blocks = list((programme.H / scale).cpu().numpy().repeat(s, 0))
+    H = sparse.block_diag(blocks, format="csc")
     f = (programme.f / scale).flatten().cpu().numpy()
-    sums = [(sparse.kron(sparse.eye(b * s), np.ones((1, q))), np.ones(b * s), clarabel.ZeroConeT(b * s))] if sum_to_one else []
-    signs = [(-sparse.eye(f.size), np.zeros(f.size), clarabel.NonnegativeConeT(f.size))] if nonnegative else []
-    rows, bounds, cones = zip(*sums, *signs)
+    rows, bounds, cones = [], [], []
+    if sum_to_one:
+        rows.append(sparse.kron(sparse.eye(b * s), np.ones((1, q))))
+        bounds.append(np.ones(b * s))
+        cones.append(clarabel.ZeroConeT(b * s))
+    if nonnegative:
+        rows.append(-sparse.eye(f.size))
+        bounds.append(np.zeros(f.size))
+        cones.append(clarabel.NonnegativeConeT(f.size))
     G = sparse.vstack(rows, format="csc")
     settings = clarabel.DefaultSettings()
     settings.verbose = False
     settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = 1e-10
-    answer = clarabel.DefaultSolver(sparse.triu(H, format="csc"), f, G, np.concatenate(bounds), list(cones), settings).solve()
+    upper = sparse.triu(H, format="csc")
+    answer = clarabel.DefaultSolver(upper, f, G, np.concatenate(bounds), cones, settings).solve()
     if "Solved" not in str(answer.status):
-        raise Infeasible(f"constrained programme over basis {programme.basis.name}: Clarabel reports {answer.status}; check H and f for scale")
+        raise Infeasible(
+            f"constrained programme over basis {programme.basis.name}: Clarabel reports "
+            f"{answer.status}; check H and f for scale"
+        )
     d = np.asarray(answer.x)
-    stationarity = np.abs(H @ d + f + G.T @ np.asarray(answer.z)).max() / (np.abs(f).max() or 1.0)
+    error = np.abs(H @ d + f + G.T @ np.asarray(answer.z)).max() / (np.abs(f).max() or 1.0)
     d = torch.from_numpy(d).to(programme.f).reshape(b, s, q)
-    return Solution(d, programme.objective(d), Factored(programme).rank, d.numel(), 0.0, float(stationarity),
-                    f"{answer.status} by Clarabel in {answer.iterations} steps")
+    status = f"{answer.status} by Clarabel in {answer.iterations} steps"
+    return ConstrainedSolution(d, programme, residual=float(error), status=status)
+
+
+def _check_constraints(programme: Programme, nonnegative: bool, sum_to_one: bool) -> None:
+    if not (nonnegative or sum_to_one):
+        raise MergeError(
+            "constraints: expected nonnegative and/or sum_to_one, found neither; "
+            "use minimise for the free programme"
+        )
+    if sum_to_one and not programme.basis.by_expert:
+        raise MergeError(
+            f"basis {programme.basis.name}: its blocks are not indexed by experts, "
+            "so Σ_k d_k = 1 has no meaning; use a row family"
+        )
