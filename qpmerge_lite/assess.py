@@ -1,23 +1,32 @@
 r"""What any finished merge is worth, whichever method made it: captured energies on any inputs, and certificates in closed form."""
+
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from .calibration import Batch, check_calibration, evaluating, main_output, refuse_what_cannot_run
 from .diagnostic import gap
-from .errors import MissingLayer
-from .layers import View
+from .errors import MergeError, MissingLayer
+from .experts import check_experts
+from .layouts import Layout
+from .lockstep import Stage, first_tensor, refused
 from .moments import Moments
-from .sequential import check_experts, evaluating, merge_sequentially
-from .walk import Walker, carries, tensor
+from .options import words
+from .recipes import Recipe
+from .recording import first_output
+from .sequential import Pass
+from .survey import block_paths, survey
+from .views import View
 
 Layers = dict[str, tuple[View, Moments, Tensor]]
 
 
 def layer_moments(base: nn.Module, experts, calibration, layers=None, *, along: Mapping[str, Tensor] | None = None, scope: str = "all",
-                  folds: int = 4, blocks: str | None = None, full_energy: bool = True) -> Layers:
+                  folds: int = 4, blocks: str | None = None, full_energy: bool = True, products: str = "activations") -> Layers:
     """For every layer (or the named ones) its view, moments and residual updates (K, g, m, n), on the experts' own inputs.
 
     That is RegMean's setting: no merge is needed to know what a layer reads, own and propagated targets agree, and the programme of
@@ -27,19 +36,26 @@ def layer_moments(base: nn.Module, experts, calibration, layers=None, *, along: 
         along: state dict of a finished merge. Layers then read what its own earlier layers produce, and targets are the experts' outputs.
         full_energy: keep all of M, which rotated rows need. The others, and errors, as in :func:`merge_sequentially`.
     """
-    kept: Layers = {}
+    named = None if layers is None else tuple(words("layers", layers))
+    inputs = "expert" if along is None else "merged"
+    recipe = Recipe(None, inputs, "own", scope, folds, named, along, full_energy)
+    gathering = Pass(base, experts, calibration, {"moments": recipe}, blocks, products)
+    making = gathering.makings()[0]
+    for name in named or ():
+        if name not in making.moments:
+            reason = making.left_out.get(name) or gathering.known.left_out.get(name)
+            raise MissingLayer(f"layer {name!r}: expected to be called once in a forward pass, but: {reason}; choose another layer")
+    return making.moments
 
-    def keep(moments, updates, anchor=None):
-        kept[moments.layer] = moments, updates
-        return torch.zeros_like(updates[0]) if anchor is None else anchor, {}
 
-    keep.full_energy = full_energy
-    merge = merge_sequentially(base, experts, calibration, keep, inputs="expert" if along is None else "merged", scope=scope, folds=folds,
-                               blocks=blocks, layers=layers, anchor=along, progress=False)
-    for name in layers or ():
-        if name not in kept:
-            raise MissingLayer(f"layer {name!r}: expected to be called once in a forward pass, found none or several calls; choose another layer")
-    return {name: (merge.views[name], *found) for name, found in kept.items()}
+def _check_layers(layers) -> None:
+    """MergeError for anything but what :func:`layer_moments` returns."""
+    fits = isinstance(layers, Mapping)
+    for found in layers.values() if fits else ():
+        fits = fits and isinstance(found, tuple) and len(found) == 3
+        fits = fits and isinstance(found[0], View) and isinstance(found[1], Moments)
+    if not fits:
+        raise MergeError(f"layers: expected what layer_moments returns, found {type(layers).__name__}")
 
 
 def certify(layers: Layers, base: nn.Module, state: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
@@ -50,6 +66,7 @@ def certify(layers: Layers, base: nn.Module, state: Mapping[str, Tensor]) -> dic
     Returns: layer -> ``captured`` (``1 - L(W)/E`` of the merge) and ``gap`` (``(L(W) - L(W*))/E ≥ 0``, W* the unrestricted least squares).
         Layers without residual energy are left out.
     """
+    _check_layers(layers)
     state, reference = check_experts(base, {"merge": state})["merge"], base.state_dict()
     found = {}
     for name, (view, moments, _) in layers.items():
@@ -74,66 +91,172 @@ def audit(base: nn.Module, state, experts, calibration, *, blocks: str | None = 
     return Auditor(base, experts, calibration, blocks=blocks, hold=False)(state)
 
 
+class _Sight:
+    """What one forward showed: what layers read and put out, what blocks and the model returned."""
+
+    def __init__(self, copying: bool):
+        self.copying = copying
+        self.reads: dict[str, Tensor] = {}
+        self.outputs: dict[object, Tensor] = {}
+        self._versions: list[tuple[Tensor, int]] = []
+
+    def kept(self, seen: Tensor) -> Tensor:
+        """A tensor as it is now: itself, or a copy where the model works in place."""
+        if self.copying:
+            return seen.clone()
+        self._versions.append((seen, seen._version))
+        return seen
+
+    def overwritten(self) -> bool:
+        """Whether the model has worked in place on what was seen."""
+        return any(seen._version != version for seen, version in self._versions)
+
+
 class Auditor:
     """:func:`audit` of many merges on the same inputs; what base and experts put out there is held, unless ``hold`` is false."""
 
     @torch.no_grad()
     def __init__(self, base: nn.Module, experts, calibration, *, blocks: str | None = None, hold: bool = True):
-        self.base, self.experts, self.reference = base, check_experts(base, experts), base.state_dict()
-        self.streams = carries(calibration, list(self.experts), 1, next(base.parameters()).device)
-        self.walker, probe = Walker(base, blocks), next(iter(self.streams.values()))[0]
+        refuse_what_cannot_run(base)
+        self.base, self.experts, self.reference = base, check_experts(base, experts, cast=True), base.state_dict()
+        self.batches = check_calibration(calibration, list(self.experts), next(base.parameters()).device)
+        every = [batch for batches in self.batches.values() for batch in batches]
         with evaluating(base):
-            self.walker.check(self.reference, probe)
-            self.chunks = _views_by_chunk(self.walker, self.reference, probe)
-            self.held = {t: [list(self._aims(carry)) for carry in stream] for t, stream in self.streams.items()} if hold else None
-
-    def _aims(self, carry):
-        """Chunk by chunk what the base puts out, what the task's expert does, and what the expert's layers do."""
-        plain = aim = carry
-        for index, views in enumerate(self.chunks):
-            put = {}
-            plain, _ = self.walker.run(index, self.reference, plain)
-            aim, _ = self.walker.run(index, self.experts[carry.task], aim, [v.name for v in views], puts=put)
-            yield tensor(plain.hidden), tensor(aim.hidden), put
+            self.known = survey(base, every, block_paths(base, blocks), self.reference)
+        for message in self.known.refusals.values():
+            raise MergeError(message)
+        sequence, left_out = self.known.sequence, self.known.left_out
+        self.layers = [name for kind, name in sequence if kind == "layer" and name not in left_out]
+        self.blocks = [name for kind, name in sequence if kind == "leave"]
+        self.held: dict[tuple, tuple[_Sight, _Sight]] | None = {} if hold else None
 
     @torch.no_grad()
     def __call__(self, state, tasks=None) -> dict:
         """One merge, on the inputs of all tasks or of some."""
-        state, sums = check_experts(self.base, {"merge": state})["merge"], {}
-        with evaluating(self.base):
-            for task in self.streams if tasks is None else tasks:
-                for i, carry in enumerate(self.streams[task]):
-                    self._add(state, carry, self.held[task][i] if self.held else self._aims(carry), sums)
-        shares = {}
-        for key, found in sums.items():
-            lost, energy = (sum(t[i] / t[2] for t in found.values()) for i in (0, 1))
-            shares[key] = lost / energy if energy else None
-        captured = lambda share: None if share is None else 1 - share
-        return {"layers": {v.name: captured(shares[v.name]) for views in self.chunks for v in views},
-                "drift": [shares[i] for i in range(1, len(self.chunks) - 1)], "output": captured(shares[len(self.chunks) - 1])}
+        state, sums, stage = check_experts(self.base, {"merge": state}, cast=True)["merge"], {}, Stage(self.base)
+        try:
+            with evaluating(self.base), _Watch(stage, self.known.views, self.layers, self.blocks) as watch:
+                for task in self.batches if tasks is None else tasks:
+                    for batch in self.batches[task]:
+                        expected = self._references(watch, batch)
+                        made = watch.run(state, batch, True)
+                        self._add(batch, made, *expected, sums)
+        finally:
+            stage.restore()
+        shares = {key: _share(found) for key, found in sums.items()}
+        return {"layers": {name: _captured(shares.get(name)) for name in self.layers},
+                "drift": [shares.get(("leave", name)) for name in self.blocks], "output": _captured(shares["output"])}
 
-    def _add(self, state, carry, aims, sums):
-        """Add to ``sums[layer name or chunk][task]`` the squared errors of merge and base, and the number of tokens."""
-        def add(key, mask, made, plain, aim):
-            made, plain, aim = (carry.samples(z, mask) for z in (made, plain, aim))
-            total = sums.setdefault(key, {}).setdefault(carry.task, [0.0, 0.0, 0])
-            for i, z in enumerate((made, plain)):
+    def _references(self, watch, batch: Batch) -> tuple[_Sight, _Sight]:
+        """What base and expert put out on a batch."""
+        key = batch.task, batch.number
+        if self.held is not None and key in self.held:
+            return self.held[key]
+        found = watch.run(self.reference, batch, False), watch.run(self.experts[batch.task], batch, False)
+        if self.held is not None:
+            found[0].outputs = {k: v for k, v in found[0].outputs.items() if k not in self.layers}
+            self.held[key] = found
+        return found
+
+    def _add(self, batch: Batch, made: _Sight, base: _Sight, expert: _Sight, sums) -> None:
+        """Add to ``sums[layer, block or output][task]`` the squared errors of merge and base, and the number of rows."""
+        for key, put in made.outputs.items():
+            if key not in expert.outputs:
+                continue
+            if key in self.layers:
+                v = self.known.views[key]
+                point, plain = ("layer", key), v.output(self.reference, made.reads[key])
+                rows = [v.output_rows(z) for z in (put, plain, expert.outputs[key])]
+            else:
+                point, rows = key if key != "output" else ("output", ""), [put, base.outputs[key], expert.outputs[key]]
+            if any(z.shape != rows[0].shape for z in rows):
+                continue  # routed otherwise: these rows are other tokens
+            layout = self.known.layout_at(point, batch)
+            merged, plain, aim = (self._kept(z, layout, batch) for z in rows)
+            total = sums.setdefault(key, {}).setdefault(batch.task, [0.0, 0.0, 0])
+            for i, z in enumerate((merged, plain)):
                 total[i] += float((z - aim).square().sum(dtype=torch.float64))
             total[2] += len(aim)
+            if not math.isfinite(total[0] + total[1]):
+                where = f"layer {key!r}" if key in self.layers else f"the model's {key!r}"
+                raise MergeError(
+                    f"task {batch.task!r}, batch {batch.number}, {where}: squares of its outputs are not finite; look for "
+                    "damaged or far too large inputs and weights"
+                )
 
-        behind, walker = carry, self.walker
-        for index, (views, (plain, aim, put)) in enumerate(zip(self.chunks, aims)):
-            before, made = behind, {}
-            behind, read = walker.run(index, state, before, [v.name for v in views], puts=made)
-            for v in views:
-                outputs = made[v.name], v.output(self.reference, read[v.name]), put[v.name]
-                add(v.name, walker.mask(index, before, v.name, read[v.name]), *(v.outputs(y, len(carry.folds)) for y in outputs))
-            add(index, walker.mask(index, behind), tensor(behind.hidden), plain, aim)
+    def _kept(self, z: Tensor, layout: Layout | None, batch: Batch) -> Tensor:
+        """Rows (N, d) that are no padding."""
+        if layout is None or not layout.fits(z, batch):
+            return z.reshape(-1, z.shape[-1])
+        z = layout.arrange(z, batch.size)
+        mask = batch.arguments.get(layout.mask) if layout.mask else None
+        return z.flatten(0, -2) if mask is None else z[mask != 0].flatten(0, -2)
 
 
-def _views_by_chunk(walker, state, carry) -> list[list[View]]:
-    chunks = []
-    for index in range(len(walker)):
-        chunks.append([v for stage in walker.stages(index, state, carry) for v in stage])
-        carry, _ = walker.run(index, state, carry)
-    return chunks
+class _Watch:
+    """Runs a model under a state on a batch and tells what layers and blocks put out; hooks are there while it is entered."""
+
+    def __init__(self, stage: Stage, views, layers, blocks):
+        self.stage, self.copying, self.sight, self._hooks = stage, False, _Sight(False), []
+        for name in layers:
+            module = views[name].module
+            self._hooks.append(module.register_forward_pre_hook(self._reading(name), with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._putting(name)))
+        for name in blocks:
+            module = stage.model.get_submodule(name)
+            self._hooks.append(module.register_forward_hook(self._leaving(name)))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for hook in self._hooks:
+            hook.remove()
+
+    def _reading(self, name):
+        def hook(module, args, kwargs):
+            self.sight.reads[name] = self.sight.kept(first_tensor(args, kwargs))
+
+        return hook
+
+    def _putting(self, name):
+        def hook(module, args, output):
+            self.sight.outputs[name] = self.sight.kept(output)
+
+        return hook
+
+    def _leaving(self, name):
+        def hook(module, args, output):
+            put = first_output(output)
+            if put is not None:
+                self.sight.outputs["leave", name] = self.sight.kept(put)
+
+        return hook
+
+    def run(self, state, batch: Batch, with_reads: bool) -> _Sight:
+        """One forward; what layers read is kept on request. Run again with copies where the model works in place."""
+        self.sight = found = _Sight(self.copying)
+        self.stage.show(state)
+        try:
+            found.outputs["output"] = main_output(self.stage.model(**batch.arguments))
+        except MergeError:
+            raise
+        except Exception as error:
+            raise refused(batch, error) from error
+        if found.overwritten():
+            self.copying = True
+            return self.run(state, batch, with_reads)
+        if not with_reads:
+            found.reads = {}
+        return found
+
+
+def _share(found: dict[str, list]) -> float | None:
+    """Lost energy over all energy, tasks weighing the same per row; None where there is none."""
+    lost = sum(total[0] / total[2] for total in found.values())
+    energy = sum(total[1] / total[2] for total in found.values())
+    return lost / energy if energy else None
+
+
+def _captured(share: float | None) -> float | None:
+    return None if share is None else 1 - share

@@ -1,244 +1,280 @@
-r"""The forward-order pass: merge layer after layer on the inputs that the already merged part produces.
+r"""The forward-order pass: layers are solved one after another on what the already merged part produces.
 
-Every expert block runs once per calibration batch, and the cost is linear in depth, see ``walk``.
+Several merges go through in one pass and share the experts' forwards. Every layer is visited once, when all forwards
+that read it wait there (``lockstep``); what is done there is the business of each merge's :class:`Recipe`.
 """
+
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .errors import MergeError, MissingLayer, NonFinite, ShapeMismatch
-from .layers import Table, View
-from .moments import Moments
-from .walk import Walker, carries
+from .calibration import check_calibration, evaluating, refuse_what_cannot_run
+from .errors import EmptyCalibration, MergeError, MissingLayer
+from .experts import check_experts, is_number, stored, tied
+from .gather import Gatherer, Reads, Unreached
+from .lockstep import Apart, Forward, LeftOut, Stage, hand_over, pausing, run
+from .merge import Merge, average, buffers_of
+from .options import number, one_of, words
+from .recipes import Making, Recipe, Solver, check_recipes, is_solution, plain, shown
+from .rerun import Room
+from .survey import Survey, block_paths, survey
+from .views import Table, View
 
-INPUTS = ("merged", "expert", "block")
-TARGETS = {"own": 1.0, "blend": 0.5, "propagated": 0.0}
-Solver = Callable[[Moments, Tensor], tuple[Tensor, dict]]
-
-
-@dataclass
-class Merge:
-    """A merged ``state_dict``, one ``table`` row per merged layer, the names of parameters that were plainly ``averaged``, and the
-    ``views`` of the merged layers."""
-
-    state_dict: dict[str, Tensor]
-    table: list[dict] = field(default_factory=list)
-    averaged: list[str] = field(default_factory=list)
-    views: dict[str, View] = field(default_factory=dict, repr=False)
-
-    def model(self, base: nn.Module) -> nn.Module:
-        """A copy of ``base`` with the merged weights."""
-        merged = copy.deepcopy(base)
-        merged.load_state_dict(self.state_dict)
-        return merged
+PRODUCTS = ("activations", "float64")
 
 
-def check_experts(base: nn.Module, experts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Experts on the base's device, or a MissingLayer, ShapeMismatch or NonFinite naming the expert and the parameter."""
-    reference = base.state_dict()
-    if not experts:
-        raise MergeError("experts: expected at least one state dict, found none")
-    checked = {}
-    for task, state in experts.items():
-        for name in sorted(reference.keys() ^ state.keys()):
-            lacks = "lacks" if name in reference else "has an unknown"
-            raise MissingLayer(f"expert {task!r} {lacks} parameter {name!r}; base and experts must be checkpoints of one architecture")
-        for name, value in reference.items():
-            if state[name].shape != value.shape:
-                raise ShapeMismatch(f"expert {task!r}, parameter {name!r}", value.shape, state[name].shape)
-            if not state[name].isfinite().all():
-                raise NonFinite(f"expert {task!r}, parameter {name!r}", state[name], "the checkpoint is damaged")
-        checked[task] = {k: v.detach().to(reference[k].device) for k, v in state.items()}
-    return checked
+class Pass:
+    """One pass over the calibration batches, in which several merges are made.
 
+    Args:
+        base: the common initialisation, whose device is where everything runs; the same afterwards.
+        experts: task -> state dict. calibration: task -> batches.
+        recipes: name -> how that merge is made.
+        blocks: paths of the lists whose members are blocks, for ``inputs="block"``; all outermost lists by default.
+        products: precision of products of activations: that of the ``activations``, at least float32, or ``float64``.
+        activations: bytes that paused forwards may hold. Where they would hold more, some wait in front of blocks only and
+            run these again for every layer: the same merge, bit for bit. By default half a GiB, or what the layers of one
+            block read together, if that is more.
+    """
 
-def average(base: nn.Module, experts: Mapping[str, Mapping[str, Tensor]], weights=None) -> dict[str, Tensor]:
-    """Weighted mean of the experts' floating parameters (weights default to 1/K); other buffers are the base's."""
-    weights = [1 / len(experts)] * len(experts) if weights is None else weights
-    mean = lambda name, value: sum(w * e[name].double() for w, e in zip(weights, experts.values())).to(value)
-    return {k: mean(k, v) if v.is_floating_point() else v.clone() for k, v in base.state_dict().items()}
+    def __init__(self, base: nn.Module, experts, calibration, recipes: Mapping[str, Recipe], blocks=None,
+                 products="activations", activations: int | None = None):
+        refuse_what_cannot_run(base)
+        one_of("products", products, PRODUCTS)
+        if activations is not None:
+            number("activations", activations, low=0)
+        check_recipes(recipes)
+        self.model, self.recipes, self.products, self.activations = base, dict(recipes), products, activations
+        self.experts = check_experts(base, experts, cast=True)
+        self.base = {k: v.detach() for k, v in base.state_dict().items()}
+        self.tied = tied(base)
+        by_task = check_calibration(calibration, list(self.experts), next(iter(self.base.values())).device)
+        self.batches = [batch for batches in by_task.values() for batch in batches]
+        self.tasks = list(by_task)
+        self._check_folds(by_task)
+        self.blocks = block_paths(base, blocks)
+        self.bordering = self.blocks if any(r.inputs == "block" for r in self.recipes.values()) else []
+        self.known = self._surveyed()
+        self.gatherer = Gatherer(self.known, self.tasks, self.batches, self.base, self.experts, products)
 
+    def _surveyed(self) -> Survey:
+        with evaluating(self.model):
+            known = survey(self.model, self.batches, self.blocks, self.base)
+        for recipe in self.recipes.values():
+            self._check_layers(recipe, known)
+        return known
 
-@contextmanager
-def evaluating(model: nn.Module):
-    """The model in evaluation mode and without a cache of keys and values, and as it was afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)}
-    model.eval()
-    for config in configs.values():
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for config in configs.values():
-            config.use_cache = True
+    def _check_layers(self, recipe: Recipe, known: Survey) -> None:
+        views = known.views_in(recipe.scope)
+        for name in sorted(set(recipe.layers or ()) - views.keys()):
+            raise MissingLayer(f"layer {name!r}: not among the layers of scope {recipe.scope!r}, which are {sorted(views)}")
+        for name, message in known.refusals.items():
+            if name in views and (recipe.layers is None or name in recipe.layers):
+                raise MergeError(message)
 
+    def _check_folds(self, by_task) -> None:
+        """EmptyCalibration where a fold of a task has no sequence with a token."""
+        most = max(recipe.folds for recipe in self.recipes.values())
+        for task, batches in by_task.items():
+            filled = set()
+            for batch in batches:
+                mask = batch.arguments.get("attention_mask")
+                with_tokens = range(batch.size) if mask is None else (mask != 0).any(1).nonzero()[:, 0].tolist()
+                filled |= {(batch.start + i) % most for i in with_tokens}
+            empty = sorted(set(range(min(most, len(filled) + 9))) - filled)
+            if empty:
+                raise EmptyCalibration(
+                    f"no calibration tokens for {[task]} in folds {empty} of {most}; "
+                    "give at least one sequence per task and fold, or use fewer folds"
+                )
 
-class _Pass:
-    """State of one sequential merge."""
+    def run(self, progress: bool = False) -> dict[str, Merge]:
+        """Make all merges."""
+        return {making.name: self._finished(making) for making in self.makings(progress)}
 
-    def __init__(self, base, experts, calibration, solver, inputs, beta, scope, folds, blocks, layers, anchor):
-        self.base, self.solver, self.inputs, self.folds = base.state_dict(), solver, inputs, folds
-        self.experts = check_experts(base, experts)
-        self.beta = beta if inputs == "merged" else 0.0  # on an expert's own inputs both targets agree
-        self.walker = Walker(base, blocks, scope)
-        self.wanted = set(self.walker.views if layers is None else layers)
-        for name in sorted(self.wanted - self.walker.views.keys()):
-            raise MissingLayer(f"layer {name!r}: not among the layers of scope {scope!r}, which are {sorted(self.walker.views)}")
-        self.anchor = None if anchor is None else check_experts(base, {"anchor": anchor})["anchor"]
-        self.merged = average(base, self.experts) if anchor is None else {k: v.clone() for k, v in self.anchor.items()}
-        streams = carries(calibration, list(self.experts), folds, next(base.parameters()).device)
-        self.walker.check(self.base, next(iter(streams.values()))[0])
-        self.own = {t: list(c) for t, c in streams.items()} if inputs == "expert" or self.beta else None
-        self.mixed = None if inputs == "expert" else streams
-        self.table: list[dict] = []
+    @torch.no_grad()
+    def makings(self, progress: bool = False) -> list[Making]:
+        """Visit every layer. One that turns out not to be one that can be solved is left out, and the pass made again."""
+        stage = Stage(self.model)
+        with evaluating(self.model):
+            while True:
+                try:
+                    return self._sweep(stage, progress)
+                except LeftOut as found:
+                    self.known.left_out[found.layer] = found.reason
+                except Apart as found:
+                    self.known.put_apart(found.layer)
+                finally:
+                    stage.restore()
 
-    def chunk(self, index: int) -> None:
-        """Solve the layers of one chunk in place, and carry all streams through it."""
-        probe = next(iter((self.own or self.mixed).values()))[0]
-        stages = [[v for v in stage if v.name in self.wanted] for stage in self.walker.stages(index, self.base, probe)]
-        stages = [stage for stage in stages if stage]
-        recorded = self._teach(index, stages)
-        for stage in stages:
-            started = time.perf_counter()
-            moments = self._count(index, stage, recorded) if isinstance(stage[0], Table) else self._moments(index, stage, recorded)
-            self._solve(stage, moments, started)
-        self.wanted -= self.walker.seen
-        if self.mixed is not None and self.wanted:
-            for stream in self.mixed.values():
-                stream[:] = [self.walker.run(index, self.merged, c)[0] for c in stream]
+    def _sweep(self, stage: Stage, progress: bool) -> list[Making]:
+        """One attempt: all forwards in lockstep, every stage visited once."""
+        makings = [self._begun(name, recipe) for name, recipe in self.recipes.items()]
+        wanted = set().union(*(making.views for making in makings))
+        kept = [[layer for layer in group if layer in wanted] for group in self.known.stages]
+        self.groups = {group[0]: group for group in kept if group}
+        tables = {layer for layer in wanted if isinstance(self.known.views[layer], Table)}
+        left, everything = len(self.groups), all(r.layers is None for r in self.recipes.values())
+        bar = tqdm(total=left, desc="merging", unit="layer", disable=not progress)
 
-    def _teach(self, index, stages):
-        """Run every expert's chunk once per batch, recording what its stages read there, and the name of its mask: told by the carry before."""
-        if self.own is None and self.inputs == "merged":
-            return None
-        recorded = {}
-        for task, stream in (self.own or self.mixed).items():
-            for i, carry in enumerate(stream):
-                after, read = self.walker.run(index, self.experts[task], carry, [s[0].name for s in stages])
-                recorded[task, i] = {name: (raw, self.walker.mask(index, carry, name, raw)) for name, raw in read.items()}
-                if self.own is not None:
-                    stream[i] = after
-        return recorded
+        def visit(point, arrived):
+            nonlocal left
+            if point[0] != "layer":
+                hand_over(arrived)
+                return True
+            reads = {(f.kind, f.batch.task, f.batch.number): f for f in arrived}
+            self._visit(self.groups[point[1]], reads, makings)
+            left -= 1
+            bar.update()
+            return left > 0 or everything  # to the end, where a layer might be called again
 
-    def _streams(self):
-        return (self.mixed or self.own).items()
+        leaders = {leader: group[1:] for leader, group in self.groups.items()}
+        forwards = self._forwards(stage, makings)
+        with bar, pausing(stage, leaders, self.bordering, tables):
+            try:
+                run(forwards, self.known.sequence, visit)
+            except torch.linalg.LinAlgError:
+                self.gatherer.check()  # what is not finite has no factors
+                raise
+        self.gatherer.check()
+        return makings
 
-    def _zeros(self, stage, **shape) -> Moments:
-        return Moments.zeros(self.experts, folds=self.folds, layer=stage[0].name, device=next(iter(self.base.values())).device,
-                             full_energy=getattr(self.solver, "full_energy", True), **shape)
+    def _begun(self, name, recipe) -> Making:
+        """A merge of which nothing is solved yet."""
+        anchor = None
+        if recipe.anchor is not None:
+            anchor = check_experts(self.model, {"anchor": recipe.anchor})["anchor"]
+        state = average(self.model, self.experts) if anchor is None else {k: v.clone() for k, v in anchor.items()}
+        state = {key: state[self.tied[key][0]] for key in state}
+        views = {k: v for k, v in self.known.views_in(recipe.scope).items() if k not in self.known.left_out}
+        if recipe.layers is not None:
+            views = {k: v for k, v in views.items() if k in recipe.layers}
+        return Making(name, recipe, views, state, anchor)
 
-    def _read(self, index, first, carry, taught):
-        """What the first layer of a stage reads: rows of a batch on the merged stream (or the expert's), and the name of their mask."""
-        if self.inputs == "merged":
-            raw = self.walker.run(index, self.merged, carry, [first.name], stop=True)[1][first.name]
-            taught = raw, self.walker.mask(index, carry, first.name, raw)
-        return first.sequence(taught[0], len(carry.folds)), taught[1]
+    def _forwards(self, stage, makings) -> list[Forward]:
+        """Those of one state next to each other, so that the model is seldom pointed to another."""
+        streams = []
+        if any(m.recipe.inputs == "expert" or m.recipe.own_weight for m in makings):
+            streams.append(("expert", None))
+        for making in makings:
+            if making.recipe.inputs == "block":
+                streams.append((making.stream, None))
+            if making.recipe.inputs != "expert":
+                streams.append((("merged", making.name), making.state))
+        wanted = [(kind, state or self.experts[b.task], b) for kind, state in streams for b in self.batches]
+        blocks = [] if self.bordering else self.blocks
+        room = Room(stage, self.known, list(self.groups), blocks, self.batches, len(streams), self.activations)
+        return [room.forward(stage, state, batch, kind) for kind, state, batch in wanted]
 
-    def _moments(self, index, stage, recorded) -> Moments:
-        first = stage[0]
-        base = torch.cat([v.matrix(self.base) for v in stage], 1)
-        g, m, n = base.shape
-        moments = self._zeros(stage, n=n, m=m, g=g)
-        for task, stream in self._streams():
-            expert, held = torch.cat([v.matrix(self.experts[task]) for v in stage], 1), []
-            for i, carry in enumerate(stream):
-                taught = recorded[task, i][first.name] if recorded else None
-                rows, mask = self._read(index, first, carry, taught)
-                X = first.inputs(carry.samples(rows, mask))
-                R = (1 - self.beta) * first.apply(expert - base, X) if self.beta < 1 else 0.0
-                if self.beta:
-                    own = first.inputs(carry.samples(first.sequence(taught[0], len(carry.folds)), mask))
-                    R = R + self.beta * (first.apply(expert, own) - first.apply(base, X))
-                held.append((X, R, carry.fold(rows, mask)))
-                if carry is stream[-1] or sum(len(x) for x, *_ in held) >= n:  # an update costs n², however few its samples are
-                    moments.update(task, *map(torch.cat, zip(*held)))
-                    held = []
-        return moments
+    def _visit(self, group: list[str], reads: Reads, makings: list[Making]) -> None:
+        """Solve the layers of a stage for every merge."""
+        shared: dict | None = {} if len(makings) > 1 else None
+        for making in makings:
+            alike: dict[object, list[View]] = {}
+            for v in (making.views[layer] for layer in group if layer in making.views):
+                alike.setdefault(v.reads, []).append(v)
+            for views in alike.values():
+                try:
+                    self._solve(views, reads, making, shared)
+                except Unreached as reason:
+                    making.left_out |= dict.fromkeys((v.name for v in views), str(reason))
 
-    def _count(self, index, stage, recorded) -> Moments:
-        """Moments of a table from how often each token occurs: all targets agree, because no merge changes what it reads.
-
-        The stage's view is replaced by one of the tokens that occur.
-        """
-        found = {}
-        for task, stream in self._streams():
-            for i, carry in enumerate(stream):
-                rows, mask = self._read(index, stage[0], carry, recorded[task, i][stage[0].name] if recorded else None)
-                found.setdefault(task, []).append((carry.samples(rows, mask)[:, 0], carry.fold(rows, mask)))
-        ids = torch.cat([tokens for parts in found.values() for tokens, _ in parts]).unique()
-        stage[:] = [replace(stage[0], ids=ids)]
-        self.walker.views[stage[0].name] = stage[0]
-        base = stage[0].matrix(self.base)
-        moments = self._zeros(stage, n=1, m=base.shape[1], g=len(ids), shared=True)
-        for task, parts in found.items():
-            update = stage[0].matrix(self.experts[task]) - base
-            for tokens, folds in parts:
-                places = folds * len(ids) + torch.searchsorted(ids, tokens)
-                moments.count_copies(task, places.bincount(minlength=self.folds * len(ids)).reshape(self.folds, -1), update)
-        return moments
-
-    def _solve(self, stage, moments, started):
-        row = 0
-        for v in stage:
+    def _solve(self, views: list[View], reads: Reads, making: Making, shared: dict | None) -> None:
+        """Solve layers that read alike, for one merge."""
+        started, first = time.perf_counter(), len(making.table)
+        for v, moments, updates in self.gatherer.moments(views, reads, making, shared):
+            if making.recipe.solver is None:
+                making.moments[v.name] = v, moments, updates
+                continue
             base = v.matrix(self.base)
-            updates = torch.stack([v.matrix(e) - base for e in self.experts.values()])
-            part = replace(moments.rows(row, row + base.shape[1]), layer=v.name)
-            row += base.shape[1]
-            anchor = () if self.anchor is None else (v.matrix(self.anchor) - base,)
-            update, facts = self.solver(part, updates, *anchor)
-            for name, value in v.parts(base + update, self.merged).items():
-                self.merged |= dict.fromkeys(self.walker.tied[name], value.to(self.base[name]).contiguous())
-            self.table.append({"layer": v.name, **facts})
-        for entry in self.table[-len(stage):]:
-            entry["seconds"] = (time.perf_counter() - started) / len(stage)
+            anchor = () if making.anchor is None else (v.matrix(making.anchor) - base,)
+            solution = making.recipe.solver(moments, updates, *anchor)
+            if not is_solution(solution, base):
+                raise MergeError(
+                    f"layer {v.name!r}: expected the solver to return an update of shape {tuple(base.shape)} and a table row "
+                    f"(a mapping), found {shown(solution)}"
+                )
+            update, facts = solution
+            self._settle(v, base + update, making)
+            making.table.append({"layer": v.name, **facts})
+        for row in making.table[first:]:
+            row["seconds"] = (time.perf_counter() - started) / len(views)
+
+    def _settle(self, v: View, W: Tensor, making: Making) -> None:
+        """Set the weights of a solved layer, for all forwards in flight."""
+        for name, value in v.parts(W, making.state).items():
+            if self.gatherer.looks:
+                value = stored(f"layer {v.name!r}, merged parameter {name!r}", value, self.base[name])
+            making.state[name].copy_(value)
+            making.solved.update(self.tied[name])
+
+    def _finished(self, making: Making) -> Merge:
+        """The merge, with a reason for every floating entry that was plainly averaged."""
+        for name in making.solved if not self.gatherer.looks else ():
+            stored(f"merged parameter {name!r}", making.state[name], self.base[name])
+        averaged = {}
+        if making.anchor is None:
+            reasons = self._reasons(making)
+            for name, value in self.base.items():
+                if is_number(value) and name not in making.solved:
+                    averaged[name] = reasons.get(name, "no layer that is linear in it is known")
+        return Merge(making.state, [plain(row) for row in making.table], averaged)
+
+    def _reasons(self, making: Making) -> dict[str, str]:
+        reasons = dict.fromkeys(buffers_of(self.model), "a buffer")
+        for layer, v in self.known.views.items():
+            reason = making.left_out.get(layer) or self.known.left_out.get(layer)
+            if reason is None and making.recipe.layers is not None and layer not in making.recipe.layers:
+                reason = "not among the layers asked for"
+            if reason is None and layer in making.views:
+                reason = "no calibration batch calls it"
+            for parameter in v.parameters:
+                reasons[parameter] = reason or f"outside the scope {making.recipe.scope!r}"
+        return reasons
 
 
-@torch.no_grad()
+def merge_together(base: nn.Module, experts, calibration, recipes: Mapping[str, Recipe], *, blocks=None,
+                   products: str = "activations", activations: int | None = None, progress: bool = False) -> dict[str, Merge]:
+    """Several merges in one pass, sharing the experts' forwards: name -> merge, the same as each by itself.
+
+    Args:
+        base, experts, calibration, blocks, products: as in :func:`merge_sequentially`.
+        recipes: name -> :class:`Recipe`. Merges on the experts' own inputs share all their sums too.
+    Cost: one forward of every expert batch where a recipe needs it, one of the merged model per recipe with merged inputs.
+    """
+    making = Pass(base, experts, calibration, recipes, blocks, products, activations)
+    for name, recipe in recipes.items():
+        if recipe.solver is None:
+            raise MergeError(f"recipes: {name!r}: expected a solver, found None; layer_moments keeps moments without one")
+    return making.run(progress)
+
+
 def merge_sequentially(base: nn.Module, experts, calibration, solver: Solver, *, inputs: str = "merged", targets: str | float = "own",
-                       scope: str = "all", folds: int = 4, blocks: str | None = None, layers: Iterable[str] | None = None,
-                       anchor: Mapping[str, Tensor] | None = None, progress: bool = True) -> Merge:
+                       scope: str = "all", folds: int = 4, blocks: str | Iterable[str] | None = None, layers: Iterable[str] | None = None,
+                       anchor: Mapping[str, Tensor] | None = None, products: str = "activations",
+                       activations: int | None = None, progress: bool = True) -> Merge:
     """Merge experts into one model, layer by layer in forward order.
 
     Args:
         base: the common initialisation; not changed. Its device is where everything runs.
         experts: state dicts of the same architecture by task.
         calibration: for every task, batches of unlabelled inputs: keyword arguments of ``base.forward``. Tokens under a zero
-            ``attention_mask`` are not counted.
-        solver: ``(moments, updates (K, g, m, n)) -> (update (g, m, n), table row)``, e.g. ``methods.QP``; an attribute
-            ``full_energy = False`` says that it can do without the off-diagonal of M.
-        inputs: layers read what the ``merged`` prefix produces, each ``expert``'s own stream (RegMean), or the merged prefix up to
-            the block and the expert within it (``block``, RegMean++).
-        targets: ``own`` (the expert's outputs on its own stream), ``propagated`` (its layer applied to the merged stream), ``blend``,
-            or the weight β in [0, 1] of own targets. Without effect unless inputs are merged.
-        scope: see :func:`layers.view`; what no layer covers is averaged and listed.
-        folds: number of folds of sequences kept apart for cross-fitting.
-        layers: names of the only layers to solve, the others being averaged; all by default.
-        anchor: state dict of another merge, which stands in for the average where no layer is solved; the solver is given its update
-            (g, m, n) of every layer as a third argument.
-    Returns: Merge; rows in forward order. Cost: one run of each expert block, and one partial run of the merged block per stage.
-    Raises: MissingLayer, ShapeMismatch, NonFinite, EmptyCalibration; MergeError for an unknown option, a batch that the model does not
-        take, or a model that does more between its blocks than pass the hidden state on.
+            ``attention_mask`` or ``decoder_attention_mask`` are not counted.
+        solver, inputs, targets, scope, folds, layers, anchor: of :class:`Recipe`.
+        blocks: paths of the lists whose members are blocks, for ``inputs="block"``.
+        products: precision of products of activations: that of the ``activations``, at least float32 (relative error of
+            second moments 1e-6), or ``float64`` (1e-14).
+        activations: bytes that paused forwards may hold; see :class:`Pass`.
+    Returns: Merge; rows in forward order. Cost: one forward of every expert batch and one of the merged model.
+    Raises: MissingLayer, ShapeMismatch, NonFinite, EmptyCalibration; MergeError for an unknown option, a batch that the model
+        does not take, or a mask that cannot be matched to what a layer reads.
     """
-    beta = TARGETS.get(targets, targets) if isinstance(targets, str) else targets
-    if inputs not in INPUTS or not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
-        raise MergeError(f"expected inputs in {INPUTS} and targets in {tuple(TARGETS)} or a number in [0, 1]; found {inputs!r}, {targets!r}")
-    with evaluating(base):
-        state = _Pass(base, experts, calibration, solver, inputs, float(beta), scope, folds, blocks, layers, anchor)
-        for index in tqdm(range(len(state.walker)), desc="merging", unit="chunk", disable=not progress):
-            if state.wanted:
-                state.chunk(index)
-    views = {row["layer"]: state.walker.views[row["layer"]] for row in state.table}
-    solved = {tied for v in views.values() for p in v.parameters for tied in state.walker.tied[p]}
-    averaged = sorted(k for k, v in state.base.items() if v.is_floating_point() and k not in solved and anchor is None)
-    return Merge(state.merged, state.table, averaged, views)
+    named = None if layers is None else tuple(words("layers", layers))
+    recipe = Recipe(solver, inputs, targets, scope, folds, named, anchor)
+    return merge_together(base, experts, calibration, {"merge": recipe}, blocks=blocks, products=products, activations=activations,
+                          progress=progress)["merge"]

@@ -1,4 +1,4 @@
-"""Imports go one way, and the core needs torch, numpy, safetensors and tqdm only."""
+"""Imports go one way, and the core needs torch, numpy, safetensors, tqdm and greenlet only."""
 import ast
 import subprocess
 import sys
@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "qpmerge_lite"
-ORDER = ["errors", "moments", "bases", "programme", "solve", "diagnostic", "layers", "walk", "sequential", "assess", "datafree", "gradient", "methods", "records",
-         "manifests", "sources", "suites", "plots", "regression", "claims", "book", "cli"]  # fmt: skip
+ORDER = ["errors", "moments", "sums", "bases", "programme", "solve", "climb", "held_out", "diagnostic",  # the mathematics
+         "options", "experts", "merge", "calibration", "sparse", "datafree",  # weights and batches
+         "views", "layers", "lockstep", "layouts", "recording", "survey", "rerun", "recipes", "rows", "gather", "sequential", "solvers",  # the pass
+         "assess", "inputs", "heads", "gradient", "methods",
+         "records", "manifests", "sources", "suites", "plots", "regression", "claims", "book", "cli"]  # fmt: skip
+MATHEMATICS = ORDER[1 : ORDER.index("diagnostic") + 1]
 CORE = ORDER[: ORDER.index("methods") + 1]
-ALLOWED = {"torch", "numpy", "safetensors", "tqdm", "clarabel", "scipy"}
+ALLOWED = {"torch", "numpy", "safetensors", "tqdm", "greenlet", "clarabel", "scipy"}
 HEAVY = ["datasets", "transformers", "matplotlib", "seaborn", "sklearn", "PIL", "pandas", "papermill", "clarabel", "scipy"]
 
 
@@ -69,7 +73,7 @@ def test_the_package_imports_only_its_core():
 
 def test_the_core_stays_small():
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
-    assert sum(lines[PACKAGE / f"{name}.py"] for name in CORE[1:6]) <= 1000
+    assert sum(lines[PACKAGE / f"{name}.py"] for name in MATHEMATICS) <= 1500
     assert {path.name: count for path, count in lines.items() if count > 300} == {}
 
 

@@ -4,8 +4,9 @@ import copy
 import torch
 from torch import nn
 
-from qpmerge_lite.layers import Norm, Table, view
+from qpmerge_lite.layers import view
 from qpmerge_lite.suites.models import VisionTransformer
+from qpmerge_lite.views import Norm, Table
 
 TASKS = ("a", "b", "c")
 
@@ -90,7 +91,7 @@ def trace(model, batches):
     for name, module in model.named_modules():
         if v := view(name, module):
             hooks.append(module.register_forward_hook(lambda _, a, y, v=v: seen.setdefault(v.name, []).append(
-                (v, v.sequence(a[0], len(a[0])), v.outputs(y, len(a[0]))))))
+                (v, v.rows(a[0]), v.output_rows(y)))))
     masks = []
     for batch in batches:
         model(**batch)

@@ -35,8 +35,7 @@ from tqdm import tqdm
 from ..assess import Layers, layer_moments
 from ..errors import MergeError, MissingLayer, ShapeMismatch
 from ..manifests import load_manifest, verify
-from ..walk import Carry, Walker
-from . import training
+from . import prefixes, training
 from .plans import PLANS as PLANS
 from .plans import Plan as Plan
 from .plans import plan as plan
@@ -90,7 +89,6 @@ class Suite:
     _ceilings: dict = field(default_factory=dict, repr=False)
     _held: dict = field(default_factory=dict, repr=False)
     _prefixes: dict = field(default_factory=dict, repr=False)
-    _walker: Walker | None = field(default=None, repr=False)
 
     def calibration(self, n, split="train", seed=None, batch_size=128, tasks=None, skip=0) -> dict[str, list[dict]]:
         """Unlabelled inputs of each task, drawn without replacement.
@@ -164,18 +162,14 @@ class Suite:
         own = self.base.state_dict()
         if self.layer is None or any(not torch.equal(v, own[k]) for k, v in state.items() if not k.startswith(f"{self.layer}.")):
             return torch.cat([functional_call(self.base, state, (), batch) for batch in self._batches(task, split)])
-        if self._walker is None:
-            self._walker = Walker(self.base)
-        start = self._walker.chunk_of(self.layer)
+        before = prefixes.blocks_before(self.base, self.layer)
         if (task, split) not in self._prefixes:
-            carries = [Carry(task, batch, torch.zeros(0)) for batch in self._batches(task, split)]
-            for chunk in range(start):
-                carries = [self._walker.run(chunk, own, carry)[0] for carry in carries]
-            self._prefixes[task, split] = carries
-        carries = self._prefixes[task, split]
-        for chunk in range(start, len(self._walker)):
-            carries = [self._walker.run(chunk, state, carry)[0] for carry in carries]
-        return torch.cat([carry.hidden for carry in carries])
+            self._prefixes[task, split] = [prefixes.put_out(self.base, before, own, batch) for batch in self._batches(task, split)]
+        features = []
+        for batch, put in zip(self._batches(task, split), self._prefixes[task, split]):
+            with prefixes.standing_in(before, put):
+                features.append(functional_call(self.base, state, (), batch))
+        return torch.cat(features)
 
     def _batches(self, task, split):
         for batch in training.batches(self.tensors(task, split)[0], self.chunk):

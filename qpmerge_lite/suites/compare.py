@@ -14,8 +14,8 @@ import torch
 
 from .. import datafree, gradient, methods
 from ..assess import audit
+from ..merge import Merge
 from ..records import read_json, write_json
-from ..sequential import Merge
 from . import Suite, is_public, load, multitask, plan, training
 from .tables import frame as frame
 from .tables import ranks, seed_interval, units
@@ -44,13 +44,8 @@ class Entry:
         if self.call is gradient.fisher:  # the options of its grid do not change the gradients
             call = partial(call, known=gradient.information(suite.base, suite.experts, calibration, heads=suite.classifiers(), seed=suite.seed))
 
-        def noted(*args, **options):
-            merge = call(*args, **options)
-            if tables is not None:
-                tables.append(merge.table)
-            return merge
-
-        return methods.tune(noted, grid, score, suite.base, suite.experts, calibration)
+        note = None if tables is None else lambda merge: tables.append(merge.table)
+        return methods.tune(call, grid, score, suite.base, suite.experts, calibration, note)
 
 
 def _base(base, experts, calibration=None):
@@ -105,7 +100,7 @@ ENTRIES = {
 def _fingerprint(suite: Suite) -> str:
     """Hash of the experts, the data they are judged on, the device, torch, and every source file a merge depends on."""
     package = Path(methods.__file__).parent
-    skip = {"cli.py", "book.py", "plots.py", "claims.py", "regression.py", "records.py", "bench.py", "digits.py", "synthetic.py", "trial.py", "sensitivity_records.py"}
+    skip = {"cli.py", "book.py", "plots.py", "claims.py", "regression.py", "records.py", "bench.py", "costs.py", "architectures.py", "plain.py", "problems.py", "compatibility.py", "digits.py", "synthetic.py", "trial.py", "sensitivity_records.py"}
     sources = sorted([*package.glob("*.py"), *Path(__file__).parent.glob("*.py")])
     code = b"".join(p.read_bytes() for p in sources if p.name not in skip)
     judged = [suite.tensors(t, s) for t in suite.tasks for s in ("validation", "test")]

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from .. import datafree, methods
 from ..assess import Auditor
-from ..sequential import Merge
+from ..merge import Merge
 from . import Suite, compare, load, plan, training
 
 ENERGIES = ("in_sample", "disjoint")

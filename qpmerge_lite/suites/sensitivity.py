@@ -11,9 +11,9 @@ from .. import datafree, methods
 from ..assess import audit, layer_moments
 from ..bases import build
 from ..diagnostic import OPTIMISM, optimism
-from ..layers import Table
 from ..programme import programme
 from ..solve import Factored
+from ..views import Table
 from . import Suite, training
 from .compare import FAMILIES, kept
 from .population import scrambled

@@ -12,9 +12,9 @@ from torch import Tensor
 from .. import methods
 from ..assess import layer_moments
 from ..diagnostic import gap
-from ..layers import View
+from ..merge import Merge, average
 from ..moments import Moments
-from ..sequential import Merge, average
+from ..views import View
 from . import Suite, compare, load, single_layers, task_names
 from .synthetic import promises
 

@@ -1,0 +1,270 @@
+"""Forwards of the real model in lockstep: they take turns on one model, pause where told, and go on when told.
+
+                 expert's weights   ──▶ embed ─┐ ┌─▶ norm ─┐ ┌─▶ q k v ─┐
+    one batch                                  │ │         │ │          │      every forward pauses before a layer;
+                 merged weights     ──▶ embed ─┤ ├─▶ norm ─┤ ├─▶ q k v ─┤      when all that come to it are there, it is
+    next batch   …                             ▼ │         ▼ │          ▼      solved, its merged weights are set, and
+                                             solve       solve        solve    all go on
+
+A forward is a greenlet: a function that can be left in the middle and entered again. One thread, one order, one run of
+every forward, nothing recorded: what a paused forward knows stays in its own frames. The model is never copied; its
+parameters and buffers are pointed to the weights of whichever forward runs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .calibration import Batch
+from .errors import MergeError
+
+Point = tuple[str, str]  # "layer", "enter" or "leave", and the path of a module
+
+
+class LeftOut(Exception):
+    """A layer turned out not to be one that a pass can solve: the pass starts again without it."""
+
+    def __init__(self, layer: str, reason: str):
+        super().__init__(layer, reason)
+        self.layer, self.reason = layer, reason
+
+
+class Apart(Exception):
+    """Two layers that read one tensor in the survey read two in another batch: the pass starts again with them apart."""
+
+    def __init__(self, layer: str):
+        super().__init__(layer)
+        self.layer = layer
+
+
+class Stage:
+    """A model on which forwards take turns: its parameters and buffers point to the state of the one that runs."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self._shown = model, None
+        self.parking: dict[Point, list[Point]] = {}  # entrances of blocks in front of which a Rerun waits, and layers inside
+        state = model.state_dict(keep_vars=True)
+        self._places = []
+        for path, module in model.named_modules():
+            for entries in (module._parameters, module._buffers):
+                for key in entries:
+                    name = f"{path}.{key}" if path else key
+                    if name in state and entries[key] is not None:
+                        self._places.append((entries, key, name))
+        self._original = {name: entries[key] for entries, key, name in self._places}
+        self._recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+
+    def show(self, state: Mapping[str, Tensor]) -> None:
+        """Point the model to the entries of a state, by name; nothing is copied."""
+        if state is self._shown:
+            return
+        for entries, key, name in self._places:
+            entries[key] = state[name]
+        for module in self._recurrent:  # they keep a list of their own
+            module._flat_weights = [getattr(module, key) for key in module._flat_weights_names]
+        self._shown = state
+
+    def restore(self) -> None:
+        """The model as it was."""
+        self.show(self._original)
+
+
+class Forward(greenlet):
+    """One forward of the model under a state, on one calibration batch.
+
+    After :meth:`advance`, ``at`` is the point where it waits, None once it has ended, and ``payload`` what it brought:
+    what a layer is about to read, or what a block is about to be called with or to return.
+    """
+
+    def __init__(self, stage: Stage, state: Mapping[str, Tensor], batch: Batch, kind: str, function=None):
+        super().__init__()
+        self.stage, self.state, self.batch, self.kind = stage, state, batch, kind
+        self.at: Point | None = None
+        self.payload, self.answer, self._function = None, None, function
+        self.started = False
+        self._called: dict[str, object] = {}
+
+    def run(self):
+        """The forward itself; what goes wrong in it is the fault of its batch."""
+        self.started = True
+        try:
+            if self._function is not None:
+                return self._function()
+            return self.stage.model(**self.batch.arguments)
+        except (MergeError, LeftOut, Apart):
+            raise
+        except Exception as error:
+            raise refused(self.batch, error) from error
+
+    def advance(self) -> None:
+        """Run to the next point, or to the end."""
+        answer, self.payload, self.answer = self.answer, None, None
+        self.stage.show(self.state)
+        arrived = self.switch(answer) if self.started else self.switch()
+        if self.dead:
+            self.at, self._called = None, {}
+        else:
+            self.at, self.payload = arrived
+
+    def pause(self, point: Point, payload):
+        """Called by hooks inside the forward: hand over to the scheduler, and return what it answers."""
+        return self.parent.switch((point, payload)) if self.stops_at(point) else None
+
+    def stops_at(self, point: Point) -> bool:
+        """Whether the forward waits at a point."""
+        return point not in self.stage.parking
+
+    def reads_again(self, leader: str, read: Tensor) -> bool:
+        """Whether a tensor is the one that a layer named ``leader`` has just read."""
+        reference, version = self._called.get(leader, (None, None))
+        return reference is not None and reference() is read and version == read._version
+
+    def note(self, layer: str, read: Tensor) -> bool:
+        """Remember what a layer reads; whether it had been called before."""
+        again = layer in self._called
+        self._called[layer] = weakref.ref(read), read._version
+        return again
+
+
+def copied(value):
+    """A copy of a tensor, because a model may work in place; anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def hand_over(arrived: list[Forward]) -> None:
+    """At the border of a block, the expert's forward goes on with what the merged one has."""
+    merged = {}
+    for forward in arrived:
+        if forward.kind[0] == "merged":
+            merged[forward.kind[1], forward.batch.task, forward.batch.number] = forward.payload
+    for forward in arrived:
+        if forward.kind[0] == "block":
+            given = merged.get((forward.kind[1], forward.batch.task, forward.batch.number))
+            forward.answer = tree_map(copied, given)  # either may work in place
+
+
+def refused(batch: Batch, error: Exception) -> MergeError:
+    """The error for a batch that the model does not take."""
+    shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in batch.arguments.items()}
+    return MergeError(
+        f"task {batch.task!r}: the model does not take its calibration batch {shapes}, number "
+        f"{batch.number}; batches hold the keyword arguments of forward "
+        f"({type(error).__name__}: {error})"
+    )
+
+
+def first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
+    """What a module is given to read: the first tensor among its arguments."""
+    return next((z for z in (*args, *kwargs.values()) if isinstance(z, Tensor)), None)
+
+
+@contextmanager
+def pausing(stage: Stage, leaders: Mapping[str, list[str]], blocks: Iterable[str] = (), tables=()):
+    """Forwards on the stage pause before the layers of ``leaders``, before and behind ``blocks``, and where they park.
+
+    Args:
+        leaders: layer -> the layers behind it that read the same tensor, which is checked as they are called.
+        blocks: modules whose arguments and outputs are handed over.
+        tables: layers that may be called several times; they pause at the first call.
+    """
+    hooks = []
+
+    def on(path, hook, **options):
+        module = stage.model.get_submodule(path)
+        hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True, **options))
+
+    for leader, others in leaders.items():
+        on(leader, _leading(leader, leader in tables))
+        for other in others:
+            on(other, _following(other, leader))
+    for path in {*blocks, *(path for _, path in stage.parking)}:
+        on(path, _entering(path), prepend=True)
+    for path in blocks:
+        module = stage.model.get_submodule(path)
+        hooks.append(module.register_forward_hook(_leaving(path), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _leading(layer, may_be_called_again):
+    def hook(module, args, kwargs):
+        forward = getcurrent()
+        if not isinstance(forward, Forward):
+            return
+        read = first_tensor(args, kwargs)
+        if not forward.note(layer, read):
+            forward.pause(("layer", layer), read)
+        elif not may_be_called_again:
+            raise LeftOut(layer, "called more than once in a forward")
+
+    return hook
+
+
+def _following(layer, leader):
+    def hook(module, args, kwargs):
+        forward = getcurrent()
+        if not isinstance(forward, Forward):
+            return
+        read = first_tensor(args, kwargs)
+        if forward.note(layer, read):
+            raise LeftOut(layer, "called more than once in a forward")
+        if not forward.reads_again(leader, read):
+            raise Apart(layer)
+
+    return hook
+
+
+def _entering(block):
+    def hook(module, args, kwargs):
+        forward = getcurrent()
+        if isinstance(forward, Forward):
+            return forward.pause(("enter", block), (args, kwargs))
+
+    return hook
+
+
+def _leaving(block):
+    def hook(module, args, kwargs, output):
+        forward = getcurrent()
+        if isinstance(forward, Forward):
+            return forward.pause(("leave", block), output)
+
+    return hook
+
+
+def run(forwards: list[Forward], sequence: list[Point], visit: Callable[[Point, list[Forward]], bool]) -> None:
+    """Run forwards in lockstep: all that come to a point wait there, ``visit`` is called, and they go on.
+
+    Args:
+        sequence: every point at which a forward may wait. Of the points where some wait, the first is visited.
+        visit: called with the point and the forwards there; whether to go on.
+    Raises: LeftOut when a forward comes to a layer that was visited without it.
+    """
+    visited, order = set(), {point: rank for rank, point in enumerate(sequence)}
+    try:
+        for forward in forwards:
+            forward.advance()
+        while waiting := {forward.at for forward in forwards if forward.at is not None}:
+            point = min(waiting, key=order.__getitem__)
+            if point in visited and point[0] == "layer":
+                raise LeftOut(point[1], "batches come to it in different orders")
+            visited.add(point)
+            arrived = [forward for forward in forwards if forward.at == point]
+            others_wait = any(forward.at not in (None, point) for forward in forwards)
+            if not visit(point, arrived) and not others_wait:
+                return
+            for forward in arrived:
+                forward.advance()
+    finally:
+        for forward in forwards:
+            if forward.started and not forward.dead:
+                forward.throw()

@@ -1,0 +1,204 @@
+"""What a model does on a few sequences of a calibration batch, call by call."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .calibration import MASKS, Batch, evaluating, main_output
+from .errors import MergeError
+from .lockstep import Point, first_tensor, refused
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer, or one passage through the border of a block."""
+
+    point: Point
+    read: Tensor | None = None
+    put: Tensor | None = None
+    identity: tuple = ()  # of the tensor that was read: layers with the same one read the same
+    held: float = 0.0  # bytes in the frames of the forward, per number in the arguments of the batch
+
+
+def kind_of(batch: Batch) -> frozenset[str]:
+    """Batches with the same arguments, of as many axes and the same dtypes, are alike."""
+    kinds = set()
+    for key, value in batch.arguments.items():
+        if isinstance(value, Tensor):
+            kinds.add((key, value.dim(), value.dtype))
+        elif value is not None:
+            kinds.add((key, type(value)))
+    return frozenset(kinds)
+
+
+def call_at(calls, point: Point) -> Call | None:
+    return next((call for call in calls or () if call.point == point), None)
+
+
+def recordings(views, model, batch: Batch, blocks):
+    """Calls on a few sequences of a batch, on one sequence less, and on shorter ones by mask; None for what does not run."""
+    count = min(batch.size, 3)
+    chosen = list(range(count)) if count > 1 else [0, 0]
+    few = _sequences(batch, chosen)
+    try:
+        some = _record(model, views, few, blocks)
+        fewer = _record(model, views, _sequences(batch, chosen[:-1]), blocks)
+    except MergeError:  # a model may need its batches whole, or this batch is wrong: then what follows says so
+        return batch, _record(model, views, batch, blocks), None, {}
+    shorter = {}
+    for mask in MASKS if any(m in batch.arguments for m in MASKS) else ():
+        cut = _shorter(model, _sequences(batch, chosen[:-1]), mask)
+        if cut is not None:
+            shorter[mask] = _attempt(model, views, cut, blocks)
+    return few, some, fewer, shorter
+
+
+def _attempt(model, views, batch, blocks):
+    """Calls on a batch of our own making, None where the model does not run on it."""
+    try:
+        return _record(model, views, batch, blocks)
+    except MergeError:
+        return None
+
+
+def _sequences(batch: Batch, chosen: list[int]) -> Batch:
+    """Some of a batch's sequences."""
+    arguments = {}
+    for key, value in batch.arguments.items():
+        per_sequence = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch.size
+        arguments[key] = value[chosen] if per_sequence else value
+    return Batch(batch.task, batch.number, arguments, len(chosen), batch.start)
+
+
+def _shorter(model, batch: Batch, mask: str) -> Batch | None:
+    """The batch with the last token gone, of the decoder's or of all other arguments; None where it has one only."""
+    of_decoder = mask == MASKS[1]
+    encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    mine = {}
+    for key, value in batch.arguments.items():
+        decoders = key.startswith("decoder_") or (key == "labels" and encoder_decoder)
+        if isinstance(value, Tensor) and decoders == of_decoder:
+            mine[key] = value
+    named = [mine[k] for k in (mask, "decoder_input_ids", "decoder_inputs_embeds", "labels") if k in mine]
+    if not named or named[0].dim() < 2 or named[0].shape[1] < 2:
+        return None
+    length, arguments = named[0].shape[1], dict(batch.arguments)
+    for key, value in mine.items():
+        tokens = value.dim() >= 2 and value.shape[1] == length
+        if tokens and (not value.is_floating_point() or value.dim() == 2 or key.endswith("_embeds")):
+            arguments[key] = value[:, :-1]
+        elif value.dim() == 1 and len(value) == length != batch.size:
+            arguments[key] = value[:-1]
+    return Batch(batch.task, batch.number, arguments, batch.size, batch.start)
+
+
+def is_padded(batch: Batch) -> bool:
+    """Whether a mask of the batch has a zero."""
+    masks = [batch.arguments[k] for k in MASKS if isinstance(batch.arguments.get(k), Tensor)]
+    return any(bool((mask == 0).any()) for mask in masks)
+
+
+class _Recorder:
+    """Calls of layers, and passages of blocks, in order, while the model runs on a batch."""
+
+    def __init__(self, model, batch: Batch):
+        self.calls: list[Call] = []
+        self._batch, self._reading, self._alive = batch, {}, []
+        entries = (*model.state_dict().values(), *batch.arguments.values())
+        self._known = {z.untyped_storage().data_ptr() for z in entries if isinstance(z, Tensor)}
+
+    def reading(self, name):
+        """Hook of a layer, before it is called: what it reads, as it is now."""
+
+        def hook(module, args, kwargs):
+            read = first_tensor(args, kwargs)
+            self._alive.append(read)  # so that identities stay its own
+            identity = () if read is None else (id(read), read._version)
+            self._reading[name] = None if read is None else read.clone(), identity, self._held()
+
+        return hook
+
+    def putting(self, name):
+        """Hook of a layer, behind it."""
+
+        def hook(module, args, output):
+            read, identity, held = self._reading[name]
+            put = output.clone() if isinstance(output, Tensor) else None  # before others work in place
+            self.calls.append(Call(("layer", name), read, put, identity, held))
+
+        return hook
+
+    def entering(self, path):
+        """Hook of a block, before it is called."""
+
+        def hook(module, args):
+            self.calls.append(Call(("enter", path), held=self._held()))
+
+        return hook
+
+    def leaving(self, path):
+        """Hook of a block, behind it."""
+
+        def hook(module, args, output):
+            self.calls.append(Call(("leave", path), put=first_output(output)))
+
+        return hook
+
+    def _held(self) -> float:
+        """Bytes of the tensors in the frames of the forward, weights and batch aside, per number of the batch."""
+        frame, storages = sys._getframe(2), {}
+        while frame is not None and frame.f_code is not _record.__wrapped__.__code__:
+            for value in frame.f_locals.values():
+                for z in value if isinstance(value, (tuple, list)) else (value,):
+                    if isinstance(z, Tensor) and z.untyped_storage().data_ptr() not in self._known:
+                        storages[z.untyped_storage().data_ptr()] = z.untyped_storage().nbytes()
+            frame = frame.f_back
+        return sum(storages.values()) / numbers(self._batch)
+
+
+@torch.no_grad()
+def _record(model, views, batch: Batch, blocks) -> list[Call]:
+    """Calls while the model runs on a batch, and what it returns. Raises: MergeError for a batch that it does not take."""
+    recorder, hooks = _Recorder(model, batch), []
+    for name, v in views.items():
+        hooks.append(v.module.register_forward_pre_hook(recorder.reading(name), with_kwargs=True))
+        hooks.append(v.module.register_forward_hook(recorder.putting(name)))
+    for path in blocks:
+        module = model.get_submodule(path)
+        hooks.append(module.register_forward_pre_hook(recorder.entering(path), prepend=True))
+        hooks.append(module.register_forward_hook(recorder.leaving(path)))
+    drawn = torch.get_rng_state()
+    try:
+        with evaluating(model):
+            output = model(**batch.arguments)
+    except MergeError:
+        raise
+    except Exception as error:
+        raise refused(batch, error) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not torch.equal(drawn, torch.get_rng_state()):
+        torch.set_rng_state(drawn)
+        raise MergeError(
+            "the model draws random numbers in evaluation mode, so that no two forwards are alike; "
+            "make it deterministic (for example mask_ratio=0 for masked autoencoders)"
+        )
+    return [*recorder.calls, Call(("output", ""), put=first_output(output))]
+
+
+def numbers(batch: Batch) -> int:
+    """How many numbers a batch holds in its tensors."""
+    return sum(z.numel() for z in batch.arguments.values() if isinstance(z, Tensor))
+
+
+def first_output(output) -> Tensor | None:
+    """The main tensor of an output, None where it has none."""
+    try:
+        return main_output(output)
+    except MergeError:
+        return None

@@ -1,0 +1,39 @@
+"""Rows of calibration batches: those that are no padding, the rows of a fold side by side."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .calibration import Batch
+
+
+def selection(shape, batch: Batch, folds: int, mask_name: str | None) -> tuple[Tensor | None, list[int]]:
+    """Which rows of an arranged (B, tokens, …) batch are no padding, those of a fold side by side, and how many each has."""
+    device = next(v.device for v in batch.arguments.values() if isinstance(v, Tensor))
+    mask = batch.arguments.get(mask_name) if mask_name else None
+    if mask is None and folds == 1:
+        return None, [torch.Size(shape).numel()]
+    fold = ((torch.arange(batch.size) + batch.start) % folds).to(device)
+    fold = fold.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+    if mask is not None:
+        kept = (mask != 0).reshape(*mask.shape, *[1] * (len(shape) - 2)).expand(shape)
+        fold = torch.where(kept, fold, folds)  # padding comes last
+    order = fold.flatten().argsort(stable=True)
+    counts = fold.flatten().bincount(minlength=folds + 1).tolist()[:folds]
+    return order[: sum(counts)], counts
+
+
+def joined(held: list[tuple]) -> tuple[Tensor, Tensor | None, list[int]]:
+    """Samples of several batches as of one, those of a fold side by side."""
+    if len(held) == 1:
+        return held[0]
+    counts = [sum(fold) for fold in zip(*(counts for *_, counts in held))]
+    joined = []
+    for which in (0, 1):
+        if held[0][which] is None:
+            joined.append(None)
+            continue
+        parts = [entry[which].split(entry[2]) for entry in held]
+        joined.append(torch.cat([part[fold] for fold in range(len(counts)) for part in parts]))
+    return *joined, counts

@@ -1,0 +1,248 @@
+"""What a model does with a calibration batch: which layers it calls, in which order, and which rows are whose.
+
+Everything is found out by running the model on a few sequences of a batch: as they are, with one sequence less, and with
+one token less. What changes its size with the sequences is the axis of sequences, what changes it with the tokens is
+theirs, and by which of the model's masks. No list of architectures, and no guess from shapes that happen to agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from .calibration import Batch
+from .errors import MergeError, MissingLayer
+from .layers import view
+from .layouts import Layout, find_layout
+from .lockstep import LeftOut, Point
+from .options import words
+from .recording import call_at, is_padded, kind_of, numbers, recordings
+from .views import Table, View
+
+EXTRA_SURVEYS = 4  # batches surveyed beyond one of each kind, in search of layers not called so far
+
+
+@dataclass
+class Survey:
+    """Layers that a pass can solve, and why the others cannot be.
+
+    Attributes:
+        stages: for every group of layers that read the same tensor, their names in calling order.
+        sequence: every layer, and every entrance to and exit from a block, in calling order.
+        layouts: by kind of batch (its keys), of what a layer reads and of what a block or the model returns.
+        left_out: layer -> why it is averaged.
+        refusals: layer -> why no merge is made if the layer is to be solved.
+        held: point -> bytes that a forward holds while it waits there, per number in the arguments of its batch.
+        read: layer -> bytes that it reads, likewise.
+    """
+
+    views: dict[str, View]
+    stages: list[list[str]] = field(default_factory=list)
+    sequence: list[Point] = field(default_factory=list)
+    layouts: dict[tuple, Layout] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    refusals: dict[str, str] = field(default_factory=dict)
+    held: dict[Point, float] = field(default_factory=dict)
+    read: dict[str, float] = field(default_factory=dict)
+
+    def views_in(self, scope: str) -> dict[str, View]:
+        """The views of a scope, as the survey found them to be."""
+        views = {}
+        for name, v in self.views.items():
+            found = view(name, v.module, scope)
+            if found is not None:
+                views[name] = replace(v, bias=found.bias)
+        return views
+
+    def put_apart(self, layer: str) -> None:
+        """Make a layer a stage of its own."""
+        for group in self.stages:
+            if layer in group:
+                group.remove(layer)
+        self.stages.append([layer])
+
+    def layout(self, layer: str, batch: Batch) -> Layout:
+        """Where the sequences of a batch lie in what a layer reads."""
+        found = self.layout_at(("layer", layer), batch)
+        if found is None:
+            raise LeftOut(layer, "called for some kinds of calibration batches only")
+        return found
+
+    def layout_at(self, point: Point, batch: Batch) -> Layout | None:
+        """The same of what a block or the model returns, None where it is not known."""
+        return self.layouts.get((kind_of(batch), point))
+
+
+def block_paths(model: nn.Module, blocks=None) -> list[str]:
+    """Paths of a model's blocks in the order of its modules: members of its outermost lists of modules, or of the named ones.
+
+    Raises: MissingLayer where a name is not a list of modules of the model.
+    """
+    kinds = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+    lists = {k: m for k, m in model.named_modules() if isinstance(m, kinds) and len(m)}
+    named = [] if blocks is None else words("blocks", blocks)
+    for name in named:
+        if name not in lists:
+            raise MissingLayer(
+                f"blocks: expected the path of an nn.ModuleList of the model, found {name!r}; the model has {sorted(lists)}"
+            )
+    if not named:
+        for name in lists:
+            if not any(name.startswith(f"{other}.") or other == "" for other in named):
+                named.append(name)
+    paths = []
+    for name in named:
+        for key, _ in lists[name].named_children():
+            paths.append(f"{name}.{key}".lstrip("."))
+    return paths
+
+
+def survey(model: nn.Module, batches: list[Batch], blocks=(), state=None) -> Survey:
+    """Survey a model in evaluation mode, under its own weights, on its calibration batches.
+
+    Args:
+        blocks: paths of blocks whose borders are to be ranked too.
+    Raises: MergeError for a batch that the model does not take, and for forwards that draw random numbers.
+    """
+    views, reasons = _views(model)
+    found = Survey(views, left_out=reasons)
+    padded = any(is_padded(batch) for batch in batches)
+    state = model.state_dict() if state is None else state
+    seen, extra = set(), 0
+    for batch in batches:
+        new_kind = kind_of(batch) not in seen
+        if not new_kind:
+            if extra == EXTRA_SURVEYS or all(("layer", name) in found.sequence for name in views):
+                continue
+            extra += 1
+        seen.add(kind_of(batch))
+        _add(found, model, batch, blocks, state, padded)
+    _place_the_rest(found, model)
+    for name in views:
+        if name not in found.left_out and not any(point == ("layer", name) for _, point in found.layouts):
+            found.left_out[name] = "no calibration batch was seen to call it"
+    return found
+
+
+def _views(model) -> tuple[dict[str, View], dict[str, str]]:
+    """Views by layer, and reasons against those whose weights are tied to others."""
+    state = model.state_dict(keep_vars=True)
+    views = {}
+    for name, module in model.named_modules():
+        found = view(name, module)
+        if found is not None and all(p in state for p in found.parameters):
+            views[name] = found
+    tables = {p for v in views.values() if isinstance(v, Table) for p in v.parameters}
+    owners: dict[int, list[str]] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.numel():
+            owners.setdefault(value.data_ptr(), []).append(name)
+    reasons = {}
+    for name, v in views.items():
+        for parameter in v.parameters:
+            others = set(owners.get(state[parameter].data_ptr(), ())) - {parameter}
+            others -= {o for o in others if state[o] is state[parameter] and _same_module(o, parameter, model)}
+            if others and not (isinstance(v, Table) and others <= tables):
+                reasons[name] = f"tied to {', '.join(sorted(others))}"
+    return views, reasons
+
+
+def _same_module(one: str, other: str, model) -> bool:
+    """Whether two names of a state dict are one parameter of one module, met twice."""
+    modules = [model.get_submodule(name.rpartition(".")[0]) for name in (one, other)]
+    return modules[0] is modules[1]
+
+
+def _add(found: Survey, model, batch: Batch, blocks, state, padded: bool) -> None:
+    """Add what one batch shows."""
+    few, some, fewer, shorter = recordings(found.views, model, batch, blocks)
+    _insert(found.sequence, [call.point for call in some if call.point[0] != "output"])
+    layers = [call.point[1] for call in some if call.point[0] == "layer"]
+    groups: dict[tuple, list[str]] = {}
+    for call in some:
+        kind, name = call.point
+        found.held[call.point] = max(call.held, found.held.get(call.point, 0.0))
+        if call.read is not None:
+            found.read[name] = call.read.numel() * call.read.element_size() / numbers(few)
+        if kind == "enter" or (kind_of(batch), call.point) in found.layouts or name in found.left_out:
+            continue
+        others = [call_at(calls, call.point) for calls in (fewer, *shorter.values())]
+        if kind == "layer":
+            _judge(found, call, others, list(shorter), batch, layers.count(name), state, padded)
+            if name not in found.left_out and not any(name in stage for stage in found.stages):
+                groups.setdefault(call.identity, []).append(name)
+        elif call.put is not None and call.put.dim() > 1:
+            _place(found, call, others, list(shorter), batch)
+    found.stages.extend(groups.values())
+
+
+def _place(found: Survey, call, recordings, masks, batch) -> None:
+    """Settle the layout of what a block or the model returns, where it has one."""
+    if any(z is None or z.put is None for z in recordings):
+        return
+    fewer, *shorter = (z.put for z in recordings)
+    try:
+        layout = find_layout("", call.put, fewer, dict(zip(masks, shorter)), batch, False)
+    except LeftOut:
+        return
+    found.layouts[kind_of(batch), call.point] = layout
+
+
+def _judge(found: Survey, call, recordings, masks, batch, times: int, state, padded) -> None:
+    """Settle the layout of what a layer reads, or why it is left out."""
+    layer = call.point[1]
+    v = found.views[layer]
+    if times > 1 and not isinstance(v, Table):
+        found.left_out[layer] = "called more than once in a forward"
+    elif call.read is None or call.put is None:
+        found.left_out[layer] = "called without a tensor"
+    elif v.rows(call.read).dim() < 2:
+        found.left_out[layer] = "called without an axis of sequences"
+    elif not _fits_module(found, layer, state, call):
+        found.left_out[layer] = f"{type(v.module).__name__} does more than the linear map of its weights"
+    else:
+        fewer, *shorter = (None if z is None else v.rows(z.read) for z in recordings)
+        try:
+            rows = v.rows(call.read)
+            layout = find_layout(layer, rows, fewer, dict(zip(masks, shorter)), batch, padded, isinstance(v, Table))
+        except LeftOut as reason:
+            found.left_out[layer] = reason.reason
+        except MergeError as error:
+            found.left_out[layer] = "its rows cannot be matched to the mask"
+            found.refusals[layer] = f"layer {layer!r}: {error}"
+        else:
+            found.layouts[kind_of(batch), call.point] = layout
+
+
+def _fits_module(found, layer, state, call) -> bool:
+    """Whether a layer's view reproduces its module; of norms, also with a gain that counts from one."""
+    v = found.views[layer]
+    if v.reproduces(state, call.read, call.put):
+        return True
+    if hasattr(v, "offset"):
+        from_one = type(v)(v.name, v.module, v.bias, offset=1.0)
+        if from_one.reproduces(state, call.read, call.put):
+            found.views[layer] = from_one
+            return True
+    return False
+
+
+def _insert(sequence: list[Point], points: list[Point]) -> None:
+    """Add points to a sequence, each behind the one that comes before it."""
+    place = 0
+    for point in points:
+        if point not in sequence:
+            sequence.insert(place, point)
+        place = sequence.index(point) + 1
+
+
+def _place_the_rest(found: Survey, model) -> None:
+    """Put layers that were not called behind the one before them in the model."""
+    place = 0
+    for name, _ in model.named_modules():
+        point = ("layer", name)
+        if name in found.views and point not in found.sequence:
+            found.sequence.insert(place, point)
+        if point in found.sequence:
+            place = found.sequence.index(point) + 1
