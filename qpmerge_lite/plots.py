@@ -264,18 +264,20 @@ def heat(table, label: str, low: float, high: float, fmt: str = ".2f") -> Figure
 
 
 def bars(names, panels: dict, ylabel: str, columns: int = 2) -> Figure:
-    """Stacked bars over the layers of a model: panel title -> label -> height per layer; hatches tell the parts apart without colour."""
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 1.25 * rows + 2.0), sharex=True, sharey=True, squeeze=False)
+    """Stacked bars: panel title -> label -> heights; hatches tell the parts apart without colour. ``names`` of the bars, or those of each panel."""
+    rows, shared = -(-len(panels) // columns), not isinstance(names, dict)
+    names = dict.fromkeys(panels, names) if shared else names
+    height = (1.25 if shared else 2.2) * rows + (2.0 if shared else 0.8)
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, height), sharex=shared, sharey=True, squeeze=False)
     for axis, (title, parts) in zip(axes.flat, panels.items()):
-        floor = np.zeros(len(names))
+        places = range(len(names[title]))
+        floor = np.zeros(len(places))
         for (label, heights), hatch, colour in zip(parts.items(), HATCHES, sns.color_palette()):
-            axis.bar(range(len(names)), heights, 0.8, bottom=floor, color=colour, hatch=hatch, linewidth=0, label=label)
+            axis.bar(places, heights, 0.8, bottom=floor, color=colour, hatch=hatch, linewidth=0, label=label)
             floor = floor + np.asarray(heights)
         axis.set_title(title)
         axis.grid(axis="x", visible=False)
-    for axis in axes.flat:
-        axis.set_xticks(range(len(names)), list(names), rotation=90, fontsize=9)
+        axis.set_xticks(places, list(names[title]), rotation=90, fontsize=9)
     figure.supylabel(ylabel, fontsize=10)
     if len(parts) > 1:
         _key(figure, axes.flat[0], 2)

@@ -8,6 +8,7 @@ from toys import TASKS
 import qpmerge_lite as q
 
 transformers = pytest.importorskip("transformers")
+compatibility = pytest.importorskip("qpmerge_lite.suites.compatibility", reason="the suites extra is not installed")
 
 SIZE = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
 PICTURES = {**SIZE, "image_size": 8, "patch_size": 4}
@@ -26,7 +27,7 @@ ARCHITECTURES = {
                               sorted([BIAS.format("decoder"), BIAS.format("encoder"), "lm_head.weight", "shared.weight",
                                       "decoder.embed_tokens.weight", "encoder.embed_tokens.weight"])),
     "llama": (lambda: transformers.LlamaModel(transformers.LlamaConfig(vocab_size=19, num_key_value_heads=1, **SIZE)), []),
-}  # fmt: skip
+}
 
 
 def inputs(name, count):
@@ -64,7 +65,8 @@ def assert_same(one, other, tolerance=1e-6):
 def test_copies_of_one_expert_give_it_back_and_what_is_averaged_is_listed(name):
     base, experts, calibration = problem(name)
     merge = q.qp(base, dict.fromkeys(TASKS, experts["a"]), calibration, basis="rows", ridge=0.0, prior=0.0)
-    assert merge.averaged == ARCHITECTURES[name][1]
+    assert sorted(merge.averaged) == ARCHITECTURES[name][1]
+    assert all(merge.averaged.values())
     assert_same(merge.state_dict, experts["a"])
     assert all(row["captured"] == pytest.approx(1) for row in merge.table)
     audited = q.audit(base, merge.state_dict, {"a": experts["a"]}, calibration)
@@ -104,7 +106,8 @@ def test_half_precision_is_merged_in_double_and_stored_as_it_came(name):
     base, experts, calibration = problem(name, torch.bfloat16)
     merge = q.qp(base, dict.fromkeys(TASKS, experts["a"]), calibration, basis="rows", ridge=0.0, prior=0.0)
     assert {v.dtype for v in merge.state_dict.values()} == {torch.bfloat16}
-    assert merge.averaged == ARCHITECTURES[name][1]
+    assert sorted(merge.averaged) == ARCHITECTURES[name][1]
+    assert all(merge.averaged.values())
     assert_same(merge.state_dict, experts["a"], 2e-2)
 
 
@@ -121,11 +124,79 @@ def test_tokens_that_do_not_occur_are_averaged_and_the_others_weighted_by_how_of
     torch.testing.assert_close(merge.state_dict[key], expected)
 
 
-def test_a_norm_that_adds_one_to_its_gain_is_averaged_not_mistaken():
+def test_a_norm_that_stores_how_far_its_gain_is_from_one_is_solved_as_the_same_norm():
     class PlusOneRMSNorm(torch.nn.RMSNorm):
         def forward(self, x):
             return super().forward(x) + x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
 
     base, experts, calibration = problem("llama")
+    merge = q.qp(base, experts, calibration, basis="rows")
     base.norm = PlusOneRMSNorm(8, eps=1e-6).double()
-    assert "norm.weight" in q.qp(base, experts, calibration, basis="rows").averaged
+    for state in (base.state_dict(), *experts.values()):
+        state["norm.weight"].sub_(1)  # the base's own norm starts with a gain of one
+    base.norm.weight.data.zero_()
+    other = q.qp(base, experts, calibration, basis="rows")
+    assert "norm" in {row["layer"] for row in other.table}
+    torch.testing.assert_close(other.state_dict["norm.weight"] + 1, merge.state_dict["norm.weight"])
+
+
+# one or two of every group, and those that once went wrong
+FAST = (
+    "BERT", "DeBERTa-v2", "ALBERT", "XLNet", "OPT", "Qwen3", "Gemma 2", "T5", "BART", "bert2bert",
+    "GPT-2, tied head", "BERT, classes", "ViT", "Swin", "ConvNeXt", "CLIP", "Whisper", "Wav2Vec2", "Mixtral",
+    "Qwen2-MoE", "Jamba", "LFM2", "nn.TransformerEncoder", "Sequence first", "Experts in a list",
+    "Residual network", "U-Net",
+)
+# padding is refused where a model keeps no row per token, and where padded rows turn into NaN in the model itself
+REFUSED = {"Longformer": ("right", "left"), "Funnel": ()}
+LEAST_SOLVED = {"encoders": 0.4, "decoders": 0.7, "encoder-decoders": 0.85, "heads": 0.75, "vision": 0.85,
+                "audio": 0.8, "mixtures of experts": 0.2, "state space and hybrids": 0.5, "plain PyTorch": 0.4}
+
+
+def assert_row(row):
+    """Every property of one architecture, with its bound."""
+    assert row["refused"] == "", row
+    tolerance = {"float64": 1e-8, "float32": 1e-4}[row["dtype"]]
+    assert row["copies"] <= tolerance, row
+    assert row["batches"] <= tolerance, row
+    for side in compatibility.SIDES:
+        if side in REFUSED.get(row["architecture"], ()):
+            assert "attention_mask" in row[f"{side}_refused"], row
+        elif row[f"{side}_model"] is not None and row[f"{side}_model"] <= tolerance:
+            assert row[f"{side}_refused"] == "" and row[side] <= tolerance, row
+    assert row["solved"] + row["averaged"] == pytest.approx(1) and row["untouched"] == 0, row
+    assert row["solved"] >= LEAST_SOLVED[row["group"]], row
+    assert row["solved"] == 1 or row["reason"], row
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_copies_batches_padding_and_shares(name):
+    assert_row(compatibility.check(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", compatibility.ARCHITECTURES)
+def test_copies_batches_padding_and_shares_of_every_architecture(name, seed):
+    assert_row(compatibility.check(name, seed))
+
+
+def test_the_registry_is_as_wide_as_the_book_says():
+    groups = {entry.group for entry in compatibility.ARCHITECTURES.values()}
+    assert len(compatibility.ARCHITECTURES) >= 45 and groups == set(LEAST_SOLVED)
+    assert set(FAST) <= set(compatibility.ARCHITECTURES)
+
+
+def test_what_an_architecture_is_called_that_is_not_there():
+    with pytest.raises(q.errors.MergeError, match="architecture: expected one of .*BERT.*, found 'Bert'"):
+        compatibility.check("Bert")
+
+
+def test_a_change_of_the_merge_is_told_from_one_of_the_model():
+    row = {"refused": "", "dtype": "float64", "right": 1.0, "right_model": 1.0, "right_refused": ""}
+    assert compatibility.verdict(row, "right") == compatibility.THE_MODELS_OWN
+    assert compatibility.verdict(row | {"right_model": 0.0}, "right") == compatibility.FAILS
+    assert compatibility.verdict(row | {"right_model": 0.0, "right": 0.0}, "right") == compatibility.HOLDS
+    assert compatibility.verdict(row | {"right_model": None, "right": None}, "right") == compatibility.WITHOUT
+    assert compatibility.verdict(row | {"right_model": 0.0, "right_refused": "no"}, "right") == compatibility.REFUSED
+    assert compatibility.verdict(row | {"refused": "no"}, "right") == compatibility.REFUSED
