@@ -2,6 +2,9 @@
 # make notebooks  only run them       make html   only build the pages    make check  run all again, compare the records
 # make bench      time a merge        make lock   resolve the pins anew   make clean  drop chapters, records and pages
 # make oracles    hold the methods to other people's implementations of them, in a second environment
+# make peers      time them and their memory beside fusion_bench's, in the same one: half an hour
+#
+# Options of the two benchmarks: make bench BENCH="--plot time.png --repeats 5"; make peers BENCH="--experts 3 --repeats 1"
 #
 # A notebook that has not changed is not executed again, by make test neither; after make clean, every one is.
 # make clean keeps the environment and the trained experts (.cache); .ci/run starts without either.
@@ -11,16 +14,18 @@ VENV ?= .venv
 TIER ?= smoke
 # extra words for pip when it installs torch, for example an index of CPU builds
 TORCH_ARGS ?=
+# options of make bench and make peers
+BENCH ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# what reads pre-trained checkpoints: the tests and every tier but smoke ask for it
+# transformers, whose architectures and checkpoints are merged: chapters and tests ask for it
 HUB := $(VENV)/.installed-hub
-NEEDED := $(STAMP) $(if $(filter-out smoke,$(TIER)),$(HUB))
+NEEDED := $(STAMP) $(HUB)
 QPMERGE := $(BIN)/qpmerge
 export QPMERGE_TIER := $(TIER)
 
-.PHONY: book test notebooks html check bench oracles lock clean
+.PHONY: book test notebooks html check bench oracles peers lock clean
 .DELETE_ON_ERROR:
 
 book: notebooks
@@ -39,10 +44,13 @@ check: $(NEEDED)
 	$(QPMERGE) book check --tier $(TIER)
 
 bench: $(STAMP)
-	$(BIN)/python -m qpmerge_lite.suites.bench
+	$(BIN)/python -m qpmerge_lite.suites.bench $(BENCH)
 
 oracles: $(VENV)-oracles/.installed
 	$(VENV)-oracles/bin/python tests/oracles.py
+
+peers: $(VENV)-oracles/.installed
+	$(VENV)-oracles/bin/python tests/peers.py $(BENCH)
 
 # our pins hold there too
 $(VENV)-oracles/.installed: requirements.lock requirements-torch.txt pyproject.toml
