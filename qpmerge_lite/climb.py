@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from .moments import Pooled
-from .programme import programme
-from .solve import penalty_weights
 
 
 class _Climber:
@@ -20,17 +18,24 @@ class _Climber:
         self.known: dict[float, float] = {}
 
     def _prepared(self, contest, fitted: Pooled, held: Pooled):
-        """Of a fold: scaled Hessians, force and slope at the prior in float32, loss there and energy."""
+        """Of a fold: scaled C of both sides, force and slope at the prior, all float32; the loss there and the energy.
+
+        Everything is relative to the root of the residual energy and of the penalty, so that float32 can hold it.
+        """
         basis = contest.make(contest.family, contest.updates, fitted, groups=contest.groups)
-        problem, other = programme(fitted, basis), programme(held, basis)
-        prior = torch.zeros_like(problem.f) if contest._at_base else basis.arithmetic(contest.prior)
-        root = penalty_weights(problem, contest.penalty).sqrt()
-        scale = root[:, :, None] * root[:, None, :]
-        unit = root.unsqueeze(1) * max(float(problem.energy), 1e-300) ** 0.5
-        force, slope = -problem.gradient(prior) / unit, other.gradient(prior) / unit
-        start = float(other.objective(prior) / max(float(problem.energy), 1e-300))
-        energy = float(other.energy) / max(float(problem.energy), 1e-300)
-        return (problem.H / scale).float(), (other.H / scale).float(), force.float(), slope.float(), start, energy
+        size = max(float(fitted.energy), 1e-300)
+        diagonal = fitted.C.diagonal(dim1=-2, dim2=-1)
+        gamma = diagonal if contest.penalty == "diagonal" else diagonal.mean().expand_as(diagonal)
+        root = torch.where(gamma > 0, gamma, 1.0).sqrt().unsqueeze(1)
+        scale = root.mT * root
+        C, other = (fitted.C / scale).float(), (held.C / scale).float()
+        A, elsewhere = ((side.A / (root * size**0.5)).float() for side in (fitted, held))
+        prior = torch.zeros_like(fitted.A) if contest._at_base else basis.arithmetic(contest.prior)
+        prior = (prior * root / size**0.5).float()
+        force, slope = A - prior @ C, prior @ other - elsewhere
+        energy = float(held.energy) / size
+        start = energy + float((prior.double() * (slope - elsewhere).double()).sum()) / 2
+        return C, other, force, slope, start, energy
 
     def score(self, ridge: float) -> float:
         """Average over the folds of what one ridge captures."""

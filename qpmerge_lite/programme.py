@@ -43,4 +43,5 @@ class Programme:
 def programme(pooled: Pooled, basis: Basis) -> Programme:
     """The programme of a basis under given moments; the moments may come from other data than the basis."""
     H = basis.quadratic(pooled.C)
-    return Programme(basis, (H + H.mT) / 2, -basis.linear(pooled.A), pooled.energy, pooled.rtol)
+    H = H if H is pooled.C and H.shape[-1] > 384 else (H + H.mT) / 2  # wide C is symmetric as it is, see sums.gram
+    return Programme(basis, H, -basis.linear(pooled.A), pooled.energy, pooled.rtol)

@@ -19,7 +19,7 @@ from .moments import WEIGHTS, Moments, Pooled
 from .options import number, one_of, seeded, whole, words
 from .programme import programme
 from .recipes import looks_at
-from .solve import PENALTIES, RTOL, minimise
+from .solve import PENALTIES, RTOL, minimise, penalty_weights
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,11 @@ class QP:
         basis = make(family, updates, pooled, groups=self._labels(moments))
         solution = minimise(programme(pooled, basis), ridge, basis.arithmetic(prior), self.penalty)
         update = basis.combine(solution.d)
-        return update, _row(pooled, update, family, basis.p, ridge, score)
+        moved = None
+        if solution.factored is None and family == "elements":  # U C, from what U solves: U C + λγ (U - P) = A
+            gamma = penalty_weights(solution.programme, self.penalty).unsqueeze(-2)
+            moved = pooled.A - ridge * gamma * (update - basis.arithmetic(prior))
+        return update, _row(pooled, update, family, basis.p, ridge, score, moved)
 
     def _labels(self, moments):
         if self.groups is None:
@@ -143,7 +147,11 @@ class RegMean:
             diagonal = C.diagonal(dim1=-2, dim2=-1)  # a view: inputs that are never on get a one
             diagonal += (diagonal == 0).to(C)
             update = mean + torch.cholesky_solve(residual.mT, torch.linalg.cholesky(C)).mT
-        return update, _row(pooled, update, "elements", update.numel(), 0.0, None)
+        moved = None
+        if 0 < self.alpha < 1:  # U C, from what U solves: U (α C + (1 - α) diag C) = A
+            own = pooled.C.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+            moved = (A - (1 - self.alpha) * update * own) / self.alpha
+        return update, _row(pooled, update, "elements", update.numel(), 0.0, None, moved)
 
 
 @dataclass(frozen=True)
@@ -212,9 +220,15 @@ class Sketched:
         return update, _row(pooled, update, "elements", update.numel(), self.ridge, None)
 
 
-def _row(pooled: Pooled, update: Tensor, basis: str, p: int, ridge, score) -> dict:
-    """Table row of a solved layer; ``captured`` is None where there is no residual energy, and something was added."""
-    loss = pooled.loss_tensor(update)
+def _row(pooled: Pooled, update: Tensor, basis: str, p: int, ridge, score, moved: Tensor | None = None) -> dict:
+    """Table row of a solved layer; ``captured`` is None where there is no residual energy, and something was added.
+
+    ``moved`` is ``U C`` of the update U, where it is known already.
+    """
+    if moved is None:
+        loss = pooled.loss_tensor(update)
+    else:
+        loss = ((moved / 2 - pooled.A) * update).sum() + pooled.energy
     nothing_added = loss <= 1e-18 * pooled.C.diagonal(dim1=-2, dim2=-1).sum()
     silent = torch.where(nothing_added, 1.0, torch.nan)
     captured = torch.where(pooled.energy > 0, 1 - loss / pooled.energy, silent)

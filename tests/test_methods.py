@@ -176,3 +176,14 @@ def test_a_grid_in_one_pass_is_its_merges_one_by_one(method, grid):
     best, options, scores = q.tune(method, grid, lambda state: float(state["norm.weight"].sum()), base, experts, calibration, noted.append)
     assert options == grid[scores.index(max(scores))] and len(noted) == len(grid)
     assert torch.equal(best.state_dict["norm.weight"], together[scores.index(max(scores))].state_dict["norm.weight"])
+
+
+@pytest.mark.parametrize("solver", [QP("elements", ridge=0.1), QP("elements", ridge=0.1, penalty="diagonal", prior=0.0), q.RegMean(0.9), q.RegMean(0.0)])
+def test_the_captured_energy_of_a_wide_layer_is_that_of_its_update(solver):
+    """Wide layers take it from the equation that their update solves, not from another product."""
+    layer = make_layer(1, K=3, g=1, m=4, n=80, N=200)
+    moments = layer.moments()
+    if isinstance(solver, q.RegMean):
+        moments = moments.shrink(layer.updates, 1.0)  # of propagated targets
+    update, row = solver(moments, layer.updates)
+    assert_relative(row["captured"], moments.pool().captured(update), 1e-9)
