@@ -24,8 +24,9 @@ class Recipe:
     """How one merge of a pass is made.
 
     Attributes:
-        solver: ``(moments, updates (K, g, m, n)) -> (update (g, m, n), table row)``, e.g. ``methods.QP``; an attribute
-            ``full_energy = False`` says that it can do without the off-diagonal of M. None solves nothing: moments are kept.
+        solver: ``(moments, updates (K, g, m, n)) -> (update (g, m, n), table row)``, e.g. ``solvers.QP``; an attribute
+            ``full_energy = False`` says that it can do without the off-diagonal of M. The moments are valid during the call:
+            their memory is used for the next layer. None solves nothing, and keeps all moments.
         inputs: layers read what the ``merged`` prefix produces, each ``expert``'s own stream (RegMean), or the merged
             prefix up to the block and the expert within it (``block``, RegMean++).
         targets: ``own`` (the expert's outputs on its own stream), ``propagated`` (its layer applied to the merged
