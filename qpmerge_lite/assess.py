@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from .calibration import Batch, check_calibration, evaluating, main_output, refuse_what_cannot_run
 from .diagnostic import gap
+from .effects import first_tensor
 from .errors import MergeError, MissingLayer
 from .experts import check_experts
 from .layouts import Layout
-from .lockstep import Stage, first_tensor, refused
+from .lockstep import Stage, refused
 from .moments import Moments
 from .options import words
 from .recipes import Recipe
@@ -134,6 +135,7 @@ class Auditor:
     def __call__(self, state, tasks=None) -> dict:
         """One merge, on the inputs of all tasks or of some."""
         state, sums, stage = check_experts(self.base, {"merge": state}, cast=True)["merge"], {}, Stage(self.base)
+        stage.keep(self.known.traces)
         try:
             with evaluating(self.base), _Watch(stage, self.known.views, self.layers, self.blocks) as watch:
                 for task in self.batches if tasks is None else tasks:
@@ -236,9 +238,9 @@ class _Watch:
     def run(self, state, batch: Batch, with_reads: bool) -> _Sight:
         """One forward; what layers read is kept on request. Run again with copies where the model works in place."""
         self.sight = found = _Sight(self.copying)
-        self.stage.show(state)
+        self.stage.begin(state)
         try:
-            found.outputs["output"] = main_output(self.stage.model(**batch.arguments))
+            found.outputs["output"] = main_output(self.stage.model(**self.stage.arguments(batch)))
         except MergeError:
             raise
         except Exception as error:

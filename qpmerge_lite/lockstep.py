@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .calibration import Batch
+from .effects import ABSENT, Traces, copied, first_tensor, modes, set_modes, version_of
 from .errors import MergeError
 
 Point = tuple[str, str]  # "layer", "enter" or "leave", and the path of a module
 
 
-class LeftOut(Exception):
+class LeftOut(BaseException):  # no model may take it for an error of its own
     """A layer turned out not to be one that a pass can solve: the pass starts again without it."""
 
     def __init__(self, layer: str, reason: str):
@@ -35,7 +36,7 @@ class LeftOut(Exception):
         self.layer, self.reason = layer, reason
 
 
-class Apart(Exception):
+class Apart(BaseException):
     """Two layers that read one tensor in the survey read two in another batch: the pass starts again with them apart."""
 
     def __init__(self, layer: str):
@@ -59,6 +60,31 @@ class Stage:
                         self._places.append((entries, key, name))
         self._original = {name: entries[key] for entries, key, name in self._places}
         self._recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+        self.copies_inputs, self._kept, self._before = False, [], []
+
+    def keep(self, traces: Traces) -> None:
+        """Heed what forwards of the model leave behind, as the survey saw it: every one then has values of its own."""
+        self.copies_inputs = traces.inputs
+        for path, kind, key in sorted(traces.values):
+            module = self.model.get_submodule(path)
+            self._kept.append((module._buffers if kind == "buffer" else module.__dict__, key))
+        self._before = self.values()
+
+    def values(self) -> list:
+        """What the places that forwards write to hold now."""
+        return [entries.get(key, ABSENT) for entries, key in self._kept]
+
+    def put(self, values: list) -> None:
+        """Give these places their values back."""
+        for (entries, key), value in zip(self._kept, values):
+            if value is ABSENT:
+                entries.pop(key, None)
+            else:
+                entries[key] = value
+
+    def arguments(self, batch: Batch) -> dict:
+        """What the model is called with."""
+        return tree_map(copied, batch.arguments) if self.copies_inputs else batch.arguments
 
     def show(self, state: Mapping[str, Tensor]) -> None:
         """Point the model to the entries of a state, by name; nothing is copied."""
@@ -70,9 +96,19 @@ class Stage:
             module._flat_weights = [getattr(module, key) for key in module._flat_weights_names]
         self._shown = state
 
+    def begin(self, state: Mapping[str, Tensor]) -> None:
+        """Point the model to a state for a new forward, with values of its own where forwards write."""
+        if not self._kept:
+            return self.show(state)
+        self.put(self._before)
+        self._shown = None
+        self.show(state)
+        self.put(tree_map(copied, self.values()))
+
     def restore(self) -> None:
         """The model as it was."""
         self.show(self._original)
+        self.put(self._before)
 
 
 class Forward(greenlet):
@@ -88,7 +124,9 @@ class Forward(greenlet):
         self.at: Point | None = None
         self.payload, self.answer, self._function = None, None, function
         self.started = False
+        self.own: list | None = None  # values on modules, which other forwards write to as well
         self._called: dict[str, object] = {}
+        self._modes: tuple | None = None
 
     def run(self):
         """The forward itself; what goes wrong in it is the fault of its batch."""
@@ -96,8 +134,8 @@ class Forward(greenlet):
         try:
             if self._function is not None:
                 return self._function()
-            return self.stage.model(**self.batch.arguments)
-        except (MergeError, LeftOut, Apart):
+            return self.stage.model(**self.stage.arguments(self.batch))
+        except MergeError:
             raise
         except Exception as error:
             raise refused(self.batch, error) from error
@@ -105,8 +143,18 @@ class Forward(greenlet):
     def advance(self) -> None:
         """Run to the next point, or to the end."""
         answer, self.payload, self.answer = self.answer, None, None
-        self.stage.show(self.state)
-        arrived = self.switch(answer) if self.started else self.switch()
+        if self.own is None:
+            self.stage.begin(self.state)
+        else:
+            self.stage.show(self.state)
+            self.stage.put(self.own)
+        outside = modes()
+        set_modes(self._modes or outside)
+        try:
+            arrived = self.switch(answer) if self.started else self.switch()
+        finally:
+            self._modes, self.own = modes(), self.stage.values()
+            set_modes(outside)
         if self.dead:
             self.at, self._called = None, {}
         else:
@@ -123,30 +171,13 @@ class Forward(greenlet):
     def reads_again(self, leader: str, read: Tensor) -> bool:
         """Whether a tensor is the one that a layer named ``leader`` has just read."""
         reference, version = self._called.get(leader, (None, None))
-        return reference is not None and reference() is read and version == read._version
+        return reference is not None and reference() is read and version == version_of(read)
 
     def note(self, layer: str, read: Tensor) -> bool:
         """Remember what a layer reads; whether it had been called before."""
         again = layer in self._called
-        self._called[layer] = weakref.ref(read), read._version
+        self._called[layer] = weakref.ref(read), version_of(read)
         return again
-
-
-def copied(value):
-    """A copy of a tensor, because a model may work in place; anything else as it is."""
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def hand_over(arrived: list[Forward]) -> None:
-    """At the border of a block, the expert's forward goes on with what the merged one has."""
-    merged = {}
-    for forward in arrived:
-        if forward.kind[0] == "merged":
-            merged[forward.kind[1], forward.batch.task, forward.batch.number] = forward.payload
-    for forward in arrived:
-        if forward.kind[0] == "block":
-            given = merged.get((forward.kind[1], forward.batch.task, forward.batch.number))
-            forward.answer = tree_map(copied, given)  # either may work in place
 
 
 def refused(batch: Batch, error: Exception) -> MergeError:
@@ -157,11 +188,6 @@ def refused(batch: Batch, error: Exception) -> MergeError:
         f"{batch.number}; batches hold the keyword arguments of forward "
         f"({type(error).__name__}: {error})"
     )
-
-
-def first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
-    """What a module is given to read: the first tensor among its arguments."""
-    return next((z for z in (*args, *kwargs.values()) if isinstance(z, Tensor)), None)
 
 
 @contextmanager
@@ -265,6 +291,8 @@ def run(forwards: list[Forward], sequence: list[Point], visit: Callable[[Point, 
             for forward in arrived:
                 forward.advance()
     finally:
+        outside = modes()
         for forward in forwards:
             if forward.started and not forward.dead:
                 forward.throw()
+        set_modes(outside)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .calibration import MASKS, Batch, evaluating, main_output
+from .effects import ABSENT, Traces, copied, first_tensor, version_of
 from .errors import MergeError
-from .lockstep import Point, first_tensor, refused
+from .lockstep import Point, refused
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,13 @@ class Call:
 
 
 def kind_of(batch: Batch) -> frozenset[str]:
-    """Batches with the same arguments, of as many axes and the same dtypes, are alike."""
+    """Batches with the same arguments, of as many axes, the same dtypes and equal flags, are alike."""
     kinds = set()
     for key, value in batch.arguments.items():
         if isinstance(value, Tensor):
             kinds.add((key, value.dim(), value.dtype))
         elif value is not None:
-            kinds.add((key, type(value)))
+            kinds.add((key, type(value), value))
     return frozenset(kinds)
 
 
@@ -39,28 +41,28 @@ def call_at(calls, point: Point) -> Call | None:
     return next((call for call in calls or () if call.point == point), None)
 
 
-def recordings(views, model, batch: Batch, blocks):
+def recordings(views, model, batch: Batch, blocks, traces: Traces):
     """Calls on a few sequences of a batch, on one sequence less, and on shorter ones by mask; None for what does not run."""
     count = min(batch.size, 3)
     chosen = list(range(count)) if count > 1 else [0, 0]
     few = _sequences(batch, chosen)
     try:
-        some = _record(model, views, few, blocks)
-        fewer = _record(model, views, _sequences(batch, chosen[:-1]), blocks)
+        some = _record(model, views, few, blocks, traces)
+        fewer = _record(model, views, _sequences(batch, chosen[:-1]), blocks, traces)
     except MergeError:  # a model may need its batches whole, or this batch is wrong: then what follows says so
-        return batch, _record(model, views, batch, blocks), None, {}
+        return batch, _record(model, views, batch, blocks, traces), None, {}
     shorter = {}
     for mask in MASKS if any(m in batch.arguments for m in MASKS) else ():
         cut = _shorter(model, _sequences(batch, chosen[:-1]), mask)
         if cut is not None:
-            shorter[mask] = _attempt(model, views, cut, blocks)
+            shorter[mask] = _attempt(model, views, cut, blocks, traces)
     return few, some, fewer, shorter
 
 
-def _attempt(model, views, batch, blocks):
+def _attempt(model, views, batch, blocks, traces):
     """Calls on a batch of our own making, None where the model does not run on it."""
     try:
-        return _record(model, views, batch, blocks)
+        return _record(model, views, batch, blocks, traces)
     except MergeError:
         return None
 
@@ -89,7 +91,7 @@ def _shorter(model, batch: Batch, mask: str) -> Batch | None:
     length, arguments = named[0].shape[1], dict(batch.arguments)
     for key, value in mine.items():
         tokens = value.dim() >= 2 and value.shape[1] == length
-        if tokens and (not value.is_floating_point() or value.dim() == 2 or key.endswith("_embeds")):
+        if tokens and (not value.is_floating_point() or value.dim() <= 3):
             arguments[key] = value[:, :-1]
         elif value.dim() == 1 and len(value) == length != batch.size:
             arguments[key] = value[:-1]
@@ -117,7 +119,7 @@ class _Recorder:
         def hook(module, args, kwargs):
             read = first_tensor(args, kwargs)
             self._alive.append(read)  # so that identities stay its own
-            identity = () if read is None else (id(read), read._version)
+            identity = () if read is None else (id(read), version_of(read))
             self._reading[name] = None if read is None else read.clone(), identity, self._held()
 
         return hook
@@ -161,7 +163,7 @@ class _Recorder:
 
 
 @torch.no_grad()
-def _record(model, views, batch: Batch, blocks) -> list[Call]:
+def _record(model, views, batch: Batch, blocks, traces: Traces) -> list[Call]:
     """Calls while the model runs on a batch, and what it returns. Raises: MergeError for a batch that it does not take."""
     recorder, hooks = _Recorder(model, batch), []
     for name, v in views.items():
@@ -172,9 +174,10 @@ def _record(model, views, batch: Batch, blocks) -> list[Call]:
         hooks.append(module.register_forward_pre_hook(recorder.entering(path), prepend=True))
         hooks.append(module.register_forward_hook(recorder.leaving(path)))
     drawn = torch.get_rng_state()
+    arguments = {key: copied(value) for key, value in batch.arguments.items()}
     try:
-        with evaluating(model):
-            output = model(**batch.arguments)
+        with evaluating(model), _left_as_it_was(model, traces):
+            output = model(**arguments)
     except MergeError:
         raise
     except Exception as error:
@@ -182,6 +185,8 @@ def _record(model, views, batch: Batch, blocks) -> list[Call]:
     finally:
         for hook in hooks:
             hook.remove()
+    given = [value for value in arguments.values() if isinstance(value, Tensor)]
+    traces.inputs |= any(version_of(value) for value in given)
     if not torch.equal(drawn, torch.get_rng_state()):
         torch.set_rng_state(drawn)
         raise MergeError(
@@ -189,6 +194,30 @@ def _record(model, views, batch: Batch, blocks) -> list[Call]:
             "make it deterministic (for example mask_ratio=0 for masked autoencoders)"
         )
     return [*recorder.calls, Call(("output", ""), put=first_output(output))]
+
+
+@contextmanager
+def _left_as_it_was(model, traces: Traces):
+    """Notes what a forward leaves on modules, attributes and buffers, and takes it away again."""
+    before = []
+    for path, module in model.named_modules():
+        for kind, entries in (("attribute", module.__dict__), ("buffer", module._buffers)):
+            tensors = {k: (v, version_of(v), v.clone()) for k, v in entries.items() if kind == "buffer" and v is not None}
+            before.append((path, kind, entries, dict(entries), tensors))
+    yield
+    for path, kind, entries, values, tensors in before:
+        for key in {*entries, *values}:
+            value, now = values.get(key, ABSENT), entries.get(key, ABSENT)
+            written = key in tensors and version_of(tensors[key][0]) != tensors[key][1]
+            if now is value and not written:
+                continue
+            traces.values.add((path, kind, key))
+            if written:
+                value.copy_(tensors[key][2])
+            if value is ABSENT:
+                del entries[key]
+            else:
+                entries[key] = value
 
 
 def numbers(batch: Batch) -> int:

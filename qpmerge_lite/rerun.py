@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from .lockstep import Forward, Point, Stage, copied
+from .effects import copied
+from .lockstep import Forward, Point, Stage
 from .recording import numbers
 from .survey import Survey
 
+PLAIN = (Tensor, type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.Size)
 ACTIVATIONS = 2**29  # bytes that paused forwards may always hold
 
 
@@ -20,11 +23,13 @@ class Rerun(Forward):
 
     def __init__(self, *args):
         self._inside: list[Point] = []
-        self._gate, self._given = None, None
+        self._gate, self._given, self._stays = None, None, False
         super().__init__(*args)
 
     def stops_at(self, point: Point) -> bool:
         """In front of blocks, and at layers outside of them."""
+        if self._stays:
+            return super().stops_at(point)
         return point in self.stage.parking or not any(point in inside for inside in self.stage.parking.values())
 
     def advance(self) -> None:
@@ -35,6 +40,9 @@ class Rerun(Forward):
             super().advance()
             if self._arrived not in self.stage.parking:
                 break
+            if not all(isinstance(leaf, PLAIN) for leaf in tree_leaves(self._brought)):
+                self._stays = True  # an object that blocks change, such as a cache: a block cannot be run twice
+                continue
             self._inside, self._given = self.stage.parking[self._arrived], self._brought
             self._gate = self.stage.model.get_submodule(self._arrived[1])
 
@@ -54,7 +62,7 @@ class Rerun(Forward):
             return self._brought
         args, kwargs = tree_map(copied, self._given)
         within = _Within(self.stage, self.state, self.batch, self.kind, lambda: self._gate(*args, **kwargs))
-        within.layer = self._inside[0]
+        within.layer, within.own = self._inside[0], tree_map(copied, self.own)
         within.advance()
         read = within.payload
         if not within.dead:
@@ -79,6 +87,13 @@ class _Within(Forward):
         return True
 
 
+def _between(sequence: list[Point], path: str) -> list[Point]:
+    """Points between the entrance of a block and its exit."""
+    if ("enter", path) not in sequence or ("leave", path) not in sequence:
+        return []
+    return sequence[sequence.index(("enter", path)) : sequence.index(("leave", path))]
+
+
 class Room:
     """Decides which forwards of a pass wait in front of blocks, so that together they hold no more than allowed.
 
@@ -92,8 +107,8 @@ class Room:
         points = {("layer", leader) for leader in leaders}
         self.gates: dict[Point, list[Point]] = {}
         for path in blocks:
-            inside = [p for p in known.sequence if p in points and f"{p[1]}.".startswith(f"{path}.")]
-            if inside and ("enter", path) in known.sequence:
+            inside = [p for p in _between(known.sequence, path) if p in points and f"{p[1]}.".startswith(f"{path}.")]
+            if inside:
                 self.gates["enter", path] = inside
         every = sum(numbers(batch) for batch in batches)
         at_layers = max((known.held.get(point, 0.0) for point in points), default=0.0)

@@ -11,13 +11,15 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from .calibration import check_calibration, evaluating, refuse_what_cannot_run
+from .effects import copied
 from .errors import EmptyCalibration, MergeError, MissingLayer
 from .experts import check_experts, is_number, stored, tied
 from .gather import Gatherer, Reads, Unreached
-from .lockstep import Apart, Forward, LeftOut, Stage, hand_over, pausing, run
+from .lockstep import Apart, Forward, LeftOut, Stage, pausing, run
 from .merge import Merge, average, buffers_of
 from .options import number, one_of, words
 from .recipes import Making, Recipe, Solver, check_recipes, is_solution, plain, shown
@@ -101,6 +103,7 @@ class Pass:
     def makings(self, progress: bool = False) -> list[Making]:
         """Visit every layer. One that turns out not to be one that can be solved is left out, and the pass made again."""
         stage = Stage(self.model)
+        stage.keep(self.known.traces)
         with evaluating(self.model):
             while True:
                 try:
@@ -236,6 +239,18 @@ class Pass:
             for parameter in v.parameters:
                 reasons[parameter] = reason or f"outside the scope {making.recipe.scope!r}"
         return reasons
+
+
+def hand_over(arrived: list[Forward]) -> None:
+    """At the border of a block, the expert's forward goes on with what the merged one has."""
+    merged = {}
+    for forward in arrived:
+        if forward.kind[0] == "merged":
+            merged[forward.kind[1], forward.batch.task, forward.batch.number] = forward.payload
+    for forward in arrived:
+        if forward.kind[0] == "block":
+            given = merged.get((forward.kind[1], forward.batch.task, forward.batch.number))
+            forward.answer = tree_map(copied, given)  # either may work in place
 
 
 def merge_together(base: nn.Module, experts, calibration, recipes: Mapping[str, Recipe], *, blocks=None,

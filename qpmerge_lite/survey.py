@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from .calibration import Batch
+from .effects import Traces
 from .errors import MergeError, MissingLayer
 from .layers import view
 from .layouts import Layout, find_layout
@@ -44,6 +45,7 @@ class Survey:
     left_out: dict[str, str] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
     held: dict[Point, float] = field(default_factory=dict)
+    traces: Traces = field(default_factory=Traces)
     read: dict[str, float] = field(default_factory=dict)
 
     def views_in(self, scope: str) -> dict[str, View]:
@@ -110,7 +112,7 @@ def survey(model: nn.Module, batches: list[Batch], blocks=(), state=None) -> Sur
     padded = any(is_padded(batch) for batch in batches)
     state = model.state_dict() if state is None else state
     seen, extra = set(), 0
-    for batch in batches:
+    for batch in sorted(batches, key=_tells, reverse=True):
         new_kind = kind_of(batch) not in seen
         if not new_kind:
             if extra == EXTRA_SURVEYS or all(("layer", name) in found.sequence for name in views):
@@ -118,11 +120,16 @@ def survey(model: nn.Module, batches: list[Batch], blocks=(), state=None) -> Sur
             extra += 1
         seen.add(kind_of(batch))
         _add(found, model, batch, blocks, state, padded)
-    _place_the_rest(found, model)
+    _place_the_rest(found, model, blocks)
     for name in views:
         if name not in found.left_out and not any(point == ("layer", name) for _, point in found.layouts):
             found.left_out[name] = "no calibration batch was seen to call it"
     return found
+
+
+def _tells(batch: Batch) -> tuple[bool, float]:
+    """How much a batch tells of its kind: padded ones and long ones most."""
+    return is_padded(batch), numbers(batch) / batch.size
 
 
 def _views(model) -> tuple[dict[str, View], dict[str, str]]:
@@ -156,7 +163,7 @@ def _same_module(one: str, other: str, model) -> bool:
 
 def _add(found: Survey, model, batch: Batch, blocks, state, padded: bool) -> None:
     """Add what one batch shows."""
-    few, some, fewer, shorter = recordings(found.views, model, batch, blocks)
+    few, some, fewer, shorter = recordings(found.views, model, batch, blocks, found.traces)
     _insert(found.sequence, [call.point for call in some if call.point[0] != "output"])
     layers = [call.point[1] for call in some if call.point[0] == "layer"]
     groups: dict[tuple, list[str]] = {}
@@ -169,7 +176,7 @@ def _add(found: Survey, model, batch: Batch, blocks, state, padded: bool) -> Non
             continue
         others = [call_at(calls, call.point) for calls in (fewer, *shorter.values())]
         if kind == "layer":
-            _judge(found, call, others, list(shorter), batch, layers.count(name), state, padded)
+            _judge(found, call, others, list(shorter), batch, layers.count(name), state, padded, None if fewer is None else others[0] is not None)
             if name not in found.left_out and not any(name in stage for stage in found.stages):
                 groups.setdefault(call.identity, []).append(name)
         elif call.put is not None and call.put.dim() > 1:
@@ -179,9 +186,9 @@ def _add(found: Survey, model, batch: Batch, blocks, state, padded: bool) -> Non
 
 def _place(found: Survey, call, recordings, masks, batch) -> None:
     """Settle the layout of what a block or the model returns, where it has one."""
-    if any(z is None or z.put is None for z in recordings):
+    fewer, *shorter = (None if z is None else z.put for z in recordings)
+    if fewer is None:
         return
-    fewer, *shorter = (z.put for z in recordings)
     try:
         layout = find_layout("", call.put, fewer, dict(zip(masks, shorter)), batch, False)
     except LeftOut:
@@ -189,7 +196,7 @@ def _place(found: Survey, call, recordings, masks, batch) -> None:
     found.layouts[kind_of(batch), call.point] = layout
 
 
-def _judge(found: Survey, call, recordings, masks, batch, times: int, state, padded) -> None:
+def _judge(found: Survey, call, recordings, masks, batch, times: int, state, padded, called_by_fewer) -> None:
     """Settle the layout of what a layer reads, or why it is left out."""
     layer = call.point[1]
     v = found.views[layer]
@@ -199,6 +206,8 @@ def _judge(found: Survey, call, recordings, masks, batch, times: int, state, pad
         found.left_out[layer] = "called without a tensor"
     elif v.rows(call.read).dim() < 2:
         found.left_out[layer] = "called without an axis of sequences"
+    elif called_by_fewer is False:
+        found.left_out[layer] = "which sequences call it depends on what they hold"
     elif not _fits_module(found, layer, state, call):
         found.left_out[layer] = f"{type(v.module).__name__} does more than the linear map of its weights"
     else:
@@ -237,12 +246,23 @@ def _insert(sequence: list[Point], points: list[Point]) -> None:
         place = sequence.index(point) + 1
 
 
-def _place_the_rest(found: Survey, model) -> None:
-    """Put layers that were not called behind the one before them in the model."""
-    place = 0
-    for name, _ in model.named_modules():
-        point = ("layer", name)
-        if name in found.views and point not in found.sequence:
+def _place_the_rest(found: Survey, model, blocks) -> None:
+    """Put layers and borders of blocks that were not called behind what comes before them in the model."""
+    place, opened = 0, []
+
+    def put(point):
+        nonlocal place
+        if point not in found.sequence:
             found.sequence.insert(place, point)
-        if point in found.sequence:
-            place = found.sequence.index(point) + 1
+        place = found.sequence.index(point) + 1
+
+    for name, _ in model.named_modules():
+        while opened and not name.startswith(f"{opened[-1]}."):
+            put(("leave", opened.pop()))
+        if name in blocks and ("enter", name) not in found.sequence:
+            put(("enter", name))
+            opened.append(name)
+        if name in found.views:
+            put(("layer", name))
+    for name in reversed(opened):
+        put(("leave", name))
