@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from .calibration import Batch, check_calibration, evaluating, main_output, refuse_what_cannot_run
 from .diagnostic import gap
-from .effects import first_tensor
+from .effects import blaming, first_tensor
 from .errors import MergeError, MissingLayer
 from .experts import check_experts
 from .layouts import Layout
-from .lockstep import Stage, refused
+from .lockstep import Stage
 from .moments import Moments
 from .options import words
 from .recipes import Recipe
@@ -239,12 +239,8 @@ class _Watch:
         """One forward; what layers read is kept on request. Run again with copies where the model works in place."""
         self.sight = found = _Sight(self.copying)
         self.stage.begin(state)
-        try:
+        with blaming(batch):
             found.outputs["output"] = main_output(self.stage.model(**self.stage.arguments(batch)))
-        except MergeError:
-            raise
-        except Exception as error:
-            raise refused(batch, error) from error
         if found.overwritten():
             self.copying = True
             return self.run(state, batch, with_reads)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .moments import Pooled
+from .solve import least_definite
 
 
 class _Climber:
@@ -60,7 +61,7 @@ def climb(contest) -> tuple[Tensor, Tensor] | None:
     the top. None where that is not the way: few ridges, or a top beside ridges too weak for Cholesky.
     """
     moments, ridges = contest.moments, contest.ridges
-    noise = 2 * moments.rtol * moments.C.shape[2] * moments.C.shape[-1]  # as in solve.is_definite
+    noise = least_definite(moments.rtol, moments.C.shape[2], moments.C.shape[-1])
     strong = sorted(ridge for ridge in ridges if noise <= ridge < math.inf)
     weak = [ridge for ridge in ridges if ridge < noise]
     if len(strong) < 3 or len(weak) + len(strong) < len(ridges):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .bases import build
 from .errors import MergeError
-from .held_out import Contest, energies, unchecked
+from .held_out import Contest, unchecked
 from .moments import Moments, Pooled
 from .programme import Programme, programme
 from .solve import Factored, minimise
@@ -192,7 +192,7 @@ def _by_refit(moments, full, weights, ridge, solve) -> float:
 
 def _by_gradients(moments, full, weights, ridge, solve) -> float:
     factored, update = solve(full)
-    count, energy = moments.count, energies(moments).sum(1)
+    count, energy = moments.count, moments.energies.sum(1)
     omega = 1 / count.sum(1)
     if weights == "energy":
         omega = torch.where(energy > 0, 1 / energy, 0.0)

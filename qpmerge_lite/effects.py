@@ -1,11 +1,15 @@
-"""What forwards do beside computing: modes of the thread, values left on modules, tensors written to."""
+"""What forwards do beside computing: modes of the thread, values left on modules, tensors written to, errors."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from .calibration import Batch
+from .errors import MergeError
 
 ABSENT = object()
 
@@ -48,3 +52,24 @@ def first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
     """What a module is given to read: the first tensor among its arguments; None for one within torch.vmap."""
     found = next((z for z in (*args, *kwargs.values()) if isinstance(z, Tensor)), None)
     return None if found is None or torch._C._functorch.is_batchedtensor(found) else found
+
+
+@contextmanager
+def blaming(batch: Batch):
+    """What goes wrong while the model runs, other than a MergeError, is the fault of its batch."""
+    try:
+        yield
+    except MergeError:
+        raise
+    except Exception as error:
+        raise refused(batch, error) from error
+
+
+def refused(batch: Batch, error: Exception) -> MergeError:
+    """The error for a batch that the model does not take."""
+    shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in batch.arguments.items()}
+    return MergeError(
+        f"task {batch.task!r}: the model does not take its calibration batch {shapes}, number "
+        f"{batch.number}; batches hold the keyword arguments of forward "
+        f"({type(error).__name__}: {error})"
+    )

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .calibration import Batch, check_calibration, refuse_what_cannot_run
+from .effects import refused
 from .errors import MergeError, NonFinite
 from .inputs import refuse_lost_entries
-from .lockstep import refused
 from .merge import parameters_of, tied
 
 Heads = Mapping[str, Callable[..., Tensor]]

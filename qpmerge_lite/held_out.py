@@ -110,7 +110,7 @@ class Contest:
 
     def _split(self, fold: int) -> tuple[Pooled, Pooled]:
         """What ``moments.pool`` returns for all folds but one, and for that one, on the device."""
-        moments, row_energy = self.moments, energies(self.moments)
+        moments, row_energy = self.moments, self.moments.energies
         held = torch.zeros_like(moments.count[0])
         held[fold] = 1.0
         parts = torch.stack([1 - held, held])
@@ -254,9 +254,3 @@ class _Along:
         """Losses (R,) of starts with a loss ``level``, pulled by ``force`` down from ``slope``."""
         pull = self.turn(force)
         return level + self.linear(pull, self.turn(slope)) + self.quadratic(pull, pull) / 2
-
-
-def energies(moments: Moments) -> Tensor:
-    """Residual energy ``‖R‖²`` (T, F) of every task and fold."""
-    rows = moments.M.diagonal(dim1=-2, dim2=-1) if moments.full_energy else moments.M
-    return rows.sum((-2, -1))

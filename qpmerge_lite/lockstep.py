@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .calibration import Batch
-from .effects import ABSENT, Traces, copied, first_tensor, modes, set_modes, version_of
-from .errors import MergeError
+from .effects import ABSENT, Traces, blaming, copied, first_tensor, modes, set_modes, version_of
 
 Point = tuple[str, str]  # "layer", "enter" or "leave", and the path of a module
 
@@ -131,14 +130,10 @@ class Forward(greenlet):
     def run(self):
         """The forward itself; what goes wrong in it is the fault of its batch."""
         self.started = True
-        try:
+        with blaming(self.batch):
             if self._function is not None:
                 return self._function()
             return self.stage.model(**self.stage.arguments(self.batch))
-        except MergeError:
-            raise
-        except Exception as error:
-            raise refused(self.batch, error) from error
 
     def advance(self) -> None:
         """Run to the next point, or to the end."""
@@ -178,16 +173,6 @@ class Forward(greenlet):
         again = layer in self._called
         self._called[layer] = weakref.ref(read), version_of(read)
         return again
-
-
-def refused(batch: Batch, error: Exception) -> MergeError:
-    """The error for a batch that the model does not take."""
-    shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in batch.arguments.items()}
-    return MergeError(
-        f"task {batch.task!r}: the model does not take its calibration batch {shapes}, number "
-        f"{batch.number}; batches hold the keyword arguments of forward "
-        f"({type(error).__name__}: {error})"
-    )
 
 
 @contextmanager

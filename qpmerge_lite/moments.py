@@ -92,6 +92,11 @@ class Moments:
         return self.M.dim() == 5
 
     @property
+    def energies(self) -> Tensor:
+        """Residual energy ``‖R‖²`` (T, F) of every task and fold."""
+        return (self.M.diagonal(dim1=-2, dim2=-1) if self.full_energy else self.M).sum((-2, -1))
+
+    @property
     def shared(self) -> bool:
         """Whether the copies have one output axis in common."""
         return self.M.shape[2] != self.A.shape[2]
@@ -200,7 +205,7 @@ class Moments:
         inside[list(range(self.folds) if folds is None else folds)] = 1.0
         inside = inside.to(self.C.device)
         count = self.count @ inside
-        energy = (self.M.diagonal(dim1=-2, dim2=-1) if self.full_energy else self.M).sum((-2, -1)) @ inside
+        energy = self.energies @ inside
         omega = 1 / count if weights == "tokens" else torch.where(energy > 0, 1 / energy, 0.0)
         C, A, M = (torch.tensordot(omega[:, None] * inside, z, 2) for z in (self.C, self.A, self.M))  # one pass, no copies
         return Pooled(C, A, M if self.full_energy else None, omega @ energy / 2, self.shared, self.rtol)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .calibration import MASKS, Batch, evaluating, main_output
-from .effects import ABSENT, Traces, copied, first_tensor, version_of
+from .effects import ABSENT, Traces, blaming, copied, first_tensor, version_of
 from .errors import MergeError
-from .lockstep import Point, refused
+from .lockstep import Point
 
 
 @dataclass(frozen=True)
@@ -176,12 +176,8 @@ def _record(model, views, batch: Batch, blocks, traces: Traces) -> list[Call]:
     drawn = torch.get_rng_state()
     arguments = {key: copied(value) for key, value in batch.arguments.items()}
     try:
-        with evaluating(model), _left_as_it_was(model, traces):
+        with blaming(batch), evaluating(model), _left_as_it_was(model, traces):
             output = model(**arguments)
-    except MergeError:
-        raise
-    except Exception as error:
-        raise refused(batch, error) from error
     finally:
         for hook in hooks:
             hook.remove()

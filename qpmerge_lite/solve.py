@@ -194,14 +194,15 @@ def check_ridge(ridge: Ridge) -> None:
 
 
 def is_definite(programme: Programme, ridge: Ridge) -> bool:
-    """Whether a ridge is known to outweigh the noise of a wide programme, for Cholesky to take it.
-
-    No eigenvalue is larger than the trace, so noise is at most ``rtol`` times that.
-    """
+    """Whether a ridge is known to outweigh the noise of a wide programme, for Cholesky to take it."""
     b, _, q = programme.f.shape
-    if isinstance(ridge, Tensor) or q < CHOLESKY_WIDTH:
-        return False
-    return 2 * programme.rtol * b * q <= ridge < math.inf
+    wide_and_known = q >= CHOLESKY_WIDTH and not isinstance(ridge, Tensor)
+    return wide_and_known and least_definite(programme.rtol, b, q) <= ridge < math.inf
+
+
+def least_definite(rtol: float, b: int, q: int) -> float:
+    """The least ridge above the noise of b blocks of width q: ``rtol`` times the trace at most."""
+    return 2 * rtol * b * q
 
 
 def minimise(
