@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import MergeError, NonFinite, ShapeMismatch
+from .errors import MergeError, NonFinite, ShapeMismatch, is_finite
 from .moments import Pooled
 
 
@@ -236,7 +236,7 @@ def build(family: str, updates: Tensor, pooled: Pooled, *, groups: Tensor | None
     updates = updates.unsqueeze(1) if updates.dim() == 3 else updates
     if updates.shape[1:] != pooled.A.shape:
         raise ShapeMismatch(f"basis {family}, residual updates", pooled.A.shape, updates.shape[1:])
-    if not updates.isfinite().all():
+    if not is_finite(updates):
         raise NonFinite(f"basis {family}, residual updates", updates, "check the checkpoints they come from")
     if keep is not None and not 1 <= keep <= updates.shape[2]:
         raise MergeError(f"basis rotated_rows: expected to keep 1 to {updates.shape[2]} directions, found {keep}")

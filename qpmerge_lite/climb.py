@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .cholesky import spare
 from .moments import Pooled
 from .solve import least_definite
 
@@ -15,28 +17,38 @@ class _Climber:
     """Scores of single ridges of a wide programme over single entries, by Cholesky factors in float32."""
 
     def __init__(self, contest):
-        self.folds = [self._prepared(contest, *contest._split(f)) for f in range(contest.moments.folds)]
-        self.known: dict[float, float] = {}
+        self.contest, self.known = contest, {}
+        self._prior = None
+        self.folds = [self._prepared(*contest._split(fold)) for fold in range(contest.moments.folds)]
+        self._damped = torch.empty_like(self.folds[0][0])
 
-    def _prepared(self, contest, fitted: Pooled, held: Pooled):
+    def _prepared(self, fitted: Pooled, held: Pooled):
         """Of a fold: scaled C of both sides, force and slope at the prior, all float32; the loss there and the energy.
 
-        Everything is relative to the root of the residual energy and of the penalty, so that float32 can hold it.
+        Everything is relative to the root of the residual energy and of the penalty, so that float32 can hold it, and has
+        a spare column of zeros where that makes factors faster.
         """
-        basis = contest.make(contest.family, contest.updates, fitted, groups=contest.groups)
         size = max(float(fitted.energy), 1e-300)
         diagonal = fitted.C.diagonal(dim1=-2, dim2=-1)
-        gamma = diagonal if contest.penalty == "diagonal" else diagonal.mean().expand_as(diagonal)
+        gamma = diagonal if self.contest.penalty == "diagonal" else diagonal.mean().expand_as(diagonal)
         root = torch.where(gamma > 0, gamma, 1.0).sqrt().unsqueeze(1)
-        scale = root.mT * root
-        C, other = (fitted.C / scale).float(), (held.C / scale).float()
-        A, elsewhere = ((side.A / (root * size**0.5)).float() for side in (fitted, held))
-        prior = torch.zeros_like(fitted.A) if contest._at_base else basis.arithmetic(contest.prior)
-        prior = (prior * root / size**0.5).float()
+        C, other = (_squares(side.C, root) for side in (fitted, held))
+        A, elsewhere = (_columns(side.A / (root * size**0.5)) for side in (fitted, held))
+        prior = _columns(self._prior_of(fitted) * root / size**0.5)
         force, slope = A - prior @ C, prior @ other - elsewhere
         energy = float(held.energy) / size
         start = energy + float((prior.double() * (slope - elsewhere).double()).sum()) / 2
         return C, other, force, slope, start, energy
+
+    def _prior_of(self, fitted: Pooled) -> Tensor:
+        """The prior's update (g, m, n), the same for every fold."""
+        contest = self.contest
+        if contest._at_base:
+            return torch.zeros_like(fitted.A)
+        if self._prior is None:
+            basis = contest.make(contest.family, contest.updates, fitted, groups=contest.groups)
+            self._prior = basis.arithmetic(contest.prior)
+        return self._prior
 
     def score(self, ridge: float) -> float:
         """Average over the folds of what one ridge captures."""
@@ -45,13 +57,29 @@ class _Climber:
         return self.known[ridge]
 
     def _captured(self, ridge, H, other, force, slope, start, energy) -> float:
-        damped = H + ridge * torch.eye(H.shape[-1])
+        damped = self._damped.copy_(H)
+        damped.diagonal(dim1=-2, dim2=-1).add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if bool(failed.any()) or energy <= 0:
             return math.nan
         step = torch.cholesky_solve(force.mT, factor).mT
         change = (step * slope).sum(dtype=torch.float64) + ((step @ other) * step).sum(dtype=torch.float64) / 2
         return 1 - (start + float(change)) / energy
+
+
+def _squares(C: Tensor, root: Tensor) -> Tensor:
+    """C (g, n, n) over the roots (g, 1, n) of its rows and columns, float32, with spare rows and columns of zeros."""
+    g, n, _ = C.shape
+    scaled = torch.zeros(g, n + spare(n), n + spare(n))
+    inside = scaled[:, :n, :n]
+    torch.div(C, root.mT, out=inside)  # in float64, rounded once
+    inside /= root.float()
+    return scaled
+
+
+def _columns(values: Tensor) -> Tensor:
+    """Values (g, m, n) in float32, with spare columns of zeros."""
+    return F.pad(values.float(), (0, spare(values.shape[-1])))
 
 
 def climb(contest) -> tuple[Tensor, Tensor] | None:

@@ -1,5 +1,7 @@
 """The few ways a merge can be refused, each with its cause and its cure in the message."""
 
+from torch import Tensor
+
 
 class MergeError(ValueError):
     """Anything this package refuses to do; the message names the place, what was expected and what was found."""
@@ -30,3 +32,13 @@ class EmptyCalibration(MergeError):
 
 class Infeasible(MergeError):
     """The constraints of a programme admit no point, or the solver found none."""
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of any shape and dtype holds neither NaN nor infinity."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    if tensor.element_size() == 1:
+        tensor = tensor.double()  # 8-bit numbers have no sums
+    quick = bool(tensor.sum().isfinite())  # one pass over the numbers; a sum may overflow by itself
+    return quick or bool(tensor.isfinite().all())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .errors import MergeError, MissingLayer, NonFinite, ShapeMismatch
+from .errors import MergeError, MissingLayer, NonFinite, ShapeMismatch, is_finite
 
 State = Mapping[str, Tensor]
 
@@ -211,14 +211,6 @@ def agreed(name: str, values: Sequence[Tensor]) -> Tensor:
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float64, or in complex128 if it is complex."""
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor of any dtype holds neither NaN nor infinity."""
-    if not is_number(tensor):
-        return True
-    narrow = tensor.is_floating_point() and tensor.element_size() == 1
-    return bool((wide(tensor) if narrow else tensor).isfinite().all())
 
 
 def is_number(tensor: Tensor) -> bool:

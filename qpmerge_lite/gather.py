@@ -14,7 +14,7 @@ from .lockstep import Forward, LeftOut
 from .moments import Moments
 from .recipes import Making, Recipe, looks_at
 from .rows import joined, selection
-from .sums import Sums
+from .sums import Memory, Sums
 from .survey import Survey
 from .views import Table, View
 
@@ -39,12 +39,13 @@ class Gatherer:
     def __init__(self, known: Survey, tasks: list[str], batches: list[Batch], base, experts, products: str):
         self.known, self.tasks, self.batches = known, tasks, batches
         self.base, self.experts, self.products = base, experts, products
-        self.looks = looks_at(next(iter(base.values())).device)
+        self.device = next(iter(base.values())).device
+        self.looks = looks_at(self.device)
         self._finite: dict[tuple, Tensor] = {}
         self._selections: dict[tuple, tuple] = {}
         self._widths: dict[str, int] = {}
         self._row_counts: dict[tuple, torch.Size] = {}
-        self._memory: Tensor | None = None
+        self._memory = Memory(self.device)
 
     def moments(self, views: list[View], reads: Reads, making: Making, shared: dict | None) -> Iterator[Gathered]:
         """Of layers that read alike, one by one: the view, its moments, and its updates (K, g, m, n).
@@ -97,16 +98,9 @@ class Gatherer:
 
     def _opened(self, shape, recipe: Recipe, reuse: bool) -> Sums:
         """Empty sums, in the memory of those of the layer before where they will not be needed again."""
-        drift, full = bool(recipe.own_weight), recipe.keeps_full_energy
-        options = {"folds": recipe.folds, "device": next(iter(self.base.values())).device, "drift": drift, "full_energy": full}
-        if recipe.solver is None or not reuse:
-            return Sums(self.tasks, shape, **options)
-        sizes = Sums.sizes(shape, drift, full)
-        needed = len(self.tasks) * recipe.folds * sum(torch.Size(size).numel() for size in sizes)
-        if self._memory is None or not needed <= self._memory.numel() <= 16 * needed:
-            self._memory = None
-            self._memory = torch.empty(needed, dtype=torch.float64, device=options["device"])
-        return Sums(self.tasks, shape, memory=self._memory, **options)
+        memory = self._memory if reuse and recipe.solver is not None else Memory(self.device)
+        drift = bool(recipe.own_weight)
+        return Sums(self.tasks, shape, memory, folds=recipe.folds, drift=drift, full_energy=recipe.keeps_full_energy)
 
     def _add_task(self, task, W, sums: Sums, v: View, reads, making: Making) -> None:
         """Add one task's batches, small ones together."""
@@ -117,7 +111,7 @@ class Gatherer:
             if held and (batch is batches[-1] or sum(len(Z) for Z, *_ in held) >= ROWS):
                 sums.add(v, task, *joined(held))
                 held = []
-        finite = sums.C[self.tasks.index(task)].diagonal(dim1=-2, dim2=-1).isfinite().all()
+        finite = sums.is_finite(task)
         if self.looks and not bool(finite):
             self._refuse_not_finite(task, v, reads, making)
         self._finite[v.name, task] = finite

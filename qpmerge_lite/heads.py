@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from .calibration import Batch, check_calibration, refuse_what_cannot_run
 from .effects import refused
-from .errors import MergeError, NonFinite
+from .errors import MergeError, NonFinite, is_finite
 from .inputs import refuse_lost_entries
 from .merge import parameters_of, tied
 
@@ -62,7 +62,7 @@ def logits_of(heads: Heads, batch: Batch, output) -> Tensor:
             f"{where}: expected logits that can be differentiated, found a head that detaches "
             "them; let neither the model nor its head run under no_grad or call detach"
         )
-    if not logits.isfinite().all():
+    if not is_finite(logits):
         raise NonFinite(f"{where}: logits", logits, "look for overflow in the model or its head")
     return logits
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .experts import State, agreed, check_experts, equal, is_finite, is_number, stored, tied, wide
+from .errors import is_finite
+from .experts import State, agreed, check_experts, equal, is_number, stored, tied, wide
 from .options import number
 
 AVERAGED_BUFFER = "a buffer, which no method changes: the mean of the experts'"

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import EmptyCalibration, MergeError, NonFinite, ShapeMismatch
+from .errors import EmptyCalibration, MergeError, NonFinite, ShapeMismatch, is_finite
 
 WEIGHTS = ("tokens", "energy")
 
@@ -144,7 +144,7 @@ class Moments:
             if z.shape != (len(inputs), g, width):
                 raise ShapeMismatch(f"layer {self.layer}, task {task}, {name}", (len(inputs), g, width), z.shape,
                                     "rows are samples, all of them for both arguments")
-            if not z.sum().isfinite() and not z.isfinite().all():  # the sum is one quick pass, and may overflow by itself
+            if not is_finite(z):
                 raise NonFinite(f"layer {self.layer}, task {task}, {name}", z, "check this task's calibration data and weights")
             out.append(z.to(self.C))
         return self.tasks.index(task), *out

@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .cholesky import solve_definite
 from .errors import Infeasible, MergeError
 from .programme import Programme
 
@@ -232,11 +233,9 @@ def _by_cholesky(programme: Programme, ridge: float, prior: Tensor | None, gamma
     """``d`` (b, s, q) for a ridge that makes H definite; NaN if H was not positive semidefinite."""
     H = programme.H.clone()
     H.diagonal(dim1=-2, dim2=-1).add_(ridge * gamma)
-    factor, failed = torch.linalg.cholesky_ex(H)
-    factor = torch.where(failed[:, None, None] == 0, factor, torch.nan)  # without waiting for it
     start = None if prior is None else prior.to(programme.f)
     pull = -programme.f if start is None else -programme.gradient(start)
-    step = torch.cholesky_solve(pull.mT, factor).mT
+    step = solve_definite(H, pull)
     return step if start is None else start + step
 
 

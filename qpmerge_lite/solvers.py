@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .bases import FAMILIES, build
+from .cholesky import solve_definite
 from .diagnostic import RIDGES, choose, cross_fitted
 from .errors import MergeError
 from .held_out import unchecked
@@ -146,7 +147,7 @@ class RegMean:
             residual = A - mean @ C
             diagonal = C.diagonal(dim1=-2, dim2=-1)  # a view: inputs that are never on get a one
             diagonal += (diagonal == 0).to(C)
-            update = mean + torch.cholesky_solve(residual.mT, torch.linalg.cholesky(C)).mT
+            update = mean + solve_definite(C, residual)
         moved = None
         if 0 < self.alpha < 1:  # U C, from what U solves: U (α C + (1 - α) diag C) = A
             own = pooled.C.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
@@ -171,7 +172,7 @@ class FeatCal:
         norms = C.flatten(2).norm(dim=2)[:, :, None, None].clamp(min=torch.finfo(C.dtype).tiny)
         C, A, anchor = (C / norms).sum(0), (A / norms).sum(0), float(self.anchor) * updates.to(C).sum(0)
         H = C + (float(self.ridge) + 1e-8) * torch.eye(C.shape[-1]).to(C)
-        update = torch.cholesky_solve((A + float(self.ridge) * anchor).mT, torch.linalg.cholesky(H)).mT
+        update = solve_definite(H, A + float(self.ridge) * anchor)
         return update, _row(moments.pooled(), update, "elements", update.numel(), self.ridge, None)
 
 

@@ -10,17 +10,45 @@ from .moments import Moments
 RTOL = {torch.float64: 1e-10, torch.float32: 1e-6}  # rounding noise in C, relative to its largest eigenvalue, by precision of products
 
 
-def gram(Z: Tensor, width: int = 256) -> Tensor:
-    """``ZᵀZ`` (n, n) of Z (N, n), in its precision: the lower triangle in blocks of columns, mirrored."""
-    n = Z.shape[1]
-    if n <= 1.5 * width:
-        return Z.mT @ Z
-    C = Z.new_empty(n, n)
-    for start in range(0, n, width):
-        block = Z[:, start : start + width].mT @ Z[:, : start + width]
-        C[start : start + width, : start + width] = block
-        C[:start, start : start + width] = block[:, :start].mT
-    return C
+def add_gram(C: Tensor, Z: Tensor, fresh: bool, width: int = 256) -> None:
+    """Add ``ZᵀZ`` of Z (N, n), taken in its precision, to the lower triangle of C (n, n), in blocks of columns.
+
+    Blocks on the diagonal are whole; ``fresh`` writes over what is there.
+    """
+    for start in range(0, Z.shape[1], width):
+        stop = min(start + width, Z.shape[1])
+        accumulate(C[start:stop, :stop], Z[:, start:stop].mT @ Z[:, :stop], fresh)
+
+
+def mirror(C: Tensor, width: int = 256) -> None:
+    """Fill what :func:`add_gram` leaves open in C (…, n, n) from below the diagonal."""
+    for start in range(width, C.shape[-1], width):
+        stop = start + width
+        C[..., :start, start:stop] = C[..., start:stop, :start].mT
+
+
+def accumulate(total: Tensor, part: Tensor, fresh: bool) -> None:
+    """Add to a total in its precision; ``fresh`` writes over what is there."""
+    if fresh:
+        total.copy_(part)
+    else:
+        total.add_(part)
+
+
+class Memory:
+    """Buffers by name, used again from layer to layer: fresh memory can cost more time than the products it is for."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._buffers = device, {}
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A float64 tensor of this shape with anything in it, in place of the last one of this name."""
+        needed, buffer = torch.Size(shape).numel(), self._buffers.get(name)
+        if buffer is None or not needed <= buffer.numel() <= 16 * needed:
+            self._buffers.pop(name, None)
+            buffer = None  # let go before more is asked for
+            self._buffers[name] = buffer = torch.empty(needed, dtype=torch.float64, device=self._device)
+        return buffer[:needed].view(shape)
 
 
 class Sums:
@@ -34,34 +62,27 @@ class Sums:
     Nothing large is subtracted from anything large: experts that equal the base have exactly no residual, in any precision.
     Products are taken in the precision of the activations, at least float32 (relative error of C 1e-6), or in float64 (1e-14);
     sums are float64. B and R are kept only where expert streams run (``drift``).
+
+    Args:
+        shape: (g, m, n) of all the layers together, their outputs stacked.
+        memory: where the sums lie, until they are taken from it again.
     """
 
-    def __init__(self, tasks, shape: tuple[int, int, int], *, folds: int, device, drift: bool, full_energy: bool,
-                 memory: Tensor | None = None):
-        self.tasks, self.full_energy, self.rtol = tuple(tasks), full_energy, 0.0
-        sizes = self.sizes(shape, drift, full_energy)
-        needed = len(self.tasks) * folds * sum(torch.Size(size).numel() for size in sizes)
-        if memory is None or memory.numel() < needed:
-            memory = torch.empty(needed, dtype=torch.float64, device=device)
-        memory[:needed].zero_()  # memory that was used before is much faster than new one
-        parts, start = [], 0
-        for size in sizes:
-            whole = (len(self.tasks), folds, *size)
-            stop = start + torch.Size(whole).numel()
-            parts.append(memory[start:stop].view(whole))
-            start = stop
-        self.C, self.B, self.R = parts if drift else (*parts, None, None)
+    def __init__(self, tasks, shape: tuple[int, int, int], memory: Memory, *, folds: int, drift: bool, full_energy: bool):
+        g, m, n = shape
+        self.tasks, self.full_energy, self.rtol, self._memory, self._mirrored = tuple(tasks), full_energy, 0.0, memory, False
+        self._outer = len(self.tasks), folds
+        self.C = memory.take("C", (*self._outer, g, n, n))
+        self.B = memory.take("B", (*self._outer, g, m, n)) if drift else None
+        self.R = memory.take("R", (*self._outer, g, *self._energies(m))) if drift else None
         self.counts = [[0] * folds for _ in self.tasks]
 
-    @staticmethod
-    def sizes(shape: tuple[int, int, int], drift: bool, full_energy: bool) -> list[tuple[int, ...]]:
-        """Shapes of C, and of B and R where there is drift, for one task and fold of a layer (g, m, n)."""
-        g, m, n = shape
-        energy = (g, m, m) if full_energy else (g, m)
-        return [(g, n, n), (g, m, n), energy] if drift else [(g, n, n)]
+    def _energies(self, m: int) -> tuple[int, ...]:
+        """Shape of the products of m outputs with each other, or of their squares."""
+        return (m, m) if self.full_energy else (m,)
 
     def add(self, view, task: str, Z: Tensor, r: Tensor | None, counts: list[int]) -> None:
-        """Add the samples Z of one task, those of a fold side by side, ``counts`` of every fold; see ``layers`` for layouts."""
+        """Add the samples Z of one task, those of a fold side by side, ``counts`` of every fold; see ``views`` for layouts."""
         t, start = self.tasks.index(task), 0
         self.rtol = max(self.rtol, RTOL[Z.dtype])
         for fold, count in enumerate(counts):
@@ -69,12 +90,12 @@ class Sums:
                 continue
             part = slice(start, start + count)
             start += count
-            C, B = view.products(Z[part], None if r is None else r[part])
-            self.C[t, fold] += C
+            fresh = self.counts[t][fold] == 0
             self.counts[t][fold] += count
+            view.add_products(Z[part], self.C[t, fold], fresh)
             if r is not None:
-                self.B[t, fold] += B
-                self.R[t, fold] += self._energy(r[part])
+                view.add_cross_products(Z[part], r[part], self.B[t, fold], fresh)
+                accumulate(self.R[t, fold], self._energy(r[part]), fresh)
 
     def _energy(self, r: Tensor) -> Tensor:
         """Of outputs r: (N, m) of a dense layer, (N, g) of a norm."""
@@ -82,19 +103,38 @@ class Sums:
             return r.square().sum(0).reshape(self.R.shape[2:])
         return (r.mT @ r if self.R.shape[2] == 1 else r.square().sum(0)).reshape(self.R.shape[2:])
 
+    def is_finite(self, task: str) -> Tensor:
+        """Whether the second moments of a task are finite, a boolean without axes that is not looked at."""
+        t = self.tasks.index(task)
+        reached = [fold for fold, count in enumerate(self.counts[t]) if count]
+        return self.C[t].diagonal(dim1=-2, dim2=-1)[reached].isfinite().all()
+
     def moments(self, layer: str, updates: Tensor, own_weight: float, rows: slice = slice(None)) -> Moments:
-        """Moments of one of the layers, whose outputs are ``rows`` of all, for its updates (T, g, m, n) and a target blend β."""
-        D = updates.to(self.C).unsqueeze(1)
-        A = D @ self.C
-        M = A @ D.mT if self.full_energy else (A * D).sum(-1)
-        if own_weight and self.B is not None:
-            B = self.B[..., rows, :]
-            if self.full_energy:
-                cross = D @ B.mT
-                M = M + own_weight * (cross + cross.mT) + own_weight**2 * self.R[..., rows, rows]
-            else:
-                M = M + 2 * own_weight * (D * B).sum(-1) + own_weight**2 * self.R[..., rows]
-            A = A + own_weight * B
+        """Moments of one of the layers, whose outputs are ``rows`` of all, for its updates (T, g, m, n) and a target blend β.
+
+        They lie in the memory of the sums; those of the layer before are gone.
+        """
+        if not self._mirrored:
+            mirror(self.C)
+            self._mirrored = True
+        _, g, m, n = updates.shape
+        A = self._memory.take("A", (*self._outer, g, m, n))
+        M = torch.empty(*self._outer, g, *self._energies(m), dtype=A.dtype, device=A.device)
+        for t, D in enumerate(updates.to(self.C)):
+            for fold, C in enumerate(self.C[t]):
+                torch.bmm(D, C, out=A[t, fold])
+                M[t, fold] = A[t, fold] @ D.mT if self.full_energy else (A[t, fold] * D).sum(-1)
+                if own_weight and self.B is not None:
+                    self._add_drift(A[t, fold], M[t, fold], D, (t, fold), own_weight, rows)
         count = torch.tensor(self.counts, dtype=torch.float64).to(self.C.device)
         return Moments(layer, self.tasks, self.C, A, M, count, self.rtol)
 
+    def _add_drift(self, A: Tensor, M: Tensor, D: Tensor, place: tuple[int, int], beta: float, rows: slice) -> None:
+        """Add what own targets add to A (g, m, n) and M of updates D (g, m, n), for a task and a fold."""
+        B = self.B[place][:, rows]
+        if self.full_energy:
+            cross = D @ B.mT
+            M += beta * (cross + cross.mT) + beta**2 * self.R[place][:, rows, rows]
+        else:
+            M += 2 * beta * (D * B).sum(-1) + beta**2 * self.R[place][:, rows]
+        A.add_(B, alpha=beta)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .sums import gram
+from .sums import accumulate, add_gram
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,15 @@ class View:
         raise NotImplementedError
 
     def respond(self, W: Tensor, Z: Tensor) -> Tensor:
-        """Output r of W (g, m, n) for samples, or differences of samples, Z."""
+        """Output r of W (g, m, n) for differences Z of samples, from which the bias has gone."""
         raise NotImplementedError
 
-    def products(self, Z: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """``C`` (g, n, n), and ``B`` (g, m, n) where outputs r are given, in the precision of Z."""
+    def add_products(self, Z: Tensor, C: Tensor, fresh: bool) -> None:
+        """Add ``Σ zzᵀ`` of the samples Z, in their precision, to the lower triangle of C (g, n, n)."""
+        raise NotImplementedError
+
+    def add_cross_products(self, Z: Tensor, r: Tensor, B: Tensor, fresh: bool) -> None:
+        """Add ``Σ r zᵀ`` of the samples Z and outputs r to B (g, m, n); ``fresh`` writes over it."""
         raise NotImplementedError
 
     def output(self, state, x: Tensor) -> Tensor:
@@ -122,21 +126,31 @@ class Dense(View):
         return {weight: self._shaped(W[0, :, :-1]), bias: W[0, :, -1]}
 
     def samples(self, rows: Tensor) -> Tensor:
-        """Z (N, n) of rows (N, in): the rows, and a one where a bias is folded in."""
-        rows = _at_least_single(rows)
-        return torch.cat([rows, torch.ones_like(rows[:, :1])], 1) if self.bias else rows
+        """Z (N, in) of rows (N, in), without the one of a bias."""
+        return _at_least_single(rows)
 
     def inputs(self, rows: Tensor) -> Tensor:
-        """Samples (N, 1, n), float64, of rows (N, in)."""
-        return self.samples(rows.double()).unsqueeze(1)
+        """Samples (N, 1, n), float64, of rows (N, in), with a one where a bias is folded in."""
+        Z = rows.double()
+        Z = torch.cat([Z, torch.ones_like(Z[:, :1])], 1) if self.bias else Z
+        return Z.unsqueeze(1)
 
     def respond(self, W: Tensor, Z: Tensor) -> Tensor:
-        """``Z Wᵀ`` (N, m)."""
-        return Z @ W[0].mT
+        """``Z Wᵀ`` (N, m) of differences Z (N, in)."""
+        return Z @ W[0, :, : Z.shape[1]].mT
 
-    def products(self, Z, r):
-        """``ZᵀZ`` (1, n, n) and ``rᵀZ`` (1, m, n)."""
-        return gram(Z).unsqueeze(0), None if r is None else (r.mT @ Z).unsqueeze(0)
+    def add_products(self, Z: Tensor, C: Tensor, fresh: bool) -> None:
+        """Add ``ZᵀZ``, and the sums of Z and of ones where a bias is folded in, to C (1, n, n)."""
+        add_gram(C[0], Z, fresh)
+        if self.bias:
+            accumulate(C[0, -1], torch.cat([Z.sum(0), Z.new_tensor([len(Z)])]), fresh)
+            C[0, :-1, -1] = C[0, -1, :-1]
+
+    def add_cross_products(self, Z: Tensor, r: Tensor, B: Tensor, fresh: bool) -> None:
+        """Add ``rᵀZ``, and the sum of r where a bias is folded in, to B (1, m, n)."""
+        accumulate(B[0, :, : Z.shape[1]], r.mT @ Z, fresh)
+        if self.bias:
+            accumulate(B[0, :, -1], r.sum(0), fresh)
 
     def _flat(self, weight: Tensor) -> Tensor:
         return weight
@@ -231,15 +245,20 @@ class Norm(View):
         """``gain ∘ Z`` (N, d); for differences of samples, from which the bias has gone."""
         return Z * W[:, 0, 0]
 
-    def products(self, Z, r):
-        """Per channel, ``Σ zzᵀ`` (d, n, n) and ``Σ r zᵀ`` (d, 1, n) of z = [x̂, 1]."""
+    def add_products(self, Z: Tensor, C: Tensor, fresh: bool) -> None:
+        """Add, per channel, ``Σ zzᵀ`` of z = [x̂, 1], or of x̂ without a bias, to C (d, n, n)."""
         squares = Z.square().sum(0)
-        B = None if r is None else (r * Z).sum(0)[:, None, None]
         if not self.bias:
-            return squares[:, None, None], B
+            accumulate(C[:, 0, 0], squares, fresh)
+            return
         total, count = Z.sum(0), torch.full_like(squares, len(Z))
-        C = torch.stack([squares, total, total, count], -1).unflatten(-1, (2, 2))
-        return C, None if r is None else torch.cat([B, r.sum(0)[:, None, None]], -1)
+        accumulate(C, torch.stack([squares, total, total, count], -1).unflatten(-1, (2, 2)), fresh)
+
+    def add_cross_products(self, Z: Tensor, r: Tensor, B: Tensor, fresh: bool) -> None:
+        """Add, per channel, ``Σ r zᵀ`` of z = [x̂, 1], or of x̂ without a bias, to B (d, 1, n)."""
+        accumulate(B[:, 0, 0], (r * Z).sum(0), fresh)
+        if self.bias:
+            accumulate(B[:, 0, 1], r.sum(0), fresh)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "qpmerge_lite"
-ORDER = ["errors", "moments", "sums", "bases", "programme", "solve", "climb", "held_out", "diagnostic",  # the mathematics
+ORDER = ["errors", "moments", "sums", "bases", "programme", "cholesky", "solve", "climb", "held_out", "diagnostic",  # the mathematics
          "options", "experts", "merge", "calibration", "sparse", "datafree",  # weights and batches
          "views", "layers", "effects", "lockstep", "layouts", "recording", "survey", "rerun", "recipes", "rows", "gather", "sequential", "solvers",  # the pass
          "assess", "inputs", "heads", "gradient", "methods",

@@ -10,7 +10,7 @@ from toys import TASKS, experts_of, tokens, vision
 import qpmerge_lite as q
 from qpmerge_lite import gather, rerun, solvers
 from qpmerge_lite.errors import MergeError, NonFinite
-from qpmerge_lite.sums import Sums, gram
+from qpmerge_lite.sums import Memory, Sums, add_gram, mirror
 from qpmerge_lite.views import Dense
 
 PROBLEMS = {"vision": vision, "tokens": tokens}
@@ -30,8 +30,9 @@ def single(problem):
 
 def sums_of(Z, r):
     """C and B of samples of a layer, by the engine's sums."""
-    sums = Sums(["a"], (1, r.shape[1], Z.shape[1]), folds=1, device="cpu", drift=True, full_energy=True)
+    sums = Sums(["a"], (1, r.shape[1], Z.shape[1]), Memory("cpu"), folds=1, drift=True, full_energy=True)
     sums.add(Dense("layer", nn.Linear(1, 1), False), "a", Z, r, [len(Z)])
+    mirror(sums.C)
     return sums
 
 
@@ -51,7 +52,9 @@ def test_products_in_single_precision_are_right_to_1e_6_and_in_double_to_1e_14(n
 
 def test_a_gram_matrix_in_blocks_is_symmetric_and_the_product_itself():
     Z = torch.randn(50, 700, dtype=torch.float64)
-    C = gram(Z)
+    C = torch.empty(700, 700, dtype=torch.float64)
+    add_gram(C, Z, fresh=True)
+    mirror(C)
     assert torch.equal(C, C.mT)
     torch.testing.assert_close(C, Z.mT @ Z, rtol=1e-12, atol=1e-12)
 
