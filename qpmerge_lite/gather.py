@@ -14,7 +14,7 @@ from .lockstep import Forward, LeftOut
 from .moments import Moments
 from .recipes import Making, Recipe, looks_at
 from .rows import joined, selection
-from .sums import Memory, Sums
+from .sums import Buffers, Sums
 from .survey import Survey
 from .views import Table, View
 
@@ -45,7 +45,7 @@ class Gatherer:
         self._selections: dict[tuple, tuple] = {}
         self._widths: dict[str, int] = {}
         self._row_counts: dict[tuple, torch.Size] = {}
-        self._memory = Memory(self.device)
+        self._buffers = Buffers(self.device)
 
     def moments(self, views: list[View], reads: Reads, making: Making, shared: dict | None) -> Iterator[Gathered]:
         """Of layers that read alike, one by one: the view, its moments, and its updates (K, g, m, n).
@@ -97,10 +97,10 @@ class Gatherer:
         return sums
 
     def _opened(self, shape, recipe: Recipe, reuse: bool) -> Sums:
-        """Empty sums, in the memory of those of the layer before where they will not be needed again."""
-        memory = self._memory if reuse and recipe.solver is not None else Memory(self.device)
+        """Empty sums, in the buffers of those of the layer before where they will not be needed again."""
+        buffers = self._buffers if reuse and recipe.solver is not None else Buffers(self.device, kept=True)
         drift = bool(recipe.own_weight)
-        return Sums(self.tasks, shape, memory, folds=recipe.folds, drift=drift, full_energy=recipe.keeps_full_energy)
+        return Sums(self.tasks, shape, buffers, folds=recipe.folds, drift=drift, full_energy=recipe.keeps_full_energy)
 
     def _add_task(self, task, W, sums: Sums, v: View, reads, making: Making) -> None:
         """Add one task's batches, small ones together."""

@@ -35,14 +35,19 @@ def accumulate(total: Tensor, part: Tensor, fresh: bool) -> None:
         total.add_(part)
 
 
-class Memory:
-    """Buffers by name, used again from layer to layer: fresh memory can cost more time than the products it is for."""
+class Buffers:
+    """Memory by name, used again from layer to layer: fresh memory can cost more time than the products it is for.
 
-    def __init__(self, device: torch.device):
-        self._device, self._buffers = device, {}
+    ``kept``: nothing is used again, every tensor stays as it is.
+    """
+
+    def __init__(self, device: torch.device, kept: bool = False):
+        self._device, self._kept, self._buffers = device, kept, {}
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A float64 tensor of this shape with anything in it, in place of the last one of this name."""
+        if self._kept:
+            return torch.empty(shape, dtype=torch.float64, device=self._device)
         needed, buffer = torch.Size(shape).numel(), self._buffers.get(name)
         if buffer is None or not needed <= buffer.numel() <= 16 * needed:
             self._buffers.pop(name, None)
@@ -65,16 +70,16 @@ class Sums:
 
     Args:
         shape: (g, m, n) of all the layers together, their outputs stacked.
-        memory: where the sums lie, until they are taken from it again.
+        buffers: where the sums and the moments lie, until they are taken from there again.
     """
 
-    def __init__(self, tasks, shape: tuple[int, int, int], memory: Memory, *, folds: int, drift: bool, full_energy: bool):
+    def __init__(self, tasks, shape: tuple[int, int, int], buffers: Buffers, *, folds: int, drift: bool, full_energy: bool):
         g, m, n = shape
-        self.tasks, self.full_energy, self.rtol, self._memory, self._mirrored = tuple(tasks), full_energy, 0.0, memory, False
+        self.tasks, self.full_energy, self.rtol, self._buffers, self._mirrored = tuple(tasks), full_energy, 0.0, buffers, False
         self._outer = len(self.tasks), folds
-        self.C = memory.take("C", (*self._outer, g, n, n))
-        self.B = memory.take("B", (*self._outer, g, m, n)) if drift else None
-        self.R = memory.take("R", (*self._outer, g, *self._energies(m))) if drift else None
+        self.C = buffers.take("C", (*self._outer, g, n, n))
+        self.B = buffers.take("B", (*self._outer, g, m, n)) if drift else None
+        self.R = buffers.take("R", (*self._outer, g, *self._energies(m))) if drift else None
         self.counts = [[0] * folds for _ in self.tasks]
 
     def _energies(self, m: int) -> tuple[int, ...]:
@@ -112,13 +117,13 @@ class Sums:
     def moments(self, layer: str, updates: Tensor, own_weight: float, rows: slice = slice(None)) -> Moments:
         """Moments of one of the layers, whose outputs are ``rows`` of all, for its updates (T, g, m, n) and a target blend β.
 
-        They lie in the memory of the sums; those of the layer before are gone.
+        They lie in the buffers: unless these are kept, the moments of the layer before are gone.
         """
         if not self._mirrored:
             mirror(self.C)
             self._mirrored = True
         _, g, m, n = updates.shape
-        A = self._memory.take("A", (*self._outer, g, m, n))
+        A = self._buffers.take("A", (*self._outer, g, m, n))
         M = torch.empty(*self._outer, g, *self._energies(m), dtype=A.dtype, device=A.device)
         for t, D in enumerate(updates.to(self.C)):
             for fold, C in enumerate(self.C[t]):

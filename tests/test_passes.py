@@ -10,7 +10,7 @@ from toys import TASKS, experts_of, tokens, vision
 import qpmerge_lite as q
 from qpmerge_lite import gather, rerun, solvers
 from qpmerge_lite.errors import MergeError, NonFinite
-from qpmerge_lite.sums import Memory, Sums, add_gram, mirror
+from qpmerge_lite.sums import Buffers, Sums, add_gram, mirror
 from qpmerge_lite.views import Dense
 
 PROBLEMS = {"vision": vision, "tokens": tokens}
@@ -30,7 +30,7 @@ def single(problem):
 
 def sums_of(Z, r):
     """C and B of samples of a layer, by the engine's sums."""
-    sums = Sums(["a"], (1, r.shape[1], Z.shape[1]), Memory("cpu"), folds=1, drift=True, full_energy=True)
+    sums = Sums(["a"], (1, r.shape[1], Z.shape[1]), Buffers("cpu"), folds=1, drift=True, full_energy=True)
     sums.add(Dense("layer", nn.Linear(1, 1), False), "a", Z, r, [len(Z)])
     mirror(sums.C)
     return sums
