@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import MergeError
-from .views import Convolution, Dense, Norm, Table, Transposed, View
+from .norms import Norm
+from .views import Convolution, Dense, Table, Transposed, View
 
 SCOPES = ("all", "dense", "weights")
 
@@ -15,9 +18,8 @@ KINDS: dict[str, type[View]] = {
     "Conv1D": Transposed,
     "Conv2d": Convolution,
     "Embedding": Table,
-    "LayerNorm": Norm,
-    "RMSNorm": Norm,
 }
+OTHER_NORMS = ("BatchNorm", "GroupNorm", "InstanceNorm")  # over other axes than the last
 
 
 def view(name: str, module: nn.Module, scope: str = "all") -> View | None:
@@ -34,18 +36,19 @@ def view(name: str, module: nn.Module, scope: str = "all") -> View | None:
     kind = _kind(module)
     if kind is None or not _plain(module) or not _covered(kind, scope):
         return None
-    return kind(name, module, scope != "weights" and getattr(module, "bias", None) is not None)
+    found = kind(name, module, scope != "weights" and getattr(module, "bias", None) is not None)
+    named_rms = any("rms" in parent.__name__.lower() for parent in type(module).__mro__)
+    return replace(found, subtracts_mean=False) if kind is Norm and named_rms else found
 
 
 def _kind(module: nn.Module) -> type[View] | None:
     """By the name of the class or its nearest parent known; libraries have norms of their own."""
-    for parent in type(module).__mro__:
-        name = parent.__name__
-        for known in ("RMSNorm", "T5LayerNorm"):
-            name = "RMSNorm" if name.endswith(known) else name
+    names = [parent.__name__ for parent in type(module).__mro__]
+    for name in names:
         if name in KINDS:
             return KINDS[name]
-    return None
+    is_norm = any("Norm" in name for name in names) and not any(other in name for name in names for other in OTHER_NORMS)
+    return Norm if is_norm else None
 
 
 def _covered(kind: type[View], scope: str) -> bool:

@@ -21,6 +21,7 @@ from .options import words
 from .recording import call_at, is_padded, kind_of, numbers, recordings
 from .views import Table, View
 
+FITS = 0.03  # relative error of a view, which bfloat16 stays below
 EXTRA_SURVEYS = 4  # batches surveyed beyond one of each kind, in search of layers not called so far
 
 
@@ -225,16 +226,14 @@ def _judge(found: Survey, call, recordings, masks, batch, times: int, state, pad
 
 
 def _fits_module(found, layer, state, call) -> bool:
-    """Whether a layer's view reproduces its module; of norms, also with a gain that counts from one."""
-    v = found.views[layer]
-    if v.reproduces(state, call.read, call.put):
-        return True
-    if hasattr(v, "offset"):
-        from_one = type(v)(v.name, v.module, v.bias, offset=1.0)
-        if from_one.reproduces(state, call.read, call.put):
-            found.views[layer] = from_one
-            return True
-    return False
+    """Whether a layer's view gives what its module put out; of its readings, the first that fits about as well as any."""
+    readings = found.views[layer].readings()
+    misfits = [v.misfit(state, call.read, call.put) for v in readings]
+    if min(misfits) > FITS:
+        return False
+    about_the_best = (v for v, misfit in zip(readings, misfits) if misfit <= 2 * min(misfits) + 1e-6)
+    found.views[layer] = next(about_the_best)
+    return True
 
 
 def _insert(sequence: list[Point], points: list[Point]) -> None:

@@ -9,11 +9,12 @@ made of N rows, and its sums over them are
     embedding    n = 1, counts only: one m×1 layer for each of the g tokens that occur
 
 A dense layer folds its bias in as a last input that is one; convolutions are dense layers of unfolded
-patches; a norm is one 1×n layer per channel, reading its own normalised input and a constant.
+patches; a norm (``norms``) is one 1×n layer per channel, reading its own normalised input and a constant.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -88,21 +89,27 @@ class View:
         entries = {k.removeprefix(prefix): state[k] for k in names}
         return functional_call(self.module, entries, (x,))
 
-    def reproduces(self, state, x: Tensor, y: Tensor) -> bool:
-        """Whether ``W x`` is what the module put out for its input x, up to the precision of x."""
+    def readings(self) -> list[View]:
+        """Ways in which the module may be linear, the likeliest first; :meth:`misfit` tells them apart."""
+        return [self]
+
+    def misfit(self, state, x: Tensor, y: Tensor) -> float:
+        """``‖W x - y‖ / ‖y‖`` of what the module put out for its input x; infinite where shapes differ."""
         whole = replace(self, bias=getattr(self.module, "bias", None) is not None)
         rows, wanted = self.rows(x), self.output_rows(y)
         if rows.shape[:-1] != wanted.shape[:-1]:
-            return False
+            return math.inf
         rows, wanted = rows.flatten(0, -2)[:64], wanted.flatten(0, -2)[:64].double()
+        if not wanted.isfinite().all():
+            return 0.0  # it is reported where it is read
         W, inputs = whole.matrix(state), whole.inputs(rows)
         if inputs.shape[1:] != (W.shape[0], W.shape[2]):
-            return False  # such as a norm over another axis
+            return math.inf  # such as a norm over another axis
         found = torch.einsum("gmn,Ngn->Ngm", W, inputs).flatten(1)
         if found.shape != wanted.shape:
-            return False
-        close = (found - wanted).norm() <= 0.03 * wanted.norm() + 1e-6
-        return bool(close) or not bool(wanted.isfinite().all())  # the latter is reported later
+            return math.inf
+        error = float((found - wanted).norm() / wanted.norm().clamp(min=1e-4))
+        return math.inf if math.isnan(error) else error
 
 
 class Dense(View):
@@ -123,7 +130,7 @@ class Dense(View):
 
     def samples(self, rows: Tensor) -> Tensor:
         """Z (N, n) of rows (N, in): the rows, and a one where a bias is folded in."""
-        rows = _at_least_single(rows)
+        rows = at_least_single(rows)
         return torch.cat([rows, torch.ones_like(rows[:, :1])], 1) if self.bias else rows
 
     def inputs(self, rows: Tensor) -> Tensor:
@@ -182,67 +189,6 @@ class Convolution(Dense):
 
 
 @dataclass(frozen=True)
-class Norm(View):
-    """Gain and bias of a layer norm or RMS norm over the last axis.
-
-    Channel c is the layer ``[gain_c, bias_c]`` of ``[x̂_c, 1]``. The gain is the weight plus
-    ``offset``, which is one for norms that store how far their gain is from one.
-    """
-
-    offset: float = 0.0
-
-    @property
-    def reads(self):
-        """Norms are solved one by one, each with an output axis of length one."""
-        return self.name, self.bias, self._subtracts_mean, self._epsilon
-
-    @property
-    def _subtracts_mean(self) -> bool:
-        return any(c.__name__ == "LayerNorm" for c in type(self.module).__mro__)
-
-    @property
-    def _epsilon(self):
-        named = (getattr(self.module, k, None) for k in ("eps", "variance_epsilon", "epsilon"))
-        return next((value for value in named if value is not None), None)
-
-    def matrix(self, state) -> Tensor:
-        """W (d, 1, n), n = 2 with a bias, float64."""
-        gain = state[self.parameters[0]].double() + self.offset
-        columns = [gain, *(state[name].double() for name in self.parameters[1:])]
-        return torch.stack(columns, -1).unsqueeze(1)
-
-    def parts(self, W: Tensor, state=None) -> dict[str, Tensor]:
-        """State-dict entries of W (d, 1, n)."""
-        gain, *bias = W[:, 0].unbind(-1)
-        return dict(zip(self.parameters, (gain - self.offset, *bias)))
-
-    def samples(self, rows: Tensor) -> Tensor:
-        """Z (N, d) of rows (N, d): normalised as the module does it, before gain and bias."""
-        rows = _at_least_single(rows)
-        norm = F.layer_norm if self._subtracts_mean else F.rms_norm
-        return norm(rows, rows.shape[-1:], eps=self._epsilon)
-
-    def inputs(self, rows: Tensor) -> Tensor:
-        """Samples (N, d, n), float64, of rows (N, d)."""
-        Z = self.samples(rows.double()).unsqueeze(-1)
-        return torch.cat([Z, torch.ones_like(Z)], -1) if self.bias else Z
-
-    def respond(self, W: Tensor, Z: Tensor) -> Tensor:
-        """``gain ∘ Z`` (N, d); for differences of samples, from which the bias has gone."""
-        return Z * W[:, 0, 0]
-
-    def products(self, Z, r):
-        """Per channel, ``Σ zzᵀ`` (d, n, n) and ``Σ r zᵀ`` (d, 1, n) of z = [x̂, 1]."""
-        squares = Z.square().sum(0)
-        B = None if r is None else (r * Z).sum(0)[:, None, None]
-        if not self.bias:
-            return squares[:, None, None], B
-        total, count = Z.sum(0), torch.full_like(squares, len(Z))
-        C = torch.stack([squares, total, total, count], -1).unflatten(-1, (2, 2))
-        return C, None if r is None else torch.cat([B, r.sum(0)[:, None, None]], -1)
-
-
-@dataclass(frozen=True)
 class Table(View):
     """``nn.Embedding``: token v is the layer ``y = E_v`` of a constant, W (g, m, 1) for g tokens.
 
@@ -280,14 +226,15 @@ class Table(View):
         every = torch.arange(self.module.num_embeddings, device=rows.device)
         return (rows == (every if self.ids is None else self.ids)).double().unsqueeze(-1)
 
-    def reproduces(self, state, x, y) -> bool:
-        """Whether looking x up gives what the module put out."""
+    def misfit(self, state, x: Tensor, y: Tensor) -> float:
+        """Zero if looking x up gives what the module put out, else infinite."""
         weight = state[self.parameters[0]]
         if x.is_floating_point() or x.dtype == torch.bool or y.shape != (*x.shape, weight.shape[1]):
-            return False
+            return math.inf
         inside = bool(((x >= 0) & (x < len(weight))).all())
-        return inside and torch.equal(F.embedding(x, weight), y)
+        return 0.0 if inside and torch.equal(F.embedding(x, weight), y) else math.inf
 
 
-def _at_least_single(rows: Tensor) -> Tensor:
+def at_least_single(rows: Tensor) -> Tensor:
+    """The rows in float64 or else float32."""
     return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()

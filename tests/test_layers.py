@@ -4,8 +4,10 @@ import torch
 from torch import nn
 from toys import outputs
 
+from qpmerge_lite.calibration import Batch
 from qpmerge_lite.errors import MergeError
 from qpmerge_lite.layers import view
+from qpmerge_lite.survey import survey
 
 MODULES = {
     "linear": nn.Linear(5, 3),
@@ -61,3 +63,44 @@ def test_an_unknown_scope_is_named():
 def test_norms_that_normalise_differently_do_not_share_samples():
     norms = [nn.LayerNorm(4), nn.LayerNorm(4, bias=False), nn.RMSNorm(4), nn.LayerNorm(4, eps=1e-3)]
     assert len({view("x", norm).reads for norm in norms}) == len(norms)
+
+
+class AnyLayerNorm(nn.Module):
+    """A norm whose name says nothing of the mean, of what the gain counts from or of the epsilon."""
+
+    def __init__(self, subtracts_mean, offset, gain=1.0):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(gain + 0.1 * torch.randn(5)), nn.Parameter(0.1 * torch.randn(5))
+        self.subtracts_mean, self.offset = subtracts_mean, offset
+
+    def forward(self, x):
+        norm = nn.functional.layer_norm if self.subtracts_mean else nn.functional.rms_norm
+        return norm(x, (5,), eps=1e-6) * (self.weight + self.offset) + self.bias
+
+
+def surveyed(model, x):
+    """What a survey finds of a model that is given x."""
+    return survey(model.eval(), [Batch("a", 0, {"input": x}, len(x), 0)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gain", [0.0, 1.0, 60.0])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("subtracts_mean", [True, False])
+def test_a_norm_is_read_as_what_it_computes(subtracts_mean, offset, gain, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 5), AnyLayerNorm(subtracts_mean, offset, gain)).to(dtype)
+    found = surveyed(model, torch.randn(9, 5).to(dtype) + 1)
+    assert not found.left_out
+    assert (found.views["1"].subtracts_mean, found.views["1"].offset) == (subtracts_mean, offset)
+
+
+def test_of_readings_that_agree_on_what_is_seen_the_name_decides():
+    model = nn.Sequential(nn.LayerNorm(5, elementwise_affine=False), nn.RMSNorm(5), nn.LayerNorm(5, elementwise_affine=False), nn.LayerNorm(5))
+    found = surveyed(model, torch.randn(9, 5))
+    assert {name: v.subtracts_mean for name, v in found.views.items()} == {"1": False, "3": True}
+
+
+@pytest.mark.parametrize("module", [nn.BatchNorm1d(5), nn.GroupNorm(1, 5), nn.InstanceNorm1d(5, affine=True), nn.SyncBatchNorm(5)])
+def test_norms_over_other_axes_have_no_view(module):
+    assert view("x", module) is None
