@@ -192,6 +192,7 @@ class Convolution(Dense):
 class Table(View):
     """``nn.Embedding``: token v is the layer ``y = E_v`` of a constant, W (g, m, 1) for g tokens.
 
+    Tables that multiply all they look up by one number are the same layer: it is the same best table.
     Every token shares the output axis, so row and rotated-row bases run over the m features of all
     of them together. Which tokens occur is known once calibration inputs are: ``ids`` (g,) int64,
     all of the table until then.
@@ -227,12 +228,17 @@ class Table(View):
         return (rows == (every if self.ids is None else self.ids)).double().unsqueeze(-1)
 
     def misfit(self, state, x: Tensor, y: Tensor) -> float:
-        """Zero if looking x up gives what the module put out, else infinite."""
+        """Zero if the module put out the rows of the table at its input x, all multiplied by one number; else infinite."""
         weight = state[self.parameters[0]]
         if x.is_floating_point() or x.dtype == torch.bool or y.shape != (*x.shape, weight.shape[1]):
             return math.inf
-        inside = bool(((x >= 0) & (x < len(weight))).all())
-        return 0.0 if inside and torch.equal(F.embedding(x, weight), y) else math.inf
+        if not ((x >= 0) & (x < len(weight))).all():
+            return math.inf
+        rows, found = F.embedding(x, weight).double(), y.double()
+        scale = (rows * found).sum() / rows.square().sum()
+        rounding = max(4 * torch.finfo(y.dtype).eps, 1e-12) * (scale * rows).abs()  # of the module, and of the scale
+        scaled = scale != 0 and bool(((found - scale * rows).abs() <= rounding).all())
+        return 0.0 if scaled or torch.equal(rows, found) else math.inf
 
 
 def at_least_single(rows: Tensor) -> Tensor:

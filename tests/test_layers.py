@@ -104,3 +104,15 @@ def test_of_readings_that_agree_on_what_is_seen_the_name_decides():
 @pytest.mark.parametrize("module", [nn.BatchNorm1d(5), nn.GroupNorm(1, 5), nn.InstanceNorm1d(5, affine=True), nn.SyncBatchNorm(5)])
 def test_norms_over_other_axes_have_no_view(module):
     assert view("x", module) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_table_may_multiply_what_it_looks_up_by_one_number_only(dtype):
+    torch.manual_seed(0)
+    module, ids = nn.Embedding(7, 4).to(dtype), torch.randint(0, 7, (3, 5))
+    v, rows = view("x", module), module(ids).detach()
+    state = {"x.weight": module.weight.detach()}
+    assert {v.misfit(state, ids, scale * rows) for scale in (1, -0.1, *torch.linspace(0.3, 60, 500).tolist())} == {0}
+    shifted, by_column, by_token = rows + 0.1, rows * torch.tensor([1, 1, 1, 1.1], dtype=dtype), rows * (1 + (ids == 2).to(dtype))[..., None]
+    for y in (shifted, by_column, by_token, 0 * rows, rows.flip(0), torch.nan * rows):
+        assert v.misfit(state, ids, y) == float("inf")

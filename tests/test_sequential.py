@@ -412,6 +412,21 @@ def test_an_audit_in_sample_gives_the_captured_energy_of_every_layer(problem):
         assert found["layers"][row["layer"]] == pytest.approx(row["captured"], rel=1e-9, abs=1e-9)
 
 
+def test_a_table_that_scales_what_it_looks_up_has_the_same_best_rows_and_its_captured_energy_is_audited():
+    class ScaledEmbedding(nn.Embedding):
+        def forward(self, ids):
+            return 3.7 * super().forward(ids)
+
+    base, experts, calibration = tokens()
+    plain = q.qp(base, experts, calibration, basis="rows", ridge=1e-3)
+    base.embedding = ScaledEmbedding(11, 8, _weight=base.embedding.weight.detach())
+    merge = q.qp(base, experts, calibration, basis="rows", ridge=1e-3)
+    torch.testing.assert_close(merge.state_dict["embedding.weight"], plain.state_dict["embedding.weight"])
+    found = q.audit(base, merge.state_dict, experts, calibration)["layers"]
+    assert found == pytest.approx({row["layer"]: row["captured"] for row in merge.table}, rel=1e-9, abs=1e-9)
+    assert merge.table[0]["captured"] == pytest.approx(plain.table[0]["captured"])
+
+
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_an_audit_end_to_end_is_what_whole_models_show(problem):
     """Output and hidden states of whole models run by hand, tasks weighing the same per token."""
