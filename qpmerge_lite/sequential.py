@@ -17,9 +17,10 @@ from tqdm import tqdm
 from .calibration import check_calibration, evaluating, refuse_what_cannot_run
 from .effects import copied
 from .errors import EmptyCalibration, MergeError, MissingLayer
-from .experts import check_experts, is_number, stored, tied
+from .experts import check_experts, is_number, stored
 from .gather import Gatherer, Reads, Unreached
 from .lockstep import Apart, Forward, LeftOut, Stage, pausing, run
+from .memory import tied
 from .merge import Merge, average, buffers_of
 from .options import number, one_of, words
 from .recipes import Making, Recipe, Solver, check_recipes, is_solution, plain, shown

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from .calibration import Batch
 from .effects import Traces
@@ -17,6 +17,7 @@ from .errors import MergeError, MissingLayer
 from .layers import view
 from .layouts import Layout, find_layout
 from .lockstep import LeftOut, Point
+from .memory import sharing, tied
 from .options import words
 from .recording import call_at, is_padded, kind_of, numbers, recordings
 from .views import Table, View
@@ -142,17 +143,16 @@ def _views(model) -> tuple[dict[str, View], dict[str, str]]:
         if found is not None and all(p in state for p in found.parameters):
             views[name] = found
     tables = {p for v in views.values() if isinstance(v, Table) for p in v.parameters}
-    owners: dict[int, list[str]] = {}
-    for name, value in state.items():
-        if isinstance(value, Tensor) and value.numel():
-            owners.setdefault(value.data_ptr(), []).append(name)
-    reasons = {}
+    same, reasons = tied(model), {}
+    owners = {name: names for names in sharing(model) for name in names}
     for name, v in views.items():
+        others: set[str] = set()
         for parameter in v.parameters:
-            others = set(owners.get(state[parameter].data_ptr(), ())) - {parameter}
-            others -= {o for o in others if state[o] is state[parameter] and _same_module(o, parameter, model)}
-            if others and not (isinstance(v, Table) and others <= tables):
-                reasons[name] = f"tied to {', '.join(sorted(others))}"
+            found = set(owners.get(parameter, ())) - {parameter}
+            others |= {o for o in found if state[o] is not state[parameter] or not _same_module(o, parameter, model)}
+        one_table = isinstance(v, Table) and others <= tables & set(same[v.parameters[0]])
+        if others and not one_table:
+            reasons[name] = f"tied to {', '.join(sorted(others))}"
     return views, reasons
 
 

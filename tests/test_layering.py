@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "qpmerge_lite"
 ORDER = ["errors", "moments", "sums", "bases", "programme", "solve", "climb", "held_out", "diagnostic",  # the mathematics
-         "options", "experts", "merge", "calibration", "sparse", "datafree",  # weights and batches
+         "options", "memory", "experts", "merge", "calibration", "sparse", "datafree",  # weights and batches
          "views", "norms", "layers", "effects", "lockstep", "layouts", "recording", "survey", "rerun", "recipes", "rows", "gather", "sequential", "solvers",  # the pass
          "assess", "inputs", "heads", "gradient", "methods",
          "records", "manifests", "sources", "suites", "plots", "regression", "claims", "book", "cli"]  # fmt: skip
