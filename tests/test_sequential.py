@@ -307,7 +307,8 @@ def test_experts_equal_to_the_base_leave_it_and_leave_nothing_to_capture(family,
     base = base.float()
     calibration = {t: [{"pixels": b["pixels"].float()} for b in batches] for t, batches in calibration.items()}
     merge = q.qp(base, dict.fromkeys(TASKS, base.state_dict()), calibration, basis=family, targets=targets)
-    assert {r["captured"] for r in merge.table} == {1.0}
+    audited = q.audit(base, merge.state_dict, {t: base.state_dict() for t in TASKS}, calibration)
+    assert {r["captured"] for r in merge.table} == {*audited["layers"].values()} == {None}
     for name, value in base.state_dict().items():
         assert torch.equal(merge.state_dict[name], value)
 
