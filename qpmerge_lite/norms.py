@@ -20,6 +20,7 @@ class Norm(View):
         offset: what the weight lacks to be the gain: one where it stores how far the gain is from one.
     """
 
+    puts_out = "a norm over the last axis"
     subtracts_mean: bool = True
     offset: float = 0.0
 

@@ -31,6 +31,7 @@ class Survey:
     """Layers that a pass can solve, and why the others cannot be.
 
     Attributes:
+        paths: every path of a layer's module, which may be shared -> the layer.
         stages: for every group of layers that read the same tensor, their names in calling order.
         sequence: every layer, and every entrance to and exit from a block, in calling order.
         layouts: by kind of batch (its keys), of what a layer reads and of what a block or the model returns.
@@ -41,6 +42,7 @@ class Survey:
     """
 
     views: dict[str, View]
+    paths: dict[str, str] = field(default_factory=dict)
     stages: list[list[str]] = field(default_factory=list)
     sequence: list[Point] = field(default_factory=list)
     layouts: dict[tuple, Layout] = field(default_factory=dict)
@@ -110,7 +112,7 @@ def survey(model: nn.Module, batches: list[Batch], blocks=(), state=None) -> Sur
     Raises: MergeError for a batch that the model does not take, and for forwards that draw random numbers.
     """
     views, reasons = _views(model)
-    found = Survey(views, left_out=reasons)
+    found = Survey(views, _paths(model, views), left_out=reasons)
     padded = any(is_padded(batch) for batch in batches)
     state = model.state_dict() if state is None else state
     seen, extra = set(), 0
@@ -125,7 +127,7 @@ def survey(model: nn.Module, batches: list[Batch], blocks=(), state=None) -> Sur
     _place_the_rest(found, model, blocks)
     for name in views:
         if name not in found.left_out and not any(point == ("layer", name) for _, point in found.layouts):
-            found.left_out[name] = "no calibration batch was seen to call it"
+            found.left_out[name] = "no calibration batch was seen to call its module"
     return found
 
 
@@ -154,6 +156,11 @@ def _views(model) -> tuple[dict[str, View], dict[str, str]]:
         if others and not one_table:
             reasons[name] = f"tied to {', '.join(sorted(others))}"
     return views, reasons
+
+
+def _paths(model, views: dict[str, View]) -> dict[str, str]:
+    layers = {v.module: name for name, v in views.items()}
+    return {path: layers[module] for path, module in model.named_modules(remove_duplicate=False) if module in layers}
 
 
 def _same_module(one: str, other: str, model) -> bool:
@@ -210,7 +217,7 @@ def _judge(found: Survey, call, recordings, masks, batch, times: int, state, pad
     elif called_by_fewer is False:
         found.left_out[layer] = "which sequences call it depends on what they hold"
     elif not _fits_module(found, layer, state, call):
-        found.left_out[layer] = f"{type(v.module).__name__} does more than the linear map of its weights"
+        found.left_out[layer] = f"{type(v.module).__name__} puts out something else than {v.puts_out}"
     else:
         fewer, *shorter = (None if z is None else v.rows(z.read) for z in recordings)
         try:

@@ -33,7 +33,10 @@ class View:
         name: path of the module in the model.
         module: the module itself; its parameters are never read, those of a state dict are.
         bias: whether the bias is folded into W, as its last input column.
+        puts_out: what a module of this kind puts out, for messages.
     """
+
+    puts_out = "a linear map of its input"
 
     name: str
     module: nn.Module
@@ -115,6 +118,8 @@ class View:
 class Dense(View):
     """``nn.Linear``: W = [weight | bias], shape (1, out, in + 1)."""
 
+    puts_out = "its weight times its input"
+
     def matrix(self, state) -> Tensor:
         """W (1, m, n), float64, from a state dict."""
         weight = self._flat(state[self.parameters[0]].double())
@@ -165,6 +170,8 @@ class Transposed(Dense):
 class Convolution(Dense):
     """``nn.Conv2d`` with one group and zero padding: a dense layer of unfolded patches."""
 
+    puts_out = "a convolution of its input"
+
     @property
     def reads(self):
         """Convolutions share samples where they cut out the same patches."""
@@ -198,6 +205,7 @@ class Table(View):
     all of the table until then.
     """
 
+    puts_out = "the rows of its weight that its input names"
     ids: Tensor | None = None
 
     @property

@@ -270,7 +270,7 @@ def test_layers_that_are_never_called_are_averaged_and_listed():
     base, experts, calibration = chain(nn.Linear(4, 4))
     base.forward = lambda inputs: inputs
     merge = q.qp(base, experts, calibration)
-    assert not merge.table and set(merge.averaged.values()) == {"no calibration batch was seen to call it"}
+    assert not merge.table and set(merge.averaged.values()) == {"no calibration batch was seen to call its module"}
 
 
 def test_a_block_used_twice_stays_one():
@@ -411,6 +411,57 @@ def test_an_audit_in_sample_gives_the_captured_energy_of_every_layer(problem):
     assert list(found["layers"]) == [r["layer"] for r in merge.table]
     for row in merge.table:
         assert found["layers"][row["layer"]] == pytest.approx(row["captured"], rel=1e-9, abs=1e-9)
+
+
+class Reasons(nn.Module):
+    """Parameters that are no layer's, each for a reason of its own, and a layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.again, self.scale = self.first, nn.Parameter(torch.ones(4))
+        self.by_channel = nn.Conv2d(4, 4, 1, groups=4)
+        self.batch, self.head = nn.BatchNorm2d(4), nn.Linear(4, 3)
+        self.head_bias = self.head.bias
+        self.read = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.batch(self.by_channel((self.scale * self.first(x))[..., None, None])).flatten(1)
+        return self.head(torch.tanh(x @ self.read.weight))
+
+
+def reasons(**options):
+    torch.manual_seed(0)
+    base = Reasons().double()
+    experts = {t: base.state_dict() for t in TASKS}
+    return q.qp(base, experts, {t: [{"x": torch.randn(8, 4, dtype=torch.float64)}] for t in TASKS}, **options)
+
+
+def test_reasons_to_average_are_true():
+    unknown = "a parameter of {}, which is no kind of layer that is solved"
+    unread = "no calibration batch was seen to call its module"
+    merge = reasons()
+    assert [row["layer"] for row in merge.table] == ["first"]
+    assert merge.averaged == {
+        "scale": unknown.format("Reasons"), "head_bias": "tied to head.bias",
+        "by_channel.weight": "convolutions in groups, or by channel, are not solved",
+        "by_channel.bias": "convolutions in groups, or by channel, are not solved",
+        "batch.weight": unknown.format("BatchNorm2d"), "batch.bias": unknown.format("BatchNorm2d"),
+        "batch.running_mean": "a buffer", "batch.running_var": "a buffer",
+        "head.weight": "tied to head_bias", "head.bias": "tied to head_bias", "read.weight": unread, "read.bias": unread,
+    }  # fmt: skip
+    narrow = reasons(scope="weights").averaged
+    assert narrow["first.bias"] == narrow["again.bias"] == "outside the scope 'weights'"
+    assert reasons(layers=["read"]).averaged["again.weight"] == "not among the layers asked for"
+
+
+def test_a_shared_layer_can_be_asked_for_by_each_of_its_names():
+    for name in ("first", "again"):
+        merge = reasons(layers=[name])
+        assert [row["layer"] for row in merge.table] == ["first"] and not {"first.weight", "again.weight"} & merge.averaged.keys()
+    base = Reasons().double()
+    batches = {t: [{"x": torch.randn(8, 4, dtype=torch.float64)}] for t in TASKS}
+    assert list(q.layer_moments(base, {t: base.state_dict() for t in TASKS}, batches, ["again"])) == ["first"]
 
 
 def test_a_table_that_scales_what_it_looks_up_has_the_same_best_rows_and_its_captured_energy_is_audited():
