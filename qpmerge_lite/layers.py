@@ -16,6 +16,7 @@ SCOPES = ("all", "dense", "weights")
 KINDS: dict[str, type[View]] = {
     "Linear": Dense,
     "Conv1D": Transposed,
+    "Conv1d": Convolution,
     "Conv2d": Convolution,
     "Embedding": Table,
 }
@@ -75,7 +76,7 @@ def _obstacle(module: nn.Module, kind: type[View]) -> str | None:
         return f"{type(module).__name__} has no floating weight of its own"
     if getattr(module, "bias", None) is not None and module._parameters.get("bias") is None:
         return "its bias is no parameter of its own"
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
         if module.groups > 1:
             return "convolutions in groups, or by channel, are not solved"
         if module.padding_mode != "zeros" or module.padding == "same":

@@ -20,7 +20,7 @@ from .lockstep import LeftOut, Point
 from .memory import sharing, tied
 from .options import words
 from .recording import call_at, is_padded, kind_of, numbers, recordings
-from .views import Table, View
+from .views import Convolution, Table, View
 
 FITS = 0.03  # relative error of a view, which bfloat16 stays below
 EXTRA_SURVEYS = 4  # batches surveyed beyond one of each kind, in search of layers not called so far
@@ -227,7 +227,8 @@ def _judge(found: Survey, call, recordings, masks, batch, times: int, state, pad
             found.left_out[layer] = reason.reason
         except MergeError as error:
             found.left_out[layer] = "its rows cannot be matched to the mask"
-            found.refusals[layer] = f"layer {layer!r}: {error}"
+            if not isinstance(v, Convolution):  # whose rows are patches, not tokens
+                found.refusals[layer] = f"layer {layer!r}: {error}"
         else:
             found.layouts[kind_of(batch), call.point] = layout
 

@@ -168,7 +168,7 @@ class Transposed(Dense):
 
 
 class Convolution(Dense):
-    """``nn.Conv2d`` with one group and zero padding: a dense layer of unfolded patches."""
+    """``nn.Conv1d`` or ``nn.Conv2d`` with one group and zero padding: a dense layer of unfolded patches."""
 
     puts_out = "a convolution of its input"
 
@@ -179,14 +179,17 @@ class Convolution(Dense):
         return type(self), self.bias, m.kernel_size, m.stride, m.padding, m.dilation
 
     def rows(self, x: Tensor) -> Tensor:
-        """Patches (B, P, channels · height · width) of pictures (B, channels, H, W)."""
+        """Patches (B, P, channels · height · width) of pictures (B, channels, H, W), or (B, P, channels · length) of (B, channels, L)."""
         m = self.module
-        padding = (0, 0) if m.padding == "valid" else m.padding
-        return F.unfold(x, m.kernel_size, m.dilation, padding, m.stride).mT
+        padding = (0,) * len(m.kernel_size) if m.padding == "valid" else m.padding
+        if len(m.kernel_size) == 2:
+            return F.unfold(x, m.kernel_size, m.dilation, padding, m.stride).mT
+        height_one = {"kernel_size": (1, *m.kernel_size), "dilation": (1, *m.dilation), "padding": (0, *padding), "stride": (1, *m.stride)}
+        return F.unfold(x.unsqueeze(-2), **height_one).mT
 
     def output_rows(self, y: Tensor) -> Tensor:
         """Outputs (B, P, m) of the same patches."""
-        return y.flatten(2).mT
+        return y.flatten(-len(self.module.kernel_size)).mT
 
     def _flat(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)

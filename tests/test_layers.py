@@ -116,3 +116,26 @@ def test_a_table_may_multiply_what_it_looks_up_by_one_number_only(dtype):
     shifted, by_column, by_token = rows + 0.1, rows * torch.tensor([1, 1, 1, 1.1], dtype=dtype), rows * (1 + (ids == 2).to(dtype))[..., None]
     for y in (shifted, by_column, by_token, 0 * rows, rows.flip(0), torch.nan * rows):
         assert v.misfit(state, ids, y) == float("inf")
+
+
+CONVOLUTIONS = {
+    "along time": (nn.Conv1d(3, 4, 5, stride=2, padding=3, dilation=2), (6, 3, 17)),
+    "along time, without bias": (nn.Conv1d(3, 4, 2, padding="valid", bias=False), (6, 3, 9)),
+    "along time, one sequence": (nn.Conv1d(3, 4, 3, padding=1), (3, 9)),
+    "of pictures": (nn.Conv2d(3, 4, (2, 3), stride=(2, 1), padding=(0, 1), dilation=2), (6, 3, 9, 8)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_is_a_dense_layer_of_patches(name):
+    module, shape = CONVOLUTIONS[name]
+    module, x = module.double(), torch.randn(shape, dtype=torch.float64)
+    v, state = view("x", module), {f"x.{k}": p.detach() for k, p in module.named_parameters()}
+    assert v.misfit(state, x, module(x).detach()) < 1e-12
+    assert v.misfit(state, x, module(2 * x).detach()) > 0.1
+    assert all(torch.equal(part, state[key]) for key, part in v.parts(v.matrix(state)).items())
+
+
+@pytest.mark.parametrize("module", [nn.Conv1d(4, 4, 3, groups=4), nn.Conv1d(4, 4, 3, padding_mode="circular", padding=1), nn.Conv1d(4, 4, 2, padding="same")])
+def test_other_convolutions_along_time_have_no_view(module):
+    assert view("x", module) is None

@@ -413,6 +413,30 @@ def test_an_audit_in_sample_gives_the_captured_energy_of_every_layer(problem):
         assert found["layers"][row["layer"]] == pytest.approx(row["captured"], rel=1e-9, abs=1e-9)
 
 
+class ConvolutionOfTokens(nn.Module):
+    """A convolution along padded tokens, which may look back only: its last outputs are cut off."""
+
+    def __init__(self, causal):
+        super().__init__()
+        self.table, self.out, self.causal = nn.Embedding(11, 4), nn.Linear(4, 3), causal
+        self.mix = nn.Conv1d(4, 4, 3, padding=2 if causal else 1)
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.table(input_ids) * attention_mask[..., None]
+        return self.out(torch.tanh(self.mix(hidden.mT)[..., : hidden.shape[1]].mT))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_convolution_along_tokens_is_solved_where_its_patches_are_theirs(causal):
+    _, _, calibration = tokens()
+    base = ConvolutionOfTokens(causal).double()
+    merge = q.qp(base, dict.fromkeys(TASKS, experts_of(base)["a"]), calibration, basis="elements", ridge=0.0)
+    assert [row["layer"] for row in merge.table] == (["table", "out"] if causal else ["table", "mix", "out"])
+    assert set(merge.averaged.values()) == ({"its rows cannot be matched to the mask"} if causal else set())
+    for name, value in experts_of(base)["a"].items():
+        torch.testing.assert_close(merge.state_dict[name], value)
+
+
 class Reasons(nn.Module):
     """Parameters that are no layer's, each for a reason of its own, and a layer under two names."""
 
