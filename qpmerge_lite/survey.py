@@ -19,7 +19,7 @@ from .layouts import Layout, find_layout
 from .lockstep import LeftOut, Point
 from .memory import sharing, tied
 from .options import words
-from .recording import call_at, is_padded, kind_of, numbers, recordings
+from .recording import call_at, is_padded, kind_of, numbers, read_outside, recordings
 from .views import Convolution, Table, View
 
 FITS = 0.03  # relative error of a view, which bfloat16 stays below
@@ -172,6 +172,8 @@ def _same_module(one: str, other: str, model) -> bool:
 def _add(found: Survey, model, batch: Batch, blocks, state, padded: bool) -> None:
     """Add what one batch shows."""
     few, some, fewer, shorter = recordings(found.views, model, batch, blocks, found.traces)
+    for layer in read_outside(found.views, model, few, found.traces) - found.left_out.keys():
+        found.left_out[layer] = "its weights are read without a call of its module"
     _insert(found.sequence, [call.point for call in some if call.point[0] != "output"])
     layers = [call.point[1] for call in some if call.point[0] == "layer"]
     groups: dict[tuple, list[str]] = {}

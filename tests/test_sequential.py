@@ -437,6 +437,26 @@ def test_a_convolution_along_tokens_is_solved_where_its_patches_are_theirs(causa
         torch.testing.assert_close(merge.state_dict[name], value)
 
 
+@pytest.mark.parametrize("read", [
+    lambda h, table: h @ table.weight.T, lambda h, table: nn.functional.linear(h, table.weight), lambda h, table: h + table(torch.tensor(1)).sum(),
+    lambda h, table: h.to(table.weight) + torch.zeros_like(table.weight).sum(), lambda h, table: h.to(table.weight.dtype) * table.weight.shape[1],
+], ids=["transposed", "head", "called", "alike", "dtype and shape"])
+def test_a_table_that_is_also_multiplied_by_is_averaged(read, request):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.mix = nn.Embedding(11, 4), nn.Linear(4, 4)
+
+        def forward(self, input_ids, attention_mask):
+            return read(torch.tanh(self.mix(self.table(input_ids))), self.table)
+
+    _, _, calibration = tokens()
+    base = Model().double()
+    averaged = q.qp(base, experts_of(base), calibration).averaged
+    head = request.node.callspec.id in ("transposed", "head")
+    assert averaged == ({"table.weight": "its weights are read without a call of its module"} if head else {})
+
+
 class Reasons(nn.Module):
     """Parameters that are no layer's, each for a reason of its own, and a layer under two names."""
 
@@ -447,7 +467,7 @@ class Reasons(nn.Module):
         self.by_channel = nn.Conv2d(4, 4, 1, groups=4)
         self.batch, self.head = nn.BatchNorm2d(4), nn.Linear(4, 3)
         self.head_bias = self.head.bias
-        self.read = nn.Linear(4, 4)
+        self.read, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
 
     def forward(self, x):
         x = self.batch(self.by_channel((self.scale * self.first(x))[..., None, None])).flatten(1)
@@ -463,7 +483,7 @@ def reasons(**options):
 
 def test_reasons_to_average_are_true():
     unknown = "a parameter of {}, which is no kind of layer that is solved"
-    unread = "no calibration batch was seen to call its module"
+    outside = "its weights are read without a call of its module"
     merge = reasons()
     assert [row["layer"] for row in merge.table] == ["first"]
     assert merge.averaged == {
@@ -472,7 +492,8 @@ def test_reasons_to_average_are_true():
         "by_channel.bias": "convolutions in groups, or by channel, are not solved",
         "batch.weight": unknown.format("BatchNorm2d"), "batch.bias": unknown.format("BatchNorm2d"),
         "batch.running_mean": "a buffer", "batch.running_var": "a buffer",
-        "head.weight": "tied to head_bias", "head.bias": "tied to head_bias", "read.weight": unread, "read.bias": unread,
+        "head.weight": "tied to head_bias", "head.bias": "tied to head_bias", "read.weight": outside, "read.bias": outside,
+        "unused.weight": "no calibration batch was seen to call its module", "unused.bias": "no calibration batch was seen to call its module",
     }  # fmt: skip
     narrow = reasons(scope="weights").averaged
     assert narrow["first.bias"] == narrow["again.bias"] == "outside the scope 'weights'"
