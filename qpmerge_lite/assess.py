@@ -42,7 +42,7 @@ def layer_moments(base: nn.Module, experts, calibration, layers=None, *, along: 
     recipe = Recipe(None, inputs, "own", scope, folds, named, along, full_energy)
     gathering = Pass(base, experts, calibration, {"moments": recipe}, blocks, products)
     making = gathering.makings()[0]
-    for name in named or ():
+    for name in making.recipe.layers or ():
         if name not in making.moments:
             reason = making.left_out.get(name) or gathering.known.left_out.get(name)
             raise MissingLayer(f"layer {name!r}: expected to be called once in a forward pass, but: {reason}; choose another layer")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import MergeError
+from .memory import as_loaded
 from .merge import (
     Merge,
     add_update,
@@ -109,7 +110,7 @@ def slerp(base, experts, calibration=None, *, t: float = 0.5) -> Merge:
             state[name] = stored(f"parameter {name!r}", _on_arc(first, second, t), origin[name])
     reason = "slerp interpolates parameters only; the mean of the experts' buffers"
     buffers = [k for k, v in state.items() if is_number(v) and k not in parameters]
-    return Merge(state, averaged=dict.fromkeys(buffers, reason))
+    return Merge(as_loaded(base, state), averaged=dict.fromkeys(buffers, reason))
 
 
 def _real(tensor: Tensor) -> Tensor:

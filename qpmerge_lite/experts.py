@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import MergeError, MissingLayer, NonFinite, ShapeMismatch, is_finite
+from .memory import as_loaded, tied
 
 State = Mapping[str, Tensor]
 
@@ -58,6 +59,7 @@ def check_experts(
     checked = {}
     for task, state in experts.items():
         checked[task] = _check_state(f"expert {task!r}", state, reference, ties, cast)
+        _check_shared_memory(f"expert {task!r}", checked[task], base)
     for name, value in reference.items():
         states = [state[name] for state in checked.values()]
         if not is_number(value):
@@ -89,6 +91,16 @@ def _check_state(where, state, reference, ties, cast) -> dict[str, Tensor]:
                 "base ties them (they are one tensor); untie them in the base, or tie the expert's"
             )
     return checked
+
+
+def _check_shared_memory(where: str, state: State, base: nn.Module) -> None:
+    """MergeError where entries that the base sees in one memory, such as a matrix and its transpose, hold different values."""
+    for name, value in as_loaded(base, state).items():
+        if not equal(value, state[name]):
+            raise MergeError(
+                f"{where}: entry {name!r} is not what other entries say, expected them to agree because in the base it shares "
+                "their memory, as the transpose of a matrix does; give the base a copy of its own, or tie the expert's"
+            )
 
 
 def _refuse_what_is_no_state(where: str, state) -> None:
@@ -175,18 +187,6 @@ def equal(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or (a.is_floating_point() and a.element_size() == 1):
         a, b = wide(a), wide(b)
     return torch.equal(a, b)
-
-
-def tied(base: nn.Module) -> dict[str, list[str]]:
-    """Name of every state-dict entry -> names of all that are the same memory, itself included."""
-    groups: dict[tuple, list[str]] = {}
-    state = base.state_dict()
-    for name, value in state.items():
-        alone = value.numel() == 0 or value.device.type == "meta"
-        place = name if alone else (value.device, value.data_ptr(), value.shape, value.stride())
-        groups.setdefault(place, []).append(name)
-    names_by_entry = {name: names for names in groups.values() for name in names}
-    return {name: names_by_entry[name] for name in state}
 
 
 def agreed(name: str, values: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import is_finite
-from .experts import State, agreed, check_experts, equal, is_number, stored, tied, wide
+from .experts import State, agreed, check_experts, equal, is_number, stored, wide
+from .memory import as_loaded, tied
 from .options import number
 
 AVERAGED_BUFFER = "a buffer, which no method changes: the mean of the experts'"
@@ -76,7 +77,7 @@ def average(
     for name, like in base.state_dict().items():
         values = [state[name] for state in experts.values()]
         merged[name] = _mean(name, values, weights if name in parameters else even, like)
-    return merged
+    return as_loaded(base, merged)
 
 
 def _mean(name: str, values: list[Tensor], weights: Sequence[float], like: Tensor) -> Tensor:
@@ -142,8 +143,8 @@ def add_update(
     """The base plus ``scale`` times an update of its parameters.
 
     Buffers, counters and codes are the experts', as in :func:`average`. Tied parameters get the
-    update of the first of their names that has one, so that they stay tied. Parameters without an
-    update stay the base's.
+    update of the first of their names that has one, so that they stay tied; so do parameters that
+    share memory otherwise, see :func:`as_loaded`. Parameters without an update stay the base's.
 
     Args:
         experts: as :func:`check_experts` returns them.
@@ -167,4 +168,4 @@ def add_update(
         else:
             value = wide(origin) + scale * update[source]
             merged[name] = stored(f"parameter {name!r}", value, origin)
-    return Merge(merged, averaged=averaged)
+    return Merge(as_loaded(base, merged), averaged=averaged)

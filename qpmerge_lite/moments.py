@@ -49,7 +49,8 @@ class Pooled:
     def captured(self, update: Tensor) -> float:
         """``1 - L(W)/E``: at most 1, negative if the merge is worse than the base.
 
-        With nothing to capture (E = 0) it is 1 if, to rounding, nothing was added either, and else minus infinity.
+        With nothing to capture (E = 0) it is 1 if, to rounding, nothing was added either, and else minus infinity: a number to
+        choose by. Tables of merges and audits, which are read, have None there.
         """
         loss = self.loss(update)
         if self.energy == 0:

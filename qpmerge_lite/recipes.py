@@ -33,7 +33,7 @@ class Recipe:
             stream), ``blend``, or the weight β in [0, 1] of own targets. Without effect unless inputs are merged.
         scope: see :func:`layers.view`; what no layer covers is averaged and listed.
         folds: number of folds of sequences kept apart for cross-fitting.
-        layers: names of the only layers to solve, the others being averaged; all by default.
+        layers: names of the only layers to solve, the others being averaged; all by default. Any name of a shared module will do.
         anchor: state dict of another merge, which stands in for the average where no layer is solved; the solver is
             given its update (g, m, n) of every layer as a third argument.
         full_energy: whether all of M is kept, not only its diagonal; what the solver says by default.

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from .calibration import MASKS, Batch, evaluating, main_output
 from .effects import ABSENT, Traces, blaming, copied, first_tensor, version_of
@@ -57,6 +60,50 @@ def recordings(views, model, batch: Batch, blocks, traces: Traces):
         if cut is not None:
             shorter[mask] = _attempt(model, views, cut, blocks, traces)
     return few, some, fewer, shorter
+
+
+class _OutsideReads(TorchFunctionMode):
+    """Layers whose parameters go into a computation while none of their modules runs."""
+
+    # what takes another tensor's dtype or shape, not its values
+    ALIKE = {"type_as", "zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
+
+    def __init__(self, views):
+        super().__init__()
+        self.running: set[object] = set()
+        self.found: set[str] = set()
+        self._layers: dict[Tensor, set[str]] = {}
+        for name, v in views.items():
+            for parameter in v.module.parameters(recurse=False):
+                self._layers.setdefault(parameter, set()).add(name)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        """Calls the function; it computes with parameters if it returns new tensors."""
+        result = function(*args, **(kwargs or {}))
+        returns_tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
+        if self.running and returns_tensors and function.__name__ not in self.ALIKE:
+            for value in tree_leaves(args[:1] if function is Tensor.to else (args, kwargs)):
+                layers = self._layers.get(value) if isinstance(value, Parameter) and value is not result else None
+                if layers and not layers & self.running:
+                    self.found |= layers
+        return result
+
+
+def read_outside(views, model, batch: Batch, traces: Traces) -> set[str]:
+    """Layers whose weights a model computes with on a batch without calling the layer, as a head that multiplies by a table's transpose."""
+    reads, hooks = _OutsideReads(views), []
+    for name, module in [(model, model), *((name, v.module) for name, v in views.items())]:
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: reads.running.add(name)))
+        hooks.append(module.register_forward_hook(lambda *_, name=name: reads.running.discard(name), always_call=True))
+    try:
+        with reads:
+            _record(model, {}, batch, (), traces)
+    except MergeError:  # it ran before: what watches functions is in its way
+        return set()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return reads.found
 
 
 def _attempt(model, views, batch, blocks, traces):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +18,16 @@ from tqdm import tqdm
 from .calibration import check_calibration, evaluating, refuse_what_cannot_run
 from .effects import copied
 from .errors import EmptyCalibration, MergeError, MissingLayer
-from .experts import check_experts, is_number, stored, tied
+from .experts import check_experts, is_number, stored
 from .gather import Gatherer, Reads, Unreached
 from .lockstep import Apart, Forward, LeftOut, Stage, pausing, run
-from .merge import Merge, average, buffers_of
+from .memory import tied
+from .merge import Merge, average
 from .options import number, one_of, words
+from .reasons import reasons_to_average
 from .recipes import Making, Recipe, Solver, check_recipes, is_solution, plain, shown
 from .rerun import Room
-from .survey import Survey, block_paths, survey
+from .survey import block_paths, survey
 from .views import Table, View
 
 PRODUCTS = ("activations", "float64")
@@ -61,23 +64,22 @@ class Pass:
         self._check_folds(by_task)
         self.blocks = block_paths(base, blocks)
         self.bordering = self.blocks if any(r.inputs == "block" for r in self.recipes.values()) else []
-        self.known = self._surveyed()
+        with evaluating(base):
+            self.known = survey(base, self.batches, self.blocks, self.base)
+        self.recipes = {name: self._with_known_layers(recipe) for name, recipe in self.recipes.items()}
         self.gatherer = Gatherer(self.known, self.tasks, self.batches, self.base, self.experts, products)
 
-    def _surveyed(self) -> Survey:
-        with evaluating(self.model):
-            known = survey(self.model, self.batches, self.blocks, self.base)
-        for recipe in self.recipes.values():
-            self._check_layers(recipe, known)
-        return known
-
-    def _check_layers(self, recipe: Recipe, known: Survey) -> None:
-        views = known.views_in(recipe.scope)
+    def _with_known_layers(self, recipe: Recipe) -> Recipe:
+        """The recipe, naming layers as the survey does. Raises: MissingLayer; MergeError for one that cannot be solved on these batches."""
+        views = self.known.views_in(recipe.scope)
+        if recipe.layers is not None:
+            recipe = replace(recipe, layers=tuple(self.known.paths.get(name, name) for name in recipe.layers))
         for name in sorted(set(recipe.layers or ()) - views.keys()):
             raise MissingLayer(f"layer {name!r}: not among the layers of scope {recipe.scope!r}, which are {sorted(views)}")
-        for name, message in known.refusals.items():
+        for name, message in self.known.refusals.items():
             if name in views and (recipe.layers is None or name in recipe.layers):
                 raise MergeError(message)
+        return recipe
 
     def _check_folds(self, by_task) -> None:
         """EmptyCalibration where a fold of a task has no sequence with a token."""
@@ -222,23 +224,11 @@ class Pass:
             stored(f"merged parameter {name!r}", making.state[name], self.base[name])
         averaged = {}
         if making.anchor is None:
-            reasons = self._reasons(making)
+            reasons = reasons_to_average(self.model, self.known, making)
             for name, value in self.base.items():
                 if is_number(value) and name not in making.solved:
-                    averaged[name] = reasons.get(name, "no layer that is linear in it is known")
+                    averaged[name] = reasons[name]
         return Merge(making.state, [plain(row) for row in making.table], averaged)
-
-    def _reasons(self, making: Making) -> dict[str, str]:
-        reasons = dict.fromkeys(buffers_of(self.model), "a buffer")
-        for layer, v in self.known.views.items():
-            reason = making.left_out.get(layer) or self.known.left_out.get(layer)
-            if reason is None and making.recipe.layers is not None and layer not in making.recipe.layers:
-                reason = "not among the layers asked for"
-            if reason is None and layer in making.views:
-                reason = "no calibration batch calls it"
-            for parameter in v.parameters:
-                reasons[parameter] = reason or f"outside the scope {making.recipe.scope!r}"
-        return reasons
 
 
 def hand_over(arrived: list[Forward]) -> None:

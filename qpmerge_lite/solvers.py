@@ -222,7 +222,7 @@ class Sketched:
 
 
 def _row(pooled: Pooled, update: Tensor, basis: str, p: int, ridge, score, moved: Tensor | None = None) -> dict:
-    """Table row of a solved layer; ``captured`` is None where there is no residual energy, and something was added.
+    """Table row of a solved layer; ``captured`` is None where there is no residual energy, as in an audit.
 
     ``moved`` is ``U C`` of the update U, where it is known already.
     """
@@ -230,9 +230,7 @@ def _row(pooled: Pooled, update: Tensor, basis: str, p: int, ridge, score, moved
         loss = pooled.loss_tensor(update)
     else:
         loss = ((moved / 2 - pooled.A) * update).sum() + pooled.energy
-    nothing_added = loss <= 1e-18 * pooled.C.diagonal(dim1=-2, dim2=-1).sum()
-    silent = torch.where(nothing_added, 1.0, torch.nan)
-    captured = torch.where(pooled.energy > 0, 1 - loss / pooled.energy, silent)
+    captured = torch.where(pooled.energy > 0, 1 - loss / pooled.energy, torch.nan)
     if looks_at(captured.device):  # else the pass does when all is done
         captured = None if captured.isnan() else captured.item()
     return {"basis": basis, "p": p, "ridge": ridge, "cross_fitted": score, "captured": captured}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from .calibration import Batch
 from .effects import Traces
@@ -17,10 +17,12 @@ from .errors import MergeError, MissingLayer
 from .layers import view
 from .layouts import Layout, find_layout
 from .lockstep import LeftOut, Point
+from .memory import sharing, tied
 from .options import words
-from .recording import call_at, is_padded, kind_of, numbers, recordings
-from .views import Table, View
+from .recording import call_at, is_padded, kind_of, numbers, read_outside, recordings
+from .views import Convolution, Table, View
 
+FITS = 0.03  # relative error of a view, which bfloat16 stays below
 EXTRA_SURVEYS = 4  # batches surveyed beyond one of each kind, in search of layers not called so far
 
 
@@ -29,6 +31,7 @@ class Survey:
     """Layers that a pass can solve, and why the others cannot be.
 
     Attributes:
+        paths: every path of a layer's module, which may be shared -> the layer.
         stages: for every group of layers that read the same tensor, their names in calling order.
         sequence: every layer, and every entrance to and exit from a block, in calling order.
         layouts: by kind of batch (its keys), of what a layer reads and of what a block or the model returns.
@@ -39,6 +42,7 @@ class Survey:
     """
 
     views: dict[str, View]
+    paths: dict[str, str] = field(default_factory=dict)
     stages: list[list[str]] = field(default_factory=list)
     sequence: list[Point] = field(default_factory=list)
     layouts: dict[tuple, Layout] = field(default_factory=dict)
@@ -108,7 +112,7 @@ def survey(model: nn.Module, batches: list[Batch], blocks=(), state=None) -> Sur
     Raises: MergeError for a batch that the model does not take, and for forwards that draw random numbers.
     """
     views, reasons = _views(model)
-    found = Survey(views, left_out=reasons)
+    found = Survey(views, _paths(model, views), left_out=reasons)
     padded = any(is_padded(batch) for batch in batches)
     state = model.state_dict() if state is None else state
     seen, extra = set(), 0
@@ -123,7 +127,7 @@ def survey(model: nn.Module, batches: list[Batch], blocks=(), state=None) -> Sur
     _place_the_rest(found, model, blocks)
     for name in views:
         if name not in found.left_out and not any(point == ("layer", name) for _, point in found.layouts):
-            found.left_out[name] = "no calibration batch was seen to call it"
+            found.left_out[name] = "no calibration batch was seen to call its module"
     return found
 
 
@@ -141,18 +145,22 @@ def _views(model) -> tuple[dict[str, View], dict[str, str]]:
         if found is not None and all(p in state for p in found.parameters):
             views[name] = found
     tables = {p for v in views.values() if isinstance(v, Table) for p in v.parameters}
-    owners: dict[int, list[str]] = {}
-    for name, value in state.items():
-        if isinstance(value, Tensor) and value.numel():
-            owners.setdefault(value.data_ptr(), []).append(name)
-    reasons = {}
+    same, reasons = tied(model), {}
+    owners = {name: names for names in sharing(model) for name in names}
     for name, v in views.items():
+        others: set[str] = set()
         for parameter in v.parameters:
-            others = set(owners.get(state[parameter].data_ptr(), ())) - {parameter}
-            others -= {o for o in others if state[o] is state[parameter] and _same_module(o, parameter, model)}
-            if others and not (isinstance(v, Table) and others <= tables):
-                reasons[name] = f"tied to {', '.join(sorted(others))}"
+            found = set(owners.get(parameter, ())) - {parameter}
+            others |= {o for o in found if state[o] is not state[parameter] or not _same_module(o, parameter, model)}
+        one_table = isinstance(v, Table) and others <= tables & set(same[v.parameters[0]])
+        if others and not one_table:
+            reasons[name] = f"tied to {', '.join(sorted(others))}"
     return views, reasons
+
+
+def _paths(model, views: dict[str, View]) -> dict[str, str]:
+    layers = {v.module: name for name, v in views.items()}
+    return {path: layers[module] for path, module in model.named_modules(remove_duplicate=False) if module in layers}
 
 
 def _same_module(one: str, other: str, model) -> bool:
@@ -164,6 +172,8 @@ def _same_module(one: str, other: str, model) -> bool:
 def _add(found: Survey, model, batch: Batch, blocks, state, padded: bool) -> None:
     """Add what one batch shows."""
     few, some, fewer, shorter = recordings(found.views, model, batch, blocks, found.traces)
+    for layer in read_outside(found.views, model, few, found.traces) - found.left_out.keys():
+        found.left_out[layer] = "its weights are read without a call of its module"
     _insert(found.sequence, [call.point for call in some if call.point[0] != "output"])
     layers = [call.point[1] for call in some if call.point[0] == "layer"]
     groups: dict[tuple, list[str]] = {}
@@ -209,7 +219,7 @@ def _judge(found: Survey, call, recordings, masks, batch, times: int, state, pad
     elif called_by_fewer is False:
         found.left_out[layer] = "which sequences call it depends on what they hold"
     elif not _fits_module(found, layer, state, call):
-        found.left_out[layer] = f"{type(v.module).__name__} does more than the linear map of its weights"
+        found.left_out[layer] = f"{type(v.module).__name__} puts out something else than {v.puts_out}"
     else:
         fewer, *shorter = (None if z is None else v.rows(z.read) for z in recordings)
         try:
@@ -219,22 +229,21 @@ def _judge(found: Survey, call, recordings, masks, batch, times: int, state, pad
             found.left_out[layer] = reason.reason
         except MergeError as error:
             found.left_out[layer] = "its rows cannot be matched to the mask"
-            found.refusals[layer] = f"layer {layer!r}: {error}"
+            if not isinstance(v, Convolution):  # whose rows are patches, not tokens
+                found.refusals[layer] = f"layer {layer!r}: {error}"
         else:
             found.layouts[kind_of(batch), call.point] = layout
 
 
 def _fits_module(found, layer, state, call) -> bool:
-    """Whether a layer's view reproduces its module; of norms, also with a gain that counts from one."""
-    v = found.views[layer]
-    if v.reproduces(state, call.read, call.put):
-        return True
-    if hasattr(v, "offset"):
-        from_one = type(v)(v.name, v.module, v.bias, offset=1.0)
-        if from_one.reproduces(state, call.read, call.put):
-            found.views[layer] = from_one
-            return True
-    return False
+    """Whether a layer's view gives what its module put out; of its readings, the first that fits about as well as any."""
+    readings = found.views[layer].readings()
+    misfits = [v.misfit(state, call.read, call.put) for v in readings]
+    if min(misfits) > FITS:
+        return False
+    about_the_best = (v for v, misfit in zip(readings, misfits) if misfit <= 2 * min(misfits) + 1e-6)
+    found.views[layer] = next(about_the_best)
+    return True
 
 
 def _insert(sequence: list[Point], points: list[Point]) -> None:

@@ -9,11 +9,12 @@ made of N rows, and its sums over them are
     embedding    n = 1, counts only: one m×1 layer for each of the g tokens that occur
 
 A dense layer folds its bias in as a last input that is one; convolutions are dense layers of unfolded
-patches; a norm is one 1×n layer per channel, reading its own normalised input and a constant.
+patches; a norm (``norms``) is one 1×n layer per channel, reading its own normalised input and a constant.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,7 +33,10 @@ class View:
         name: path of the module in the model.
         module: the module itself; its parameters are never read, those of a state dict are.
         bias: whether the bias is folded into W, as its last input column.
+        puts_out: what a module of this kind puts out, for messages.
     """
+
+    puts_out = "a linear map of its input"
 
     name: str
     module: nn.Module
@@ -92,25 +96,33 @@ class View:
         entries = {k.removeprefix(prefix): state[k] for k in names}
         return functional_call(self.module, entries, (x,))
 
-    def reproduces(self, state, x: Tensor, y: Tensor) -> bool:
-        """Whether ``W x`` is what the module put out for its input x, up to the precision of x."""
+    def readings(self) -> list[View]:
+        """Ways in which the module may be linear, the likeliest first; :meth:`misfit` tells them apart."""
+        return [self]
+
+    def misfit(self, state, x: Tensor, y: Tensor) -> float:
+        """``‖W x - y‖ / ‖y‖`` of what the module put out for its input x; infinite where shapes differ."""
         whole = replace(self, bias=getattr(self.module, "bias", None) is not None)
         rows, wanted = self.rows(x), self.output_rows(y)
         if rows.shape[:-1] != wanted.shape[:-1]:
-            return False
+            return math.inf
         rows, wanted = rows.flatten(0, -2)[:64], wanted.flatten(0, -2)[:64].double()
+        if not wanted.isfinite().all():
+            return 0.0  # it is reported where it is read
         W, inputs = whole.matrix(state), whole.inputs(rows)
         if inputs.shape[1:] != (W.shape[0], W.shape[2]):
-            return False  # such as a norm over another axis
+            return math.inf  # such as a norm over another axis
         found = torch.einsum("gmn,Ngn->Ngm", W, inputs).flatten(1)
         if found.shape != wanted.shape:
-            return False
-        close = (found - wanted).norm() <= 0.03 * wanted.norm() + 1e-6
-        return bool(close) or not bool(wanted.isfinite().all())  # the latter is reported later
+            return math.inf
+        error = float((found - wanted).norm() / wanted.norm().clamp(min=1e-4))
+        return math.inf if math.isnan(error) else error
 
 
 class Dense(View):
     """``nn.Linear``: W = [weight | bias], shape (1, out, in + 1)."""
+
+    puts_out = "its weight times its input"
 
     def matrix(self, state) -> Tensor:
         """W (1, m, n), float64, from a state dict."""
@@ -127,7 +139,7 @@ class Dense(View):
 
     def samples(self, rows: Tensor) -> Tensor:
         """Z (N, in) of rows (N, in), without the one of a bias."""
-        return _at_least_single(rows)
+        return at_least_single(rows)
 
     def inputs(self, rows: Tensor) -> Tensor:
         """Samples (N, 1, n), float64, of rows (N, in), with a one where a bias is folded in."""
@@ -170,7 +182,9 @@ class Transposed(Dense):
 
 
 class Convolution(Dense):
-    """``nn.Conv2d`` with one group and zero padding: a dense layer of unfolded patches."""
+    """``nn.Conv1d`` or ``nn.Conv2d`` with one group and zero padding: a dense layer of unfolded patches."""
+
+    puts_out = "a convolution of its input"
 
     @property
     def reads(self):
@@ -179,14 +193,17 @@ class Convolution(Dense):
         return type(self), self.bias, m.kernel_size, m.stride, m.padding, m.dilation
 
     def rows(self, x: Tensor) -> Tensor:
-        """Patches (B, P, channels · height · width) of pictures (B, channels, H, W)."""
+        """Patches (B, P, channels · height · width) of pictures (B, channels, H, W), or (B, P, channels · length) of (B, channels, L)."""
         m = self.module
-        padding = (0, 0) if m.padding == "valid" else m.padding
-        return F.unfold(x, m.kernel_size, m.dilation, padding, m.stride).mT
+        padding = (0,) * len(m.kernel_size) if m.padding == "valid" else m.padding
+        if len(m.kernel_size) == 2:
+            return F.unfold(x, m.kernel_size, m.dilation, padding, m.stride).mT
+        height_one = {"kernel_size": (1, *m.kernel_size), "dilation": (1, *m.dilation), "padding": (0, *padding), "stride": (1, *m.stride)}
+        return F.unfold(x.unsqueeze(-2), **height_one).mT
 
     def output_rows(self, y: Tensor) -> Tensor:
         """Outputs (B, P, m) of the same patches."""
-        return y.flatten(2).mT
+        return y.flatten(-len(self.module.kernel_size)).mT
 
     def _flat(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
@@ -196,80 +213,16 @@ class Convolution(Dense):
 
 
 @dataclass(frozen=True)
-class Norm(View):
-    """Gain and bias of a layer norm or RMS norm over the last axis.
-
-    Channel c is the layer ``[gain_c, bias_c]`` of ``[x̂_c, 1]``. The gain is the weight plus
-    ``offset``, which is one for norms that store how far their gain is from one.
-    """
-
-    offset: float = 0.0
-
-    @property
-    def reads(self):
-        """Norms are solved one by one, each with an output axis of length one."""
-        return self.name, self.bias, self._subtracts_mean, self._epsilon
-
-    @property
-    def _subtracts_mean(self) -> bool:
-        return any(c.__name__ == "LayerNorm" for c in type(self.module).__mro__)
-
-    @property
-    def _epsilon(self):
-        named = (getattr(self.module, k, None) for k in ("eps", "variance_epsilon", "epsilon"))
-        return next((value for value in named if value is not None), None)
-
-    def matrix(self, state) -> Tensor:
-        """W (d, 1, n), n = 2 with a bias, float64."""
-        gain = state[self.parameters[0]].double() + self.offset
-        columns = [gain, *(state[name].double() for name in self.parameters[1:])]
-        return torch.stack(columns, -1).unsqueeze(1)
-
-    def parts(self, W: Tensor, state=None) -> dict[str, Tensor]:
-        """State-dict entries of W (d, 1, n)."""
-        gain, *bias = W[:, 0].unbind(-1)
-        return dict(zip(self.parameters, (gain - self.offset, *bias)))
-
-    def samples(self, rows: Tensor) -> Tensor:
-        """Z (N, d) of rows (N, d): normalised as the module does it, before gain and bias."""
-        rows = _at_least_single(rows)
-        norm = F.layer_norm if self._subtracts_mean else F.rms_norm
-        return norm(rows, rows.shape[-1:], eps=self._epsilon)
-
-    def inputs(self, rows: Tensor) -> Tensor:
-        """Samples (N, d, n), float64, of rows (N, d)."""
-        Z = self.samples(rows.double()).unsqueeze(-1)
-        return torch.cat([Z, torch.ones_like(Z)], -1) if self.bias else Z
-
-    def respond(self, W: Tensor, Z: Tensor) -> Tensor:
-        """``gain ∘ Z`` (N, d); for differences of samples, from which the bias has gone."""
-        return Z * W[:, 0, 0]
-
-    def add_products(self, Z: Tensor, C: Tensor, fresh: bool) -> None:
-        """Add, per channel, ``Σ zzᵀ`` of z = [x̂, 1], or of x̂ without a bias, to C (d, n, n)."""
-        squares = Z.square().sum(0)
-        if not self.bias:
-            accumulate(C[:, 0, 0], squares, fresh)
-            return
-        total, count = Z.sum(0), torch.full_like(squares, len(Z))
-        accumulate(C, torch.stack([squares, total, total, count], -1).unflatten(-1, (2, 2)), fresh)
-
-    def add_cross_products(self, Z: Tensor, r: Tensor, B: Tensor, fresh: bool) -> None:
-        """Add, per channel, ``Σ r zᵀ`` of z = [x̂, 1], or of x̂ without a bias, to B (d, 1, n)."""
-        accumulate(B[:, 0, 0], (r * Z).sum(0), fresh)
-        if self.bias:
-            accumulate(B[:, 0, 1], r.sum(0), fresh)
-
-
-@dataclass(frozen=True)
 class Table(View):
     """``nn.Embedding``: token v is the layer ``y = E_v`` of a constant, W (g, m, 1) for g tokens.
 
+    Tables that multiply all they look up by one number are the same layer: it is the same best table.
     Every token shares the output axis, so row and rotated-row bases run over the m features of all
     of them together. Which tokens occur is known once calibration inputs are: ``ids`` (g,) int64,
     all of the table until then.
     """
 
+    puts_out = "the rows of its weight that its input names"
     ids: Tensor | None = None
 
     @property
@@ -299,14 +252,20 @@ class Table(View):
         every = torch.arange(self.module.num_embeddings, device=rows.device)
         return (rows == (every if self.ids is None else self.ids)).double().unsqueeze(-1)
 
-    def reproduces(self, state, x, y) -> bool:
-        """Whether looking x up gives what the module put out."""
+    def misfit(self, state, x: Tensor, y: Tensor) -> float:
+        """Zero if the module put out the rows of the table at its input x, all multiplied by one number; else infinite."""
         weight = state[self.parameters[0]]
         if x.is_floating_point() or x.dtype == torch.bool or y.shape != (*x.shape, weight.shape[1]):
-            return False
-        inside = bool(((x >= 0) & (x < len(weight))).all())
-        return inside and torch.equal(F.embedding(x, weight), y)
+            return math.inf
+        if not ((x >= 0) & (x < len(weight))).all():
+            return math.inf
+        rows, found = F.embedding(x, weight).double(), y.double()
+        scale = (rows * found).sum() / rows.square().sum()
+        rounding = max(4 * torch.finfo(y.dtype).eps, 1e-12) * (scale * rows).abs()  # of the module, and of the scale
+        scaled = scale != 0 and bool(((found - scale * rows).abs() <= rounding).all())
+        return 0.0 if scaled or torch.equal(rows, found) else math.inf
 
 
-def _at_least_single(rows: Tensor) -> Tensor:
+def at_least_single(rows: Tensor) -> Tensor:
+    """The rows in float64 or else float32."""
     return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()

@@ -124,20 +124,31 @@ def test_tokens_that_do_not_occur_are_averaged_and_the_others_weighted_by_how_of
     torch.testing.assert_close(merge.state_dict[key], expected)
 
 
-def test_a_norm_that_stores_how_far_its_gain_is_from_one_is_solved_as_the_same_norm():
+@pytest.mark.parametrize("gain", [1.0, 60.0])
+def test_a_norm_that_stores_how_far_its_gain_is_from_one_is_solved_as_the_same_norm(gain):
     class PlusOneRMSNorm(torch.nn.RMSNorm):
         def forward(self, x):
             return super().forward(x) + x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
 
     base, experts, calibration = problem("llama")
+    base.norm.weight.data.fill_(gain)
+    for state in experts.values():
+        state["norm.weight"].add_(gain - 1)
     merge = q.qp(base, experts, calibration, basis="rows")
     base.norm = PlusOneRMSNorm(8, eps=1e-6).double()
-    for state in (base.state_dict(), *experts.values()):
-        state["norm.weight"].sub_(1)  # the base's own norm starts with a gain of one
-    base.norm.weight.data.zero_()
+    base.norm.weight.data.fill_(gain - 1)
+    for state in experts.values():
+        state["norm.weight"].sub_(1)
     other = q.qp(base, experts, calibration, basis="rows")
     assert "norm" in {row["layer"] for row in other.table}
     torch.testing.assert_close(other.state_dict["norm.weight"] + 1, merge.state_dict["norm.weight"])
+
+
+def test_norms_are_solved_whatever_their_classes_are_called():
+    config = transformers.SwitchTransformersConfig(**T5, num_sparse_encoder_layers=0, num_sparse_decoder_layers=0)
+    ARCHITECTURES["switch t5"] = (lambda: transformers.SwitchTransformersModel(config), None)
+    base, experts, calibration = problem("switch t5")
+    assert not [name for name in q.qp(base, experts, calibration).averaged if "norm" in name]
 
 
 # one or two of every group, and those that once went wrong

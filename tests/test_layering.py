@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "qpmerge_lite"
-ORDER = ["errors", "moments", "sums", "bases", "programme", "cholesky", "solve", "climb", "held_out", "diagnostic",  # the mathematics
-         "options", "experts", "merge", "calibration", "sparse", "datafree",  # weights and batches
-         "views", "layers", "effects", "lockstep", "layouts", "recording", "survey", "rerun", "recipes", "rows", "gather", "sequential", "solvers",  # the pass
+ORDER = ["errors", "moments", "bases", "programme", "cholesky", "solve", "climb", "held_out", "diagnostic",  # the mathematics
+         "options", "memory", "experts", "merge", "calibration", "sparse", "datafree",  # weights and batches
+         "sums", "views", "norms", "layers", "effects", "lockstep", "layouts", "recording", "survey", "rerun", "recipes", "reasons", "rows", "gather", "sequential", "solvers",  # the pass
          "assess", "inputs", "heads", "gradient", "methods",
          "records", "manifests", "sources", "suites", "plots", "regression", "claims", "book", "cli"]  # fmt: skip
 MATHEMATICS = ORDER[1 : ORDER.index("diagnostic") + 1]

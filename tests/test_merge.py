@@ -7,8 +7,10 @@ import torch
 from small import METHODS, ON_THE_BASE, Tied, buffered, changed, greedy, linear, tuned
 from torch import nn
 
+import qpmerge_lite
 import qpmerge_lite.datafree as q
 from qpmerge_lite.errors import MergeError, NonFinite
+from qpmerge_lite.memory import sharing
 from qpmerge_lite.merge import add_update, average, check_experts, parameters_of, tied
 
 
@@ -123,6 +125,68 @@ def test_tied_parameters_stay_tied(method):
     assert tied(base)["head.weight"] == ["table.weight", "head.weight"]
     merged = method(base, tuned(base)).state_dict
     assert torch.equal(merged["head.weight"], merged["table.weight"])
+
+
+class Views(nn.Module):
+    """A decoder that is the transpose of an encoder, and a head that is a few rows of it."""
+
+    def __init__(self, encoder=None):
+        super().__init__()
+        self.encoder, self.decoder, self.head = nn.Linear(6, 4), nn.Linear(4, 6), nn.Linear(6, 2)
+        if encoder is not None:
+            self.encoder.weight = nn.Parameter(encoder)
+        self.decoder.weight = nn.Parameter(self.encoder.weight.detach().T)
+        self.head.weight = nn.Parameter(self.encoder.weight.detach()[1:3])
+
+    def forward(self, x):
+        hidden = self.decoder(torch.tanh(self.encoder(x)))
+        return hidden + self.head(x).sum(-1, keepdim=True)
+
+
+def views(seed=0):
+    """(base, experts) of parameters that see one memory."""
+    torch.manual_seed(seed)
+    base = Views()
+    return base, {t: Views(base.encoder.weight.detach() + 0.1 * torch.randn(4, 6)).state_dict() for t in "ab"}
+
+
+def assert_one_memory(state):
+    assert torch.equal(state["decoder.weight"], state["encoder.weight"].T)
+    assert torch.equal(state["head.weight"], state["encoder.weight"][1:3])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_views_of_one_memory_get_one_value(method):
+    base, experts = views()
+    merged = method(base, experts)
+    assert_one_memory(merged.state_dict)
+    base.load_state_dict(merged.state_dict)
+    assert all(torch.equal(value, merged.state_dict[name]) for name, value in base.state_dict().items())
+
+
+@pytest.mark.parametrize("solver", ["qp", "regmean"])
+def test_views_of_one_memory_are_averaged_by_solvers(solver):
+    base, experts = views()
+    merged = getattr(qpmerge_lite, solver)(base, experts, {t: [{"x": torch.randn(9, 6)}] for t in experts})
+    assert_one_memory(merged.state_dict)
+    assert not merged.table
+    assert "tied to decoder.weight, head.weight" in merged.averaged["encoder.weight"]
+    torch.testing.assert_close(merged.state_dict["encoder.weight"], sum(e["encoder.weight"] for e in experts.values()) / 2)
+
+
+def test_parameters_that_lie_side_by_side_in_memory_are_not_tied():
+    memory = torch.randn(40)
+    base = Views()
+    base.encoder.weight, base.decoder.weight, base.head.weight = (
+        nn.Parameter(memory[:24].view(4, 6)), nn.Parameter(memory[24:36].view(6, 2)), nn.Parameter(memory[36:].view(2, 2)))
+    assert sharing(base) == []
+
+
+def test_experts_that_disagree_about_one_memory_are_refused():
+    base, experts = views()
+    experts["b"]["decoder.weight"] = experts["b"]["decoder.weight"] + 1
+    with pytest.raises(MergeError, match="'b': entry 'decoder.weight' is not what other entries say"):
+        q.soup(base, experts)
 
 
 def test_a_tied_name_that_a_checkpoint_leaves_out_is_filled_in():

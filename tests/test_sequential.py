@@ -270,7 +270,7 @@ def test_layers_that_are_never_called_are_averaged_and_listed():
     base, experts, calibration = chain(nn.Linear(4, 4))
     base.forward = lambda inputs: inputs
     merge = q.qp(base, experts, calibration)
-    assert not merge.table and set(merge.averaged.values()) == {"no calibration batch was seen to call it"}
+    assert not merge.table and set(merge.averaged.values()) == {"no calibration batch was seen to call its module"}
 
 
 def test_a_block_used_twice_stays_one():
@@ -307,7 +307,8 @@ def test_experts_equal_to_the_base_leave_it_and_leave_nothing_to_capture(family,
     base = base.float()
     calibration = {t: [{"pixels": b["pixels"].float()} for b in batches] for t, batches in calibration.items()}
     merge = q.qp(base, dict.fromkeys(TASKS, base.state_dict()), calibration, basis=family, targets=targets)
-    assert {r["captured"] for r in merge.table} == {1.0}
+    audited = q.audit(base, merge.state_dict, {t: base.state_dict() for t in TASKS}, calibration)
+    assert {r["captured"] for r in merge.table} == {*audited["layers"].values()} == {None}
     for name, value in base.state_dict().items():
         assert torch.equal(merge.state_dict[name], value)
 
@@ -410,6 +411,117 @@ def test_an_audit_in_sample_gives_the_captured_energy_of_every_layer(problem):
     assert list(found["layers"]) == [r["layer"] for r in merge.table]
     for row in merge.table:
         assert found["layers"][row["layer"]] == pytest.approx(row["captured"], rel=1e-9, abs=1e-9)
+
+
+class ConvolutionOfTokens(nn.Module):
+    """A convolution along padded tokens, which may look back only: its last outputs are cut off."""
+
+    def __init__(self, causal):
+        super().__init__()
+        self.table, self.out, self.causal = nn.Embedding(11, 4), nn.Linear(4, 3), causal
+        self.mix = nn.Conv1d(4, 4, 3, padding=2 if causal else 1)
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.table(input_ids) * attention_mask[..., None]
+        return self.out(torch.tanh(self.mix(hidden.mT)[..., : hidden.shape[1]].mT))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_convolution_along_tokens_is_solved_where_its_patches_are_theirs(causal):
+    _, _, calibration = tokens()
+    base = ConvolutionOfTokens(causal).double()
+    merge = q.qp(base, dict.fromkeys(TASKS, experts_of(base)["a"]), calibration, basis="elements", ridge=0.0)
+    assert [row["layer"] for row in merge.table] == (["table", "out"] if causal else ["table", "mix", "out"])
+    assert set(merge.averaged.values()) == ({"its rows cannot be matched to the mask"} if causal else set())
+    for name, value in experts_of(base)["a"].items():
+        torch.testing.assert_close(merge.state_dict[name], value)
+
+
+@pytest.mark.parametrize("read", [
+    lambda h, table: h @ table.weight.T, lambda h, table: nn.functional.linear(h, table.weight), lambda h, table: h + table(torch.tensor(1)).sum(),
+    lambda h, table: h.to(table.weight) + torch.zeros_like(table.weight).sum(), lambda h, table: h.to(table.weight.dtype) * table.weight.shape[1],
+], ids=["transposed", "head", "called", "alike", "dtype and shape"])
+def test_a_table_that_is_also_multiplied_by_is_averaged(read, request):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.mix = nn.Embedding(11, 4), nn.Linear(4, 4)
+
+        def forward(self, input_ids, attention_mask):
+            return read(torch.tanh(self.mix(self.table(input_ids))), self.table)
+
+    _, _, calibration = tokens()
+    base = Model().double()
+    averaged = q.qp(base, experts_of(base), calibration).averaged
+    head = request.node.callspec.id in ("transposed", "head")
+    assert averaged == ({"table.weight": "its weights are read without a call of its module"} if head else {})
+
+
+class Reasons(nn.Module):
+    """Parameters that are no layer's, each for a reason of its own, and a layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.again, self.scale = self.first, nn.Parameter(torch.ones(4))
+        self.by_channel = nn.Conv2d(4, 4, 1, groups=4)
+        self.batch, self.head = nn.BatchNorm2d(4), nn.Linear(4, 3)
+        self.head_bias = self.head.bias
+        self.read, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.batch(self.by_channel((self.scale * self.first(x))[..., None, None])).flatten(1)
+        return self.head(torch.tanh(x @ self.read.weight))
+
+
+def reasons(**options):
+    torch.manual_seed(0)
+    base = Reasons().double()
+    experts = {t: base.state_dict() for t in TASKS}
+    return q.qp(base, experts, {t: [{"x": torch.randn(8, 4, dtype=torch.float64)}] for t in TASKS}, **options)
+
+
+def test_reasons_to_average_are_true():
+    unknown = "a parameter of {}, which is no kind of layer that is solved"
+    outside = "its weights are read without a call of its module"
+    merge = reasons()
+    assert [row["layer"] for row in merge.table] == ["first"]
+    assert merge.averaged == {
+        "scale": unknown.format("Reasons"), "head_bias": "tied to head.bias",
+        "by_channel.weight": "convolutions in groups, or by channel, are not solved",
+        "by_channel.bias": "convolutions in groups, or by channel, are not solved",
+        "batch.weight": unknown.format("BatchNorm2d"), "batch.bias": unknown.format("BatchNorm2d"),
+        "batch.running_mean": "a buffer", "batch.running_var": "a buffer",
+        "head.weight": "tied to head_bias", "head.bias": "tied to head_bias", "read.weight": outside, "read.bias": outside,
+        "unused.weight": "no calibration batch was seen to call its module", "unused.bias": "no calibration batch was seen to call its module",
+    }  # fmt: skip
+    narrow = reasons(scope="weights").averaged
+    assert narrow["first.bias"] == narrow["again.bias"] == "outside the scope 'weights'"
+    assert reasons(layers=["read"]).averaged["again.weight"] == "not among the layers asked for"
+
+
+def test_a_shared_layer_can_be_asked_for_by_each_of_its_names():
+    for name in ("first", "again"):
+        merge = reasons(layers=[name])
+        assert [row["layer"] for row in merge.table] == ["first"] and not {"first.weight", "again.weight"} & merge.averaged.keys()
+    base = Reasons().double()
+    batches = {t: [{"x": torch.randn(8, 4, dtype=torch.float64)}] for t in TASKS}
+    assert list(q.layer_moments(base, {t: base.state_dict() for t in TASKS}, batches, ["again"])) == ["first"]
+
+
+def test_a_table_that_scales_what_it_looks_up_has_the_same_best_rows_and_its_captured_energy_is_audited():
+    class ScaledEmbedding(nn.Embedding):
+        def forward(self, ids):
+            return 3.7 * super().forward(ids)
+
+    base, experts, calibration = tokens()
+    plain = q.qp(base, experts, calibration, basis="rows", ridge=1e-3)
+    base.embedding = ScaledEmbedding(11, 8, _weight=base.embedding.weight.detach())
+    merge = q.qp(base, experts, calibration, basis="rows", ridge=1e-3)
+    torch.testing.assert_close(merge.state_dict["embedding.weight"], plain.state_dict["embedding.weight"])
+    found = q.audit(base, merge.state_dict, experts, calibration)["layers"]
+    assert found == pytest.approx({row["layer"]: row["captured"] for row in merge.table}, rel=1e-9, abs=1e-9)
+    assert merge.table[0]["captured"] == pytest.approx(plain.table[0]["captured"])
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from qpmerge_lite.layers import view
+from qpmerge_lite.norms import Norm
 from qpmerge_lite.suites.models import VisionTransformer
-from qpmerge_lite.views import Norm, Table
+from qpmerge_lite.views import Table
 
 TASKS = ("a", "b", "c")
 
