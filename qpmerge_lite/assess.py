@@ -8,11 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .calibration import Batch, check_calibration, evaluating, main_output, refuse_what_cannot_run
+from .calibration import Batch, check_calibration
 from .diagnostic import gap
 from .effects import blaming, first_tensor
 from .errors import MergeError, MissingLayer
 from .experts import check_experts
+from .forwards import evaluating, main_output, refuse_what_cannot_run
 from .layouts import Layout
 from .lockstep import Stage
 from .moments import Moments

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .calibration import MASKS, Batch, evaluating, main_output
+from .calibration import MASKS, Batch
 from .effects import ABSENT, Traces, blaming, copied, first_tensor, version_of
 from .errors import MergeError
+from .forwards import evaluating, main_output
 from .lockstep import Point
 
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from .calibration import check_calibration, evaluating, refuse_what_cannot_run
+from .calibration import check_calibration
 from .effects import copied
 from .errors import EmptyCalibration, MergeError, MissingLayer
 from .experts import check_experts, is_number, stored, tied
+from .forwards import evaluating, refuse_what_cannot_run
 from .gather import Gatherer, Reads, Unreached
 from .lockstep import Apart, Forward, LeftOut, Stage, pausing, run
 from .merge import Merge, average, buffers_of
