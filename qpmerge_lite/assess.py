@@ -13,13 +13,14 @@ from .diagnostic import gap
 from .effects import blaming, first_tensor
 from .errors import MergeError, MissingLayer
 from .experts import check_experts
-from .forwards import evaluating, main_output, refuse_what_cannot_run
+from .forwards import evaluating, is_encoder_decoder, main_output, refuse_what_cannot_run
 from .layouts import Layout
 from .lockstep import Stage
 from .moments import Moments
 from .options import words
 from .recipes import Recipe
 from .recording import first_output
+from .rows import counted
 from .sequential import Pass
 from .survey import block_paths, survey
 from .views import View
@@ -121,7 +122,8 @@ class Auditor:
     def __init__(self, base: nn.Module, experts, calibration, *, blocks: str | None = None, hold: bool = True):
         refuse_what_cannot_run(base)
         self.base, self.experts, self.reference = base, check_experts(base, experts, cast=True), base.state_dict()
-        self.batches = check_calibration(calibration, list(self.experts), next(base.parameters()).device)
+        device = next(base.parameters()).device
+        self.batches = check_calibration(calibration, list(self.experts), device, is_encoder_decoder(base))
         every = [batch for batches in self.batches.values() for batch in batches]
         with evaluating(base):
             self.known = survey(base, every, block_paths(base, blocks), self.reference)
@@ -192,8 +194,8 @@ class Auditor:
         if layout is None or not layout.fits(z, batch):
             return z.reshape(-1, z.shape[-1])
         z = layout.arrange(z, batch.size)
-        mask = batch.arguments.get(layout.mask) if layout.mask else None
-        return z.flatten(0, -2) if mask is None else z[mask != 0].flatten(0, -2)
+        mask = batch.masks.get(layout.mask)
+        return z.flatten(0, -2) if mask is None else z[counted(mask, z.shape[:-1])]
 
 
 class _Watch:

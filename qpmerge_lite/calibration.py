@@ -18,6 +18,7 @@ from .errors import EmptyCalibration, MergeError
 MASKS = ("attention_mask", "decoder_attention_mask")
 TOKENS = ("input_ids", "inputs_embeds")
 INPUTS = (*TOKENS, "pixel_values", "input_values", "input_features")
+IGNORED = -100  # the label of tokens that take no part in the loss
 PLAIN = (type(None), bool, int, float, str)
 
 EXPECTED = (
@@ -36,6 +37,7 @@ class Batch:
         arguments: keyword arguments of ``forward``, tensors on the device of the model.
         size: number of sequences, images or the like.
         start: running number of the first of them within the task.
+        decodes_labels: whether the model reads its labels as the decoder's tokens.
     """
 
     task: str
@@ -43,14 +45,35 @@ class Batch:
     arguments: dict
     size: int
     start: int
+    decodes_labels: bool = False
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Which tokens are counted, by name of the mask: nonzero entries of (B, S), or (B, S, choices).
+
+        Of a decoder without a mask of its own, tokens whose label is -100 are not.
+        """
+        found = {name: self.arguments[name] for name in MASKS if isinstance(self.arguments.get(name), Tensor)}
+        labels = self.arguments.get("labels")
+        if self.decodes_labels and MASKS[1] not in found and isinstance(labels, Tensor) and labels.dim() == 2:
+            found[MASKS[1]] = labels != IGNORED
+        return {name: mask.movedim(-1, 1) for name, mask in found.items()}
+
+    @property
+    def padded(self) -> bool:
+        """Whether some of its tokens are not counted."""
+        return any(bool((mask == 0).any()) for mask in self.masks.values())
 
 
-def check_calibration(calibration, tasks: Iterable[str], device) -> dict[str, list[Batch]]:
+def check_calibration(
+    calibration, tasks: Iterable[str], device, decodes_labels: bool = False
+) -> dict[str, list[Batch]]:
     """The batches of every task, tensors moved to ``device``.
 
     Args:
         calibration: task -> batches (any iterable, also a generator); see the head of this file.
         tasks: for which there must be batches; others are left out.
+        decodes_labels: of a :class:`Batch`.
     Raises: EmptyCalibration for tasks without batches or with an empty one; MergeError naming
         task, number of the batch and key for anything that is no batch.
     """
@@ -66,7 +89,7 @@ def check_calibration(calibration, tasks: Iterable[str], device) -> dict[str, li
             f"no calibration batches for {missing}; give every expert at least one batch of "
             "unlabelled inputs"
         )
-    return {task: _numbered(task, batches, device) for task, batches in lists.items()}
+    return {task: _numbered(task, batches, device, decodes_labels) for task, batches in lists.items()}
 
 
 def _hollow(batch) -> bool:
@@ -94,13 +117,13 @@ def _type(value) -> str:
     return type(value).__name__
 
 
-def _numbered(task: str, batches: list, device) -> list[Batch]:
+def _numbered(task: str, batches: list, device, decodes_labels: bool) -> list[Batch]:
     numbered, start = [], 0
     for number, batch in enumerate(batches):
         where = f"task {task!r}, batch {number}"
         arguments = _arguments(where, batch, device)
         size = _size(where, arguments)
-        numbered.append(Batch(task, number, arguments, size, start))
+        numbered.append(Batch(task, number, arguments, size, start, decodes_labels))
         start += size
     return numbered
 
@@ -148,13 +171,14 @@ def _argument(where: str, value, device):
 def _size(where: str, arguments: dict) -> int:
     """Number of sequences of a batch."""
     shapes = {k: v.shape for k, v in arguments.items() if isinstance(v, Tensor) and v.dim()}
+    choices = shapes.get(TOKENS[0], ()) if len(shapes.get(TOKENS[0], ())) == 3 else None
     for name in MASKS:
         mask = arguments.get(name)
-        if mask is not None and len(shapes.get(name, ())) != 2:
+        if mask is not None and len(shapes.get(name, ())) != 2 and shapes.get(name) != choices:
             found = tuple(mask.shape) if isinstance(mask, Tensor) else repr(mask)
             raise MergeError(
-                f"{where}, key {name!r}: expected shape (B, S), one entry per token, found {found}; "
-                "leave it out where nothing is padding"
+                f"{where}, key {name!r}: expected shape (B, S), or that of {TOKENS[0]!r} with choices (B, choices, S), "
+                f"one entry per token, found {found}; leave it out where nothing is padding"
             )
     for name in TOKENS if MASKS[0] in shapes else ():
         if name in shapes and shapes[name][0] != shapes[MASKS[0]][0]:

@@ -45,6 +45,11 @@ def _configs_with_cache(model: nn.Module) -> list:
     return list(configs.values())
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model says that it reads labels as its decoder's tokens."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def main_output(output) -> Tensor:
     """The main tensor of what a model returns.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .calibration import MASKS, Batch
+from .calibration import Batch
 from .errors import MergeError
 from .lockstep import LeftOut
 
@@ -50,8 +50,8 @@ class Layout:
             return True
         if rows.dim() <= self.axis + 1 or rows.shape[self.axis] % batch.size:
             return False
-        mask = batch.arguments.get(self.mask) if self.mask else None
-        return mask is None or self.arrange(rows, batch.size).shape[:2] == mask.shape
+        mask = batch.masks.get(self.mask)
+        return mask is None or self.arrange(rows, batch.size).shape[: mask.dim()] == mask.shape
 
 
 def find_layout(layer: str, rows: Tensor, fewer: Tensor | None, shorter: dict, batch: Batch, padded: bool, table=False) -> Layout:
@@ -78,7 +78,7 @@ def find_layout(layer: str, rows: Tensor, fewer: Tensor | None, shorter: dict, b
             raise LeftOut(layer, "its rows are not those of the batch's sequences")
         return layout
     mask, axis = axes[0]
-    return replace(layout, token_axis=axis, mask=mask if mask in batch.arguments else None)
+    return replace(layout, token_axis=axis, mask=mask if mask in batch.masks else None)
 
 
 def _sequences_of(layer, rows, fewer, size, table) -> Layout:
@@ -113,7 +113,7 @@ def _relation(layout: Layout, rows, shorter, size, batch, mask) -> list[int] | N
 
     None stands for rows that depend on the tokens and are not theirs. Without calls on shorter sequences, length decides.
     """
-    arranged, of_mask = layout.arrange(rows, size), batch.arguments.get(mask)
+    arranged, of_mask = layout.arrange(rows, size), batch.masks.get(mask)
     length = None if of_mask is None else of_mask.shape[1]
     if shorter is None:
         return [i for i in range(1, arranged.dim() - 1) if arranged.shape[i] == length] or None
@@ -135,7 +135,7 @@ def _relation(layout: Layout, rows, shorter, size, batch, mask) -> list[int] | N
 
 
 def _unmatched(rows, batch) -> MergeError:
-    masks = {k: tuple(batch.arguments[k].shape) for k in MASKS if isinstance(batch.arguments.get(k), Tensor)}
+    masks = {name: tuple(mask.movedim(1, -1).shape) for name, mask in batch.masks.items()}
     return MergeError(
         f"expected rows that can be matched to the tokens of {masks}, found {tuple(rows.shape)}; the model does not keep one row "
         "per token there: give it batches without padding (masks of ones), or name the layers to solve with layers="

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from .calibration import MASKS, Batch
 from .effects import ABSENT, Traces, blaming, copied, first_tensor, version_of
 from .errors import MergeError
-from .forwards import evaluating, main_output
+from .forwards import evaluating, is_encoder_decoder, main_output
 from .lockstep import Point
 
 
@@ -53,7 +53,7 @@ def recordings(views, model, batch: Batch, blocks, traces: Traces):
     except MergeError:  # a model may need its batches whole, or this batch is wrong: then what follows says so
         return batch, _record(model, views, batch, blocks, traces), None, {}
     shorter = {}
-    for mask in MASKS if any(m in batch.arguments for m in MASKS) else ():
+    for mask in MASKS if batch.masks else ():
         cut = _shorter(model, _sequences(batch, chosen[:-1]), mask)
         if cut is not None:
             shorter[mask] = _attempt(model, views, cut, blocks, traces)
@@ -74,35 +74,31 @@ def _sequences(batch: Batch, chosen: list[int]) -> Batch:
     for key, value in batch.arguments.items():
         per_sequence = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch.size
         arguments[key] = value[chosen] if per_sequence else value
-    return Batch(batch.task, batch.number, arguments, len(chosen), batch.start)
+    return replace(batch, arguments=arguments, size=len(chosen))
 
 
 def _shorter(model, batch: Batch, mask: str) -> Batch | None:
     """The batch with the last token gone, of the decoder's or of all other arguments; None where it has one only."""
     of_decoder = mask == MASKS[1]
-    encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     mine = {}
     for key, value in batch.arguments.items():
-        decoders = key.startswith("decoder_") or (key == "labels" and encoder_decoder)
+        decoders = key.startswith("decoder_") or (key == "labels" and is_encoder_decoder(model))
         if isinstance(value, Tensor) and decoders == of_decoder:
             mine[key] = value
-    named = [mine[k] for k in (mask, "decoder_input_ids", "decoder_inputs_embeds", "labels") if k in mine]
-    if not named or named[0].dim() < 2 or named[0].shape[1] < 2:
+    named = [k for k in (mask, "decoder_input_ids", "decoder_inputs_embeds", "labels") if k in mine]
+    if not named or mine[named[0]].dim() < 2:
         return None
-    length, arguments = named[0].shape[1], dict(batch.arguments)
+    axis = 1 if named[0] == "decoder_inputs_embeds" else mine[named[0]].dim() - 1
+    length, arguments = mine[named[0]].shape[axis], dict(batch.arguments)
+    if length < 2:
+        return None
     for key, value in mine.items():
-        tokens = value.dim() >= 2 and value.shape[1] == length
-        if tokens and (not value.is_floating_point() or value.dim() <= 3):
-            arguments[key] = value[:, :-1]
+        tokens = value.dim() > axis and value.shape[axis] == length
+        if tokens and (not value.is_floating_point() or value.dim() <= axis + 2):
+            arguments[key] = value.narrow(axis, 0, length - 1)
         elif value.dim() == 1 and len(value) == length != batch.size:
             arguments[key] = value[:-1]
-    return Batch(batch.task, batch.number, arguments, batch.size, batch.start)
-
-
-def is_padded(batch: Batch) -> bool:
-    """Whether a mask of the batch has a zero."""
-    masks = [batch.arguments[k] for k in MASKS if isinstance(batch.arguments.get(k), Tensor)]
-    return any(bool((mask == 0).any()) for mask in masks)
+    return replace(batch, arguments=arguments)
 
 
 class _Recorder:

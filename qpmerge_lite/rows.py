@@ -11,17 +11,27 @@ from .calibration import Batch
 def selection(shape, batch: Batch, folds: int, mask_name: str | None) -> tuple[Tensor | None, list[int]]:
     """Which rows of an arranged (B, tokens, …) batch are no padding, those of a fold side by side, and how many each has."""
     device = next(v.device for v in batch.arguments.values() if isinstance(v, Tensor))
-    mask = batch.arguments.get(mask_name) if mask_name else None
+    mask = batch.masks.get(mask_name)
     if mask is None and folds == 1:
         return None, [torch.Size(shape).numel()]
     fold = ((torch.arange(batch.size) + batch.start) % folds).to(device)
     fold = fold.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
     if mask is not None:
-        kept = (mask != 0).reshape(*mask.shape, *[1] * (len(shape) - 2)).expand(shape)
-        fold = torch.where(kept, fold, folds)  # padding comes last
+        fold = torch.where(counted(mask, shape), fold, folds)  # padding comes last
     order = fold.flatten().argsort(stable=True)
     counts = fold.flatten().bincount(minlength=folds + 1).tolist()[:folds]
     return order[: sum(counts)], counts
+
+
+def counted(mask: Tensor, shape) -> Tensor:
+    """Which of arranged rows of a shape (B, tokens, …) a mask (B, S), or (B, S, choices), leaves.
+
+    Rows that all choices share are left where one of them has the token.
+    """
+    kept = mask != 0
+    if mask.dim() > len(shape):
+        kept = kept.any(-1)
+    return kept.reshape(*kept.shape, *[1] * (len(shape) - kept.dim())).expand(shape)
 
 
 def joined(held: list[tuple]) -> tuple[Tensor, Tensor | None, list[int]]:

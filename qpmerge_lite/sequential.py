@@ -18,7 +18,7 @@ from .calibration import check_calibration
 from .effects import copied
 from .errors import EmptyCalibration, MergeError, MissingLayer
 from .experts import check_experts, is_number, stored, tied
-from .forwards import evaluating, refuse_what_cannot_run
+from .forwards import evaluating, is_encoder_decoder, refuse_what_cannot_run
 from .gather import Gatherer, Reads, Unreached
 from .lockstep import Apart, Forward, LeftOut, Stage, pausing, run
 from .merge import Merge, average, buffers_of
@@ -56,7 +56,8 @@ class Pass:
         self.experts = check_experts(base, experts, cast=True)
         self.base = {k: v.detach() for k, v in base.state_dict().items()}
         self.tied = tied(base)
-        by_task = check_calibration(calibration, list(self.experts), next(iter(self.base.values())).device)
+        device = next(iter(self.base.values())).device
+        by_task = check_calibration(calibration, list(self.experts), device, is_encoder_decoder(base))
         self.batches = [batch for batches in by_task.values() for batch in batches]
         self.tasks = list(by_task)
         self._check_folds(by_task)
@@ -86,8 +87,8 @@ class Pass:
         for task, batches in by_task.items():
             filled = set()
             for batch in batches:
-                mask = batch.arguments.get("attention_mask")
-                with_tokens = range(batch.size) if mask is None else (mask != 0).any(1).nonzero()[:, 0].tolist()
+                mask = batch.masks.get("attention_mask")
+                with_tokens = range(batch.size) if mask is None else (mask != 0).flatten(1).any(1).nonzero()[:, 0].tolist()
                 filled |= {(batch.start + i) % most for i in with_tokens}
             empty = sorted(set(range(min(most, len(filled) + 9))) - filled)
             if empty:
@@ -280,7 +281,7 @@ def merge_sequentially(base: nn.Module, experts, calibration, solver: Solver, *,
         base: the common initialisation; not changed. Its device is where everything runs.
         experts: state dicts of the same architecture by task.
         calibration: for every task, batches of unlabelled inputs: keyword arguments of ``base.forward``. Tokens under a zero
-            ``attention_mask`` or ``decoder_attention_mask`` are not counted.
+            ``attention_mask`` or ``decoder_attention_mask`` are not counted, nor is what a decoder reads of labels of -100.
         solver, inputs, targets, scope, folds, layers, anchor: of :class:`Recipe`.
         blocks: paths of the lists whose members are blocks, for ``inputs="block"``.
         products: precision of products of activations: that of the ``activations``, at least float32 (relative error of

@@ -18,7 +18,7 @@ from .layers import view
 from .layouts import Layout, find_layout
 from .lockstep import LeftOut, Point
 from .options import words
-from .recording import call_at, is_padded, kind_of, numbers, recordings
+from .recording import call_at, kind_of, numbers, recordings
 from .views import Table, View
 
 EXTRA_SURVEYS = 4  # batches surveyed beyond one of each kind, in search of layers not called so far
@@ -109,7 +109,7 @@ def survey(model: nn.Module, batches: list[Batch], blocks=(), state=None) -> Sur
     """
     views, reasons = _views(model)
     found = Survey(views, left_out=reasons)
-    padded = any(is_padded(batch) for batch in batches)
+    padded = any(batch.padded for batch in batches)
     state = model.state_dict() if state is None else state
     seen, extra = set(), 0
     for batch in sorted(batches, key=_tells, reverse=True):
@@ -129,7 +129,7 @@ def survey(model: nn.Module, batches: list[Batch], blocks=(), state=None) -> Sur
 
 def _tells(batch: Batch) -> tuple[bool, float]:
     """How much a batch tells of its kind: padded ones and long ones most."""
-    return is_padded(batch), numbers(batch) / batch.size
+    return batch.padded, numbers(batch) / batch.size
 
 
 def _views(model) -> tuple[dict[str, View], dict[str, str]]:

@@ -1,0 +1,117 @@
+"""Which tokens are counted: padding of choices, labels of decoders, entries for all inputs."""
+
+import pytest
+import torch
+from cases import (
+    ELEMENTS,
+    TASKS,
+    assert_copies_come_back,
+    assert_same_merge,
+    beginnings,
+    distance,
+    tokens,
+    tuned,
+    under,
+)
+from tiny import PAIR, PLACED, SIZE, model
+
+import qpmerge_lite as q
+from qpmerge_lite.errors import MergeError
+
+
+def apart(make):
+    """One batch of its own for each task."""
+    return {task: [make()] for task in TASKS}
+
+
+def with_padding(calibration, token, *keys):
+    """The same texts with another token under the zeros of their masks."""
+    found = {}
+    for task, batches in calibration.items():
+        found[task] = []
+        for batch in batches:
+            padded = {k: under(batch[k], batch["attention_mask"], token) for k in keys}
+            found[task].append(batch | padded)
+    return found
+
+
+# ---------------------------------------------------------------------------------- choices
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])  # 2, 7: as many as choices, as tokens
+def test_padding_of_choices_is_not_counted(count):
+    base = model("BertForMultipleChoice", PLACED)
+
+    def batch():
+        ids, mask = tokens(2 * count), beginnings(2 * count)
+        return {"input_ids": ids.view(count, 2, 7), "attention_mask": mask.view(count, 2, 7)}
+
+    texts = apart(batch)
+    one, two = (with_padding(texts, token, "input_ids") for token in (1, 2))
+    merge = assert_same_merge(base, one, two)
+    assert not merge.averaged
+    assert_copies_come_back(base, one)
+    soup, experts = q.soup(base, tuned(base)).state_dict, tuned(base)
+    audits = [q.audit(base, soup, experts, texts) for texts in (one, two)]
+    assert audits[0]["output"] == pytest.approx(audits[1]["output"], abs=1e-9)
+    assert audits[0]["layers"] == pytest.approx(audits[1]["layers"], abs=1e-9)
+
+
+def test_choices_are_counted_as_the_same_texts_one_by_one():
+    base = model("BertForMultipleChoice", PLACED)
+    experts, ids, mask = tuned(base), tokens(6), beginnings(6)
+    calibration = {
+        task: [{"input_ids": ids.view(3, 2, 7), "attention_mask": mask.view(3, 2, 7)}] for task in TASKS
+    }
+    single = {
+        task: [{"input_ids": i.view(1, 2, 7), "attention_mask": m.view(1, 2, 7)} for i, m in zip(ids.view(3, 2, 7), mask.view(3, 2, 7))]
+        for task in TASKS
+    }  # fmt: skip
+    merges = [q.qp(base, experts, batches, **ELEMENTS).state_dict for batches in (calibration, single)]
+    assert distance(*merges) < 1e-9
+
+
+def test_a_mask_of_pairs_of_tokens_is_named_with_the_shapes_that_are_taken():
+    base = model("BertModel", PLACED)
+    batch = {"input_ids": tokens(3), "attention_mask": torch.ones(3, 7, 7, dtype=torch.long)}
+    with pytest.raises(MergeError, match=r"'attention_mask': expected shape \(B, S\), or .*choices"):
+        q.qp(base, tuned(base), dict.fromkeys(TASKS, [batch]))
+
+
+# ----------------------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize("kind", ["BartForConditionalGeneration", "T5ForConditionalGeneration"])
+def test_padded_labels_are_not_counted_in_a_decoder(kind):
+    small = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2, "vocab_size": 40, "decoder_start_token_id": 0}
+    base = model(kind, PAIR | {"decoder_start_token_id": 2} if kind.startswith("Bart") else small)
+    texts, longer = {}, {}
+    for task in TASKS:
+        labels = torch.where(beginnings(6, 5) == 1, tokens(6, 5), -100)
+        ids = tokens(6)
+        texts[task] = [{"input_ids": ids, "labels": labels}]
+        more = torch.cat([labels, torch.full((6, 2), -100)], 1)
+        longer[task] = [{"input_ids": ids, "labels": more}]
+    merge = assert_same_merge(base, texts, longer)
+    assert any("decoder" in row["layer"] for row in merge.table)
+    experts = tuned(base)
+    soup = q.soup(base, experts).state_dict
+    audits = [q.audit(base, soup, experts, batches) for batches in (texts, longer)]
+    assert audits[0]["layers"] == pytest.approx(audits[1]["layers"], abs=1e-9)
+
+
+def test_labels_of_a_model_without_an_encoder_mask_nothing():
+    base = model("LlamaForCausalLM", SIZE)
+    texts = {task: tokens(6) for task in TASKS}
+    with_labels = {t: [{"input_ids": i, "labels": torch.where(beginnings(6) == 1, -100, i)}] for t, i in texts.items()}
+    without = {t: [{"input_ids": i}] for t, i in texts.items()}
+    assert_same_merge(base, with_labels, without)
+
+
+def test_labels_of_the_encoders_tokens_are_no_mask_of_a_decoder():
+    """A classifier of tokens whose configuration is that of an encoder-decoder."""
+    base = model("T5ForTokenClassification", {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2, "vocab_size": 40})
+    texts = {task: tokens(6) for task in TASKS}
+    labels = {t: [{"input_ids": i, "labels": torch.where(beginnings(6) == 1, i % 2, -100)}] for t, i in texts.items()}
+    without = {t: [{"input_ids": i}] for t, i in texts.items()}
+    assert_same_merge(base, labels, without)
