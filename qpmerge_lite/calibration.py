@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class Batch:
         size: number of sequences, images or the like.
         start: running number of the first of them within the task.
         decodes_labels: whether the model reads its labels as the decoder's tokens.
+        shared: names of tensors that are one for all inputs, though they may be as long as the batch.
     """
 
     task: str
@@ -46,6 +47,13 @@ class Batch:
     size: int
     start: int
     decodes_labels: bool = False
+    shared: frozenset[str] = frozenset()
+
+    @property
+    def one_per_input(self) -> list[str]:
+        """Names of the tensors that hold one row per input, rather than one for all."""
+        tensors = {k: v for k, v in self.arguments.items() if isinstance(v, Tensor) and v.dim()}
+        return [k for k, v in tensors.items() if len(v) == self.size and k not in self.shared]
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -89,7 +97,10 @@ def check_calibration(
             f"no calibration batches for {missing}; give every expert at least one batch of "
             "unlabelled inputs"
         )
-    return {task: _numbered(task, batches, device, decodes_labels) for task, batches in lists.items()}
+    found = {task: _numbered(task, batches, device, decodes_labels) for task, batches in lists.items()}
+    every = [batch for batches in found.values() for batch in batches]
+    names = frozenset(key for key in _names(every) if _is_shared(key, every))
+    return {task: [replace(batch, shared=names) for batch in batches] for task, batches in found.items()}
 
 
 def _hollow(batch) -> bool:
@@ -141,6 +152,43 @@ def _arguments(where: str, batch, device) -> dict:
     if not any(isinstance(value, Tensor) for value in arguments.values()):
         raise MergeError(f"{where}: {EXPECTED}; found {sorted(arguments)}, none of them a tensor")
     return arguments
+
+
+def _names(batches: list[Batch]) -> set[str]:
+    """Names of tensors of which it is not known beforehand that they hold one row per input."""
+    named = {*MASKS, *INPUTS, "labels"}
+    return {k for b in batches for k, v in b.arguments.items() if isinstance(v, Tensor) and v.dim() and k not in named}
+
+
+def _is_shared(key: str, batches: list[Batch]) -> bool:
+    """Whether an entry is one for all inputs: it keeps its length in batches of other sizes, or its values on other inputs.
+
+    Raises: MergeError for floats of which neither can be seen.
+    """
+    holders = [batch for batch in batches if isinstance(batch.arguments.get(key), Tensor)]
+    first, values = holders[0], [batch.arguments[key] for batch in holders]
+    lengths, sizes = {len(value) for value in values}, {batch.size for batch in holders}
+    if len(lengths) > 1 or len(sizes) > 1:
+        return len(lengths) == 1
+    alone = lengths != sizes or not set(first.one_per_input) - {key}
+    if alone or not all(torch.equal(value, values[0]) for value in values) or bool((values[0] == values[0][:1]).all()):
+        return False  # it is no question, differs from batch to batch, or is the same for every input
+    if not all(_agree(first, batch, key) for batch in holders):
+        return True
+    if values[0].is_floating_point() and values[0].dim() == 1:
+        raise MergeError(
+            f"task {first.task!r}, batch {first.number}, key {key!r}: as long as the batch, so that it may hold one number per "
+            f"input or be one for all; give shape ({first.size}, 1) for the former, (1, {first.size}) for the latter, or "
+            "another batch of another size"
+        )
+    return False
+
+
+def _agree(one: Batch, other: Batch, but: str) -> bool:
+    """Whether batches hold the same tensors, one aside."""
+    tensors = {k: v for k, v in one.arguments.items() if isinstance(v, Tensor) and k != but}
+    others = {k: v for k, v in other.arguments.items() if isinstance(v, Tensor) and k != but}
+    return tensors.keys() == others.keys() and all(torch.equal(v, others[k]) for k, v in tensors.items())
 
 
 def _argument(where: str, value, device):

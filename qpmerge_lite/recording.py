@@ -13,6 +13,7 @@ from .calibration import MASKS, Batch
 from .effects import ABSENT, Traces, blaming, copied, first_tensor, version_of
 from .errors import MergeError
 from .forwards import evaluating, is_encoder_decoder, main_output
+from .inputs import take
 from .lockstep import Point
 
 
@@ -46,15 +47,15 @@ def recordings(views, model, batch: Batch, blocks, traces: Traces):
     """Calls on a few sequences of a batch, on one sequence less, and on shorter ones by mask; None for what does not run."""
     count = min(batch.size, 3)
     chosen = list(range(count)) if count > 1 else [0, 0]
-    few = _sequences(batch, chosen)
+    few = take(batch, torch.tensor(chosen))
     try:
         some = _record(model, views, few, blocks, traces)
-        fewer = _record(model, views, _sequences(batch, chosen[:-1]), blocks, traces)
+        fewer = _record(model, views, take(batch, torch.tensor(chosen[:-1])), blocks, traces)
     except MergeError:  # a model may need its batches whole, or this batch is wrong: then what follows says so
         return batch, _record(model, views, batch, blocks, traces), None, {}
     shorter = {}
     for mask in MASKS if batch.masks else ():
-        cut = _shorter(model, _sequences(batch, chosen[:-1]), mask)
+        cut = _shorter(model, take(batch, torch.tensor(chosen[:-1])), mask)
         if cut is not None:
             shorter[mask] = _attempt(model, views, cut, blocks, traces)
     return few, some, fewer, shorter
@@ -66,15 +67,6 @@ def _attempt(model, views, batch, blocks, traces):
         return _record(model, views, batch, blocks, traces)
     except MergeError:
         return None
-
-
-def _sequences(batch: Batch, chosen: list[int]) -> Batch:
-    """Some of a batch's sequences."""
-    arguments = {}
-    for key, value in batch.arguments.items():
-        per_sequence = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch.size
-        arguments[key] = value[chosen] if per_sequence else value
-    return replace(batch, arguments=arguments, size=len(chosen))
 
 
 def _shorter(model, batch: Batch, mask: str) -> Batch | None:

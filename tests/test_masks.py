@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from blocks import rows
 from cases import (
     ELEMENTS,
     TASKS,
@@ -14,6 +15,7 @@ from cases import (
     under,
 )
 from tiny import PAIR, PLACED, SIZE, model
+from torch import nn
 
 import qpmerge_lite as q
 from qpmerge_lite.errors import MergeError
@@ -115,3 +117,74 @@ def test_labels_of_the_encoders_tokens_are_no_mask_of_a_decoder():
     labels = {t: [{"input_ids": i, "labels": torch.where(beginnings(6) == 1, i % 2, -100)}] for t, i in texts.items()}
     without = {t: [{"input_ids": i}] for t, i in texts.items()}
     assert_same_merge(base, labels, without)
+
+
+# ----------------------------------------------------------------- entries for all inputs
+
+
+class Weighted(nn.Module):
+    """Scales features by a vector for all inputs, and inputs by a number for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, inputs, features=None, amount=None):
+        if features is not None:
+            inputs = inputs * features
+        if amount is not None:
+            inputs = inputs * amount.reshape(-1, 1)
+        return self.second(self.first(inputs).tanh())
+
+
+HEADS = dict.fromkeys(TASKS, lambda logits: logits)
+
+
+def assert_like(calibration, other, method=q.fisher):
+    base = Weighted().double()
+    experts = tuned(base)
+    merges = [method(base, experts, c, heads=HEADS).state_dict for c in (calibration, other)]
+    assert distance(*merges) < 1e-12
+
+
+@pytest.mark.parametrize("sizes", [(6, 6), (6, 4)], ids=["other inputs", "other sizes"])
+def test_a_vector_for_all_inputs_that_is_as_long_as_the_batch_is_not_cut(sizes):
+    features = torch.rand(6, dtype=torch.float64)
+    inputs = {task: [rows(size) for size in sizes] for task in TASKS}
+    as_vector = {t: [{"inputs": x, "features": features} for x in xs] for t, xs in inputs.items()}
+    as_row = {t: [{"inputs": x, "features": features[None]} for x in xs] for t, xs in inputs.items()}
+    assert_like(as_vector, as_row)
+    base = Weighted().double()
+    experts = tuned(base)
+    merges = [q.qp(base, experts, c, **ELEMENTS) for c in (as_vector, as_row)]
+    assert distance(*(merge.state_dict for merge in merges)) < 1e-12 and not merges[0].averaged
+
+
+@pytest.mark.parametrize("sizes", [(6, 6), (6, 4)], ids=["other values", "other sizes"])
+def test_a_number_for_every_input_is_cut(sizes):
+    inputs = {t: [(rows(size), torch.rand(size, dtype=torch.float64)) for size in sizes] for t in TASKS}
+    vectors = {t: [{"inputs": x, "amount": a} for x, a in parts] for t, parts in inputs.items()}
+    columns = {t: [{"inputs": x, "amount": a[:, None]} for x, a in parts] for t, parts in inputs.items()}
+    assert_like(vectors, columns)
+
+
+def test_numbers_of_which_nothing_can_be_told_are_named():
+    base, x = Weighted().double(), rows(6)
+    batches = dict.fromkeys(TASKS, [{"inputs": x, "features": torch.rand(6, dtype=torch.float64)}])
+    for merge in (lambda: q.qp(base, tuned(base), batches), lambda: q.fisher(base, tuned(base), batches, heads=HEADS)):
+        with pytest.raises(MergeError, match=r"task 'a', batch 0, key 'features': .*shape \(6, 1\)"):
+            merge()
+
+
+def test_a_vector_that_is_all_there_is_holds_one_number_per_input():
+    class Numbers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(1, 4)
+
+        def forward(self, inputs):
+            return self.layer(inputs[:, None])
+
+    base = Numbers().double()
+    batches = dict.fromkeys(TASKS, [{"inputs": torch.rand(6, dtype=torch.float64)}])
+    assert len(q.qp(base, tuned(base), batches, **ELEMENTS).table) == 1
