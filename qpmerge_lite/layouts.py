@@ -1,8 +1,8 @@
 """Where the sequences and tokens of a batch lie in the rows that a layer reads.
 
-Found out by comparing rows of a few sequences with those of one sequence less, and of sequences with one token less: what
-changes its size with the sequences is their axis, what changes it with the tokens is theirs. No guess from shapes that
-happen to agree.
+Found out by comparing rows of a few sequences with those of one sequence less in another order, and of sequences with one
+token less: what changes its size with the sequences is their axis, what changes it with the tokens is theirs. No guess
+from shapes that happen to agree.
 """
 
 from __future__ import annotations
@@ -55,13 +55,14 @@ class Layout:
 
 
 def find_layout(layer: str, rows: Tensor, fewer: Tensor | None, shorter: dict, batch: Batch, padded: bool, table=False) -> Layout:
-    """The layout of rows (…, d) on a few sequences, given those on one sequence less and on shorter ones.
+    """The layout of rows (…, d) on the few sequences of a batch, given those on one sequence less, the others in
+    reverse order, and on shorter ones.
 
     Raises: LeftOut or MergeError with the reason where there is none.
     """
     if fewer is None:
         return _layout_by_shape(rows, batch, padded)
-    size = max(min(batch.size, 3), 2)
+    size = batch.size
     layout = _sequences_of(layer, rows, fewer, size, table)
     relations = {}
     for mask, cut in shorter.items():
@@ -82,7 +83,7 @@ def find_layout(layer: str, rows: Tensor, fewer: Tensor | None, shorter: dict, b
 
 
 def _sequences_of(layer, rows, fewer, size, table) -> Layout:
-    """The axis of sequences: the one that shrinks with them, and whose rows are the same as before."""
+    """The axis of sequences: the one that shrinks with them, and whose rows are the same as before, in reverse order."""
     if rows.dim() != fewer.dim():
         raise LeftOut(layer, "its rows are laid out differently from batch to batch")
     axes = [i for i in range(rows.dim() - 1) if rows.shape[i] != fewer.shape[i]]
@@ -95,7 +96,7 @@ def _sequences_of(layer, rows, fewer, size, table) -> Layout:
         raise LeftOut(layer, "how many rows it reads depends on what they hold")
     for sequences_first in (True, False):
         layout = Layout(axes[0], sequences_first)
-        if _close(layout.arrange(rows, size)[: size - 1], layout.arrange(fewer, size - 1)):
+        if _close(layout.arrange(rows, size)[: size - 1].flip(0), layout.arrange(fewer, size - 1)):
             return layout
     raise LeftOut(layer, "what it reads of a sequence depends on the others of its batch")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from .errors import MergeError
 from .forwards import evaluating, is_encoder_decoder, main_output
 from .inputs import take
 from .lockstep import Point
+
+IDS = ("input_ids", "decoder_input_ids")
 
 
 @dataclass(frozen=True)
@@ -43,22 +45,66 @@ def call_at(calls, point: Point) -> Call | None:
     return next((call for call in calls or () if call.point == point), None)
 
 
-def recordings(views, model, batch: Batch, blocks, traces: Traces):
-    """Calls on a few sequences of a batch, on one sequence less, and on shorter ones by mask; None for what does not run."""
-    count = min(batch.size, 3)
-    chosen = list(range(count)) if count > 1 else [0, 0]
-    few = take(batch, torch.tensor(chosen))
+@dataclass(frozen=True)
+class Recordings:
+    """Calls on a few sequences of a batch, and on others made of them; None for what the model does not run on.
+
+    Attributes:
+        batch: the few sequences. some: calls on them.
+        fewer: calls without the last of them, the others in reverse order.
+        shorter: mask -> calls on those, the last token gone.
+        even: calls on those, every token holding what the first one holds; empty where there are no tokens.
+    """
+
+    batch: Batch
+    some: list[Call]
+    fewer: list[Call] | None = None
+    shorter: dict[str, list[Call] | None] = field(default_factory=dict)
+    even: list[Call] | None = None
+
+
+def recordings(views, model, batch: Batch, blocks, traces: Traces) -> Recordings:
+    """Record a model on a few sequences of a batch.
+
+    Raises: MergeError for a batch that the model does not take.
+    """
+    chosen = _unlike(batch)
+    few, without_last = take(batch, torch.tensor(chosen)), take(batch, torch.tensor(chosen[-2::-1]))
     try:
         some = _record(model, views, few, blocks, traces)
-        fewer = _record(model, views, take(batch, torch.tensor(chosen[:-1])), blocks, traces)
+        fewer = _record(model, views, without_last, blocks, traces)
     except MergeError:  # a model may need its batches whole, or this batch is wrong: then what follows says so
-        return batch, _record(model, views, batch, blocks, traces), None, {}
-    shorter = {}
+        return Recordings(batch, _record(model, views, batch, blocks, traces))
+    shorter, even = {}, _even(without_last)
     for mask in MASKS if batch.masks else ():
-        cut = _shorter(model, take(batch, torch.tensor(chosen[:-1])), mask)
+        cut = _shorter(model, without_last, mask)
         if cut is not None:
             shorter[mask] = _attempt(model, views, cut, blocks, traces)
-    return few, some, fewer, shorter
+    held = None if even is None else _attempt(model, views, even, blocks, traces)
+    return Recordings(few, some, fewer, shorter, held)
+
+
+def _unlike(batch: Batch) -> list[int]:
+    """Three sequences of a batch, of different lengths where it can be seen; the only one twice."""
+    if batch.size == 1:
+        return [0, 0]
+    order = list(range(batch.size))
+    for mask in batch.masks.values():
+        order = (mask != 0).flatten(1).sum(1).argsort(descending=True, stable=True).tolist()
+        break
+    return [order[0], order[-1], order[batch.size // 2]]
+
+
+def _even(batch: Batch) -> Batch | None:
+    """The batch with every token holding what the first of its sequence does; None where it has no tokens."""
+    arguments = {}
+    for key in batch.one_per_input:
+        value = batch.arguments[key]
+        if key in IDS:
+            arguments[key] = value[..., :1].expand_as(value).contiguous()
+        elif value.is_floating_point() and value.dim() > 2:
+            arguments[key] = value[:, :1].expand_as(value).contiguous()
+    return replace(batch, arguments=batch.arguments | arguments) if arguments else None
 
 
 def _attempt(model, views, batch, blocks, traces):

@@ -1,8 +1,9 @@
 """What a model does with a calibration batch: which layers it calls, in which order, and which rows are whose.
 
-Everything is found out by running the model on a few sequences of a batch: as they are, with one sequence less, and with
-one token less. What changes its size with the sequences is the axis of sequences, what changes it with the tokens is
-theirs, and by which of the model's masks. No list of architectures, and no guess from shapes that happen to agree.
+Everything is found out by running the model on a few sequences of a batch: as they are, with one sequence less and the
+others in another order, with one token less, and with one token throughout. What changes its size with the sequences is
+the axis of sequences, what changes it with the tokens is theirs, and by which of the model's masks; what changes it with
+what the tokens hold is no layer of theirs. No list of architectures, and no guess from shapes that happen to agree.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .layers import view
 from .layouts import Layout, find_layout
 from .lockstep import LeftOut, Point
 from .options import words
-from .recording import call_at, kind_of, numbers, recordings
+from .recording import Recordings, call_at, kind_of, numbers, recordings
 from .views import Table, View
 
 EXTRA_SURVEYS = 4  # batches surveyed beyond one of each kind, in search of layers not called so far
@@ -163,65 +164,75 @@ def _same_module(one: str, other: str, model) -> bool:
 
 def _add(found: Survey, model, batch: Batch, blocks, state, padded: bool) -> None:
     """Add what one batch shows."""
-    few, some, fewer, shorter = recordings(found.views, model, batch, blocks, found.traces)
-    _insert(found.sequence, [call.point for call in some if call.point[0] != "output"])
-    layers = [call.point[1] for call in some if call.point[0] == "layer"]
+    recorded = recordings(found.views, model, batch, blocks, found.traces)
+    _insert(found.sequence, [call.point for call in recorded.some if call.point[0] != "output"])
     groups: dict[tuple, list[str]] = {}
-    for call in some:
+    for call in recorded.some:
         kind, name = call.point
         found.held[call.point] = max(call.held, found.held.get(call.point, 0.0))
         if call.read is not None:
-            found.read[name] = call.read.numel() * call.read.element_size() / numbers(few)
+            found.read[name] = call.read.numel() * call.read.element_size() / numbers(recorded.batch)
         if kind == "enter" or (kind_of(batch), call.point) in found.layouts or name in found.left_out:
             continue
-        others = [call_at(calls, call.point) for calls in (fewer, *shorter.values())]
         if kind == "layer":
-            _judge(found, call, others, list(shorter), batch, layers.count(name), state, padded, None if fewer is None else others[0] is not None)
+            _judge(found, call, recorded, state, padded)
             if name not in found.left_out and not any(name in stage for stage in found.stages):
                 groups.setdefault(call.identity, []).append(name)
         elif call.put is not None and call.put.dim() > 1:
-            _place(found, call, others, list(shorter), batch)
+            _place(found, call, recorded)
     found.stages.extend(groups.values())
 
 
-def _place(found: Survey, call, recordings, masks, batch) -> None:
+def _place(found: Survey, call, recorded: Recordings) -> None:
     """Settle the layout of what a block or the model returns, where it has one."""
-    fewer, *shorter = (None if z is None else z.put for z in recordings)
+    def put(calls):
+        other = call_at(calls, call.point)
+        return None if other is None else other.put
+
+    fewer = put(recorded.fewer)
     if fewer is None:
         return
     try:
-        layout = find_layout("", call.put, fewer, dict(zip(masks, shorter)), batch, False)
+        shorter = {mask: put(calls) for mask, calls in recorded.shorter.items()}
+        layout = find_layout("", call.put, fewer, shorter, recorded.batch, False)
     except LeftOut:
         return
-    found.layouts[kind_of(batch), call.point] = layout
+    found.layouts[kind_of(recorded.batch), call.point] = layout
 
 
-def _judge(found: Survey, call, recordings, masks, batch, times: int, state, padded, called_by_fewer) -> None:
+def _judge(found: Survey, call, recorded: Recordings, state, padded) -> None:
     """Settle the layout of what a layer reads, or why it is left out."""
     layer = call.point[1]
-    v = found.views[layer]
+    v, times = found.views[layer], sum(other.point == call.point for other in recorded.some)
+
+    def rows(calls):
+        other = call_at(calls, call.point)
+        return None if other is None or other.read is None else v.rows(other.read)
+
+    fewer, even = rows(recorded.fewer), rows(recorded.even)
     if times > 1 and not isinstance(v, Table):
         found.left_out[layer] = "called more than once in a forward"
     elif call.read is None or call.put is None:
         found.left_out[layer] = "called without a tensor"
     elif v.rows(call.read).dim() < 2:
         found.left_out[layer] = "called without an axis of sequences"
-    elif called_by_fewer is False:
+    elif recorded.fewer is not None and fewer is None or recorded.even is not None and even is None:
         found.left_out[layer] = "which sequences call it depends on what they hold"
+    elif even is not None and fewer is not None and even.shape != fewer.shape:
+        found.left_out[layer] = "which rows it reads depends on what they hold"
     elif not _fits_module(found, layer, state, call):
         found.left_out[layer] = f"{type(v.module).__name__} does more than the linear map of its weights"
     else:
-        fewer, *shorter = (None if z is None else v.rows(z.read) for z in recordings)
+        shorter = {mask: rows(calls) for mask, calls in recorded.shorter.items()}
         try:
-            rows = v.rows(call.read)
-            layout = find_layout(layer, rows, fewer, dict(zip(masks, shorter)), batch, padded, isinstance(v, Table))
+            layout = find_layout(layer, v.rows(call.read), fewer, shorter, recorded.batch, padded, isinstance(v, Table))
         except LeftOut as reason:
             found.left_out[layer] = reason.reason
         except MergeError as error:
             found.left_out[layer] = "its rows cannot be matched to the mask"
             found.refusals[layer] = f"layer {layer!r}: {error}"
         else:
-            found.layouts[kind_of(batch), call.point] = layout
+            found.layouts[kind_of(recorded.batch), call.point] = layout
 
 
 def _fits_module(found, layer, state, call) -> bool:
