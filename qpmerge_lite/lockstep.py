@@ -23,8 +23,7 @@ from torch.utils._pytree import tree_map
 
 from .calibration import Batch
 from .effects import ABSENT, Traces, blaming, copied, first_tensor, modes, set_modes, version_of
-
-Point = tuple[str, str]  # "layer", "enter" or "leave", and the path of a module
+from .orders import Point
 
 
 class LeftOut(BaseException):  # no model may take it for an error of its own

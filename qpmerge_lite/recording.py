@@ -14,7 +14,7 @@ from .effects import ABSENT, Traces, blaming, copied, first_tensor, version_of
 from .errors import MergeError
 from .forwards import evaluating, is_encoder_decoder, main_output
 from .inputs import take
-from .lockstep import Point
+from .orders import Point
 
 IDS = ("input_ids", "decoder_input_ids")
 
@@ -28,6 +28,7 @@ class Call:
     put: Tensor | None = None
     identity: tuple = ()  # of the tensor that was read: layers with the same one read the same
     held: float = 0.0  # bytes in the frames of the forward, per number in the arguments of the batch
+    arguments: frozenset[str] = frozenset()  # names of those that hold just what was read, of tokens
 
 
 def kind_of(batch: Batch) -> frozenset[str]:
@@ -61,6 +62,10 @@ class Recordings:
     fewer: list[Call] | None = None
     shorter: dict[str, list[Call] | None] = field(default_factory=dict)
     even: list[Call] | None = None
+
+    def named(self) -> dict[str, list[Call] | None]:
+        """All of them by name."""
+        return {"some": self.some, "fewer": self.fewer, "even": self.even, **self.shorter}
 
 
 def recordings(views, model, batch: Batch, blocks, traces: Traces) -> Recordings:
@@ -155,7 +160,7 @@ class _Recorder:
             read = first_tensor(args, kwargs)
             self._alive.append(read)  # so that identities stay its own
             identity = () if read is None else (id(read), version_of(read))
-            self._reading[name] = None if read is None else read.clone(), identity, self._held()
+            self._reading[name] = None if read is None else read.clone(), identity, self._held(), self._holding(read)
 
         return hook
 
@@ -163,9 +168,9 @@ class _Recorder:
         """Hook of a layer, behind it."""
 
         def hook(module, args, output):
-            read, identity, held = self._reading[name]
+            read, *facts = self._reading[name]
             put = output.clone() if isinstance(output, Tensor) else None  # before others work in place
-            self.calls.append(Call(("layer", name), read, put, identity, held))
+            self.calls.append(Call(("layer", name), read, put, *facts))
 
         return hook
 
@@ -184,6 +189,13 @@ class _Recorder:
             self.calls.append(Call(("leave", path), put=first_output(output)))
 
         return hook
+
+    def _holding(self, read: Tensor | None) -> frozenset[str]:
+        """Arguments of the batch that hold the same tokens as what is read."""
+        if read is None or read.is_floating_point() or read.is_complex():
+            return frozenset()
+        alike = {k: v for k, v in self._batch.arguments.items() if isinstance(v, Tensor) and v.shape == read.shape}
+        return frozenset(k for k, v in alike.items() if bool((v == read).all()))
 
     def _held(self) -> float:
         """Bytes of the tensors in the frames of the forward, weights and batch aside, per number of the batch."""

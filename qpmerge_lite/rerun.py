@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .effects import copied
-from .lockstep import Forward, Point, Stage
+from .lockstep import Forward, Stage
+from .orders import Point
 from .recording import numbers
 from .survey import Survey
 

@@ -17,8 +17,10 @@ from .effects import Traces
 from .errors import MergeError, MissingLayer
 from .layers import view
 from .layouts import Layout, find_layout
-from .lockstep import LeftOut, Point
+from .lockstep import LeftOut
+from .lookups import Lookup, calls_of, families, later_lookups
 from .options import words
+from .orders import Point, insert, place_the_rest
 from .recording import Recordings, call_at, kind_of, numbers, recordings
 from .views import Table, View
 
@@ -37,6 +39,8 @@ class Survey:
         refusals: layer -> why no merge is made if the layer is to be solved.
         held: point -> bytes that a forward holds while it waits there, per number in the arguments of its batch.
         read: layer -> bytes that it reads, likewise.
+        families: table -> tables with its weights; the first one called stands for all, with their tokens.
+        lookups: by kind of batch and table, what is looked up behind the first call.
     """
 
     views: dict[str, View]
@@ -48,6 +52,12 @@ class Survey:
     held: dict[Point, float] = field(default_factory=dict)
     traces: Traces = field(default_factory=Traces)
     read: dict[str, float] = field(default_factory=dict)
+    families: dict[str, list[str]] = field(default_factory=dict)
+    lookups: dict[tuple, list[Lookup]] = field(default_factory=dict)
+
+    def later_lookups(self, table: str, batch: Batch) -> list[Lookup]:
+        """What a table looks up in a batch behind its first call."""
+        return self.lookups.get((kind_of(batch), table), [])
 
     def views_in(self, scope: str) -> dict[str, View]:
         """The views of a scope, as the survey found them to be."""
@@ -109,9 +119,9 @@ def survey(model: nn.Module, batches: list[Batch], blocks=(), state=None) -> Sur
     Raises: MergeError for a batch that the model does not take, and for forwards that draw random numbers.
     """
     views, reasons = _views(model)
-    found = Survey(views, left_out=reasons)
-    padded = any(batch.padded for batch in batches)
     state = model.state_dict() if state is None else state
+    found = Survey(views, left_out=reasons, families=families(views, state))
+    padded = any(batch.padded for batch in batches)
     seen, extra = set(), 0
     for batch in sorted(batches, key=_tells, reverse=True):
         new_kind = kind_of(batch) not in seen
@@ -121,7 +131,7 @@ def survey(model: nn.Module, batches: list[Batch], blocks=(), state=None) -> Sur
             extra += 1
         seen.add(kind_of(batch))
         _add(found, model, batch, blocks, state, padded)
-    _place_the_rest(found, model, blocks)
+    place_the_rest(found.sequence, model, views, blocks)
     for name in views:
         if name not in found.left_out and not any(point == ("layer", name) for _, point in found.layouts):
             found.left_out[name] = "no calibration batch was seen to call it"
@@ -165,8 +175,9 @@ def _same_module(one: str, other: str, model) -> bool:
 def _add(found: Survey, model, batch: Batch, blocks, state, padded: bool) -> None:
     """Add what one batch shows."""
     recorded = recordings(found.views, model, batch, blocks, found.traces)
-    _insert(found.sequence, [call.point for call in recorded.some if call.point[0] != "output"])
-    groups: dict[tuple, list[str]] = {}
+    insert(found.sequence, [call.point for call in recorded.some if call.point[0] != "output"])
+    groups: dict[object, list[str]] = {}
+    _leave_out_tied_tables(found, recorded)
     for call in recorded.some:
         kind, name = call.point
         found.held[call.point] = max(call.held, found.held.get(call.point, 0.0))
@@ -177,10 +188,22 @@ def _add(found: Survey, model, batch: Batch, blocks, state, padded: bool) -> Non
         if kind == "layer":
             _judge(found, call, recorded, state, padded)
             if name not in found.left_out and not any(name in stage for stage in found.stages):
-                groups.setdefault(call.identity, []).append(name)
+                alone = bool(found.later_lookups(name, batch))
+                groups.setdefault(name if alone else call.identity, []).append(name)
         elif call.put is not None and call.put.dim() > 1:
             _place(found, call, recorded)
     found.stages.extend(groups.values())
+
+
+def _leave_out_tied_tables(found: Survey, recorded: Recordings) -> None:
+    """Of tables with the same weights, leave out all but the first one called; that one too, where batches differ in it."""
+    for name, family in found.families.items():
+        calls = calls_of(family, recorded.some)
+        if len(family) == 1 or not calls or name == calls[0].point[1]:
+            continue
+        if ("layer", name) in {point for _, point in found.layouts}:
+            found.left_out |= dict.fromkeys(family, "another table with its weights is called first by some batches")
+        found.left_out.setdefault(name, f"its weights are those of {calls[0].point[1]}, which is called first")
 
 
 def _place(found: Survey, call, recorded: Recordings) -> None:
@@ -226,6 +249,8 @@ def _judge(found: Survey, call, recorded: Recordings, state, padded) -> None:
         shorter = {mask: rows(calls) for mask, calls in recorded.shorter.items()}
         try:
             layout = find_layout(layer, v.rows(call.read), fewer, shorter, recorded.batch, padded, isinstance(v, Table))
+            if isinstance(v, Table):
+                found.lookups[kind_of(recorded.batch), layer] = later_lookups(v, found.families[layer], recorded, padded)
         except LeftOut as reason:
             found.left_out[layer] = reason.reason
         except MergeError as error:
@@ -246,34 +271,3 @@ def _fits_module(found, layer, state, call) -> bool:
             found.views[layer] = from_one
             return True
     return False
-
-
-def _insert(sequence: list[Point], points: list[Point]) -> None:
-    """Add points to a sequence, each behind the one that comes before it."""
-    place = 0
-    for point in points:
-        if point not in sequence:
-            sequence.insert(place, point)
-        place = sequence.index(point) + 1
-
-
-def _place_the_rest(found: Survey, model, blocks) -> None:
-    """Put layers and borders of blocks that were not called behind what comes before them in the model."""
-    place, opened = 0, []
-
-    def put(point):
-        nonlocal place
-        if point not in found.sequence:
-            found.sequence.insert(place, point)
-        place = found.sequence.index(point) + 1
-
-    for name, _ in model.named_modules():
-        while opened and not name.startswith(f"{opened[-1]}."):
-            put(("leave", opened.pop()))
-        if name in blocks and ("enter", name) not in found.sequence:
-            put(("enter", name))
-            opened.append(name)
-        if name in found.views:
-            put(("layer", name))
-    for name in reversed(opened):
-        put(("leave", name))

@@ -4,13 +4,20 @@ import pytest
 import torch
 from blocks import WIDTH, Blocks, block, rows
 from cases import (
+    ELEMENTS,
+    TASKS,
     assert_copies_come_back,
     assert_same_merge,
+    beginnings,
     both,
+    distance,
     tokens,
+    tuned,
     under,
 )
 from torch import nn
+
+import qpmerge_lite as q
 
 # ----------------------------------------------------------------------------- orders inside
 
@@ -80,3 +87,91 @@ def test_experts_whose_rows_happen_to_agree_in_number_are_averaged(flat, count):
         for name in ("blocks.0.experts.0.weight", "blocks.0.experts.1.bias"):
             assert "depends on what they hold" in merge.averaged[name]
         assert [row["layer"] for row in merge.table] == ["blocks.1.0"]
+
+
+# ------------------------------------------------------------- tables that are called several times
+
+
+class Pair(nn.Module):
+    """An encoder and a decoder with one table; subclasses say how."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(40, WIDTH)
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def decoded(self, decoder_input_ids):
+        return self.words(decoder_input_ids)
+
+    def forward(self, input_ids, attention_mask=None, decoder_input_ids=None, decoder_attention_mask=None):
+        x = self.first(self.words(input_ids)).tanh()
+        return self.second(self.decoded(decoder_input_ids)).tanh() + x.mean(1, keepdim=True)
+
+
+class TwoModules(Pair):
+    """Two modules with the same weights, as T5 has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.words_of_decoder = nn.Embedding(40, WIDTH)
+        self.words_of_decoder.weight = self.words.weight
+
+    def decoded(self, decoder_input_ids):
+        return self.words_of_decoder(decoder_input_ids)
+
+
+class Shifted(Pair):
+    """Makes the decoder's tokens itself."""
+
+    def decoded(self, decoder_input_ids):
+        return self.words(decoder_input_ids.roll(1, 1))
+
+
+def pairs(token=1):
+    """Padded texts and padded answers, of each task its own; padded with a token."""
+    torch.manual_seed(3)
+    found = {}
+    for task in TASKS:
+        masks, ids = (beginnings(6), beginnings(6, 5)), (tokens(6), tokens(6, 5))
+        texts, answers = (under(i, mask, token) for i, mask in zip(ids, masks))
+        found[task] = [{"input_ids": texts, "attention_mask": masks[0], "decoder_input_ids": answers, "decoder_attention_mask": masks[1]}]
+    return found
+
+
+@pytest.mark.parametrize("kind", [Pair, TwoModules])
+@pytest.mark.parametrize("folds", [1, 3])
+def test_a_table_counts_the_tokens_of_all_its_calls(kind, folds):
+    base, calibration = kind().double(), pairs()
+    merge = assert_same_merge(base, calibration, pairs(2), ridge=0.0, folds=folds)
+    assert [row["layer"] for row in merge.table] == ["words", "first", "second"] and not merge.averaged
+    experts = tuned(base)
+    counts = torch.zeros(len(TASKS), 40, dtype=torch.float64)
+    for row, task in zip(counts, TASKS):
+        (batch,) = calibration[task]
+        for side in ("", "decoder_"):
+            kept = batch[f"{side}input_ids"][batch[f"{side}attention_mask"] == 1]
+            row += kept.bincount(minlength=40)
+    found = q.qp(base, experts, calibration, basis="elements", ridge=0.0, folds=1).state_dict["words.weight"]
+    share = torch.where(counts.sum(0) > 0, counts / counts.sum(1, keepdim=True), 0.5)
+    wanted = sum((s / share.sum(0))[:, None] * experts[t]["words.weight"] for s, t in zip(share, TASKS))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_table_of_tokens_that_a_model_makes_itself_is_averaged():
+    base, calibration = Shifted().double(), pairs()
+    merge = q.qp(base, tuned(base), calibration, **ELEMENTS)
+    assert merge.averaged == {"words.weight": "called more than once in a forward, on tokens that no argument of the model holds"}
+
+
+def test_tables_that_are_called_first_by_some_batches_only_are_averaged():
+    class Either(TwoModules):
+        def forward(self, input_ids=None, decoder_input_ids=None):
+            read = self.words(input_ids) if input_ids is not None else self.words_of_decoder(decoder_input_ids)
+            return self.second(self.first(read).tanh())
+
+    base = Either().double()
+    experts = tuned(base)
+    batches = [{"input_ids": tokens(6)}, {"decoder_input_ids": tokens(6)}]
+    one, two = (q.qp(base, experts, dict.fromkeys(TASKS, order), **ELEMENTS) for order in (batches, batches[::-1]))
+    assert distance(one.state_dict, two.state_dict) < 1e-12
+    assert set(one.averaged) == set(two.averaged) == {"words.weight", "words_of_decoder.weight"}
