@@ -74,7 +74,7 @@ def find_layout(layer: str, rows: Tensor, fewer: Tensor | None, shorter: dict, b
         if padded and None in relations.values():
             if rows.dim() == 2:
                 raise LeftOut(layer, "which rows it reads depends on what they hold")
-            raise _unmatched(fewer, batch)
+            raise _unmatched(rows, batch)
         if layout.axis is None and not (rows.dim() == 2 or len(rows) == 1):
             raise LeftOut(layer, "its rows are not those of the batch's sequences")
         return layout
@@ -131,7 +131,8 @@ def _relation(layout: Layout, rows, shorter, size, batch, mask) -> list[int] | N
         if not one_less or length not in (None, arranged.shape[axis]):
             return None
     independent = not axes and torch.equal(arranged, cut)
-    one_row_each = arranged[..., 0].numel() == size
+    choices = 1 if of_mask is None else of_mask[0, 0].numel()
+    one_row_each = arranged[..., 0].numel() == size * choices
     return axes if axes or independent or one_row_each else None
 
 

@@ -121,7 +121,10 @@ def _attempt(model, views, batch, blocks, traces):
 
 
 def _shorter(model, batch: Batch, mask: str) -> Batch | None:
-    """The batch with the last token gone, of the decoder's or of all other arguments; None where it has one only."""
+    """The batch with one token gone, of the decoder's or of all other arguments; None where it has one only.
+
+    It is the last one, or the first where the last is padding in every sequence, whose loss might not show.
+    """
     of_decoder = mask == MASKS[1]
     mine = {}
     for key, value in batch.arguments.items():
@@ -135,12 +138,14 @@ def _shorter(model, batch: Batch, mask: str) -> Batch | None:
     length, arguments = mine[named[0]].shape[axis], dict(batch.arguments)
     if length < 2:
         return None
+    kept = batch.masks.get(mask)
+    start = 0 if kept is None or bool((kept[:, -1] != 0).any()) else 1
     for key, value in mine.items():
         tokens = value.dim() > axis and value.shape[axis] == length
         if tokens and (not value.is_floating_point() or value.dim() <= axis + 2):
-            arguments[key] = value.narrow(axis, 0, length - 1)
+            arguments[key] = value.narrow(axis, start, length - 1)
         elif value.dim() == 1 and len(value) == length != batch.size:
-            arguments[key] = value[:-1]
+            arguments[key] = value.narrow(0, start, length - 1)
     return replace(batch, arguments=arguments)
 
 

@@ -191,7 +191,7 @@ def _add(found: Survey, model, batch: Batch, blocks, state, padded: bool) -> Non
                 alone = bool(found.later_lookups(name, batch))
                 groups.setdefault(name if alone else call.identity, []).append(name)
         elif call.put is not None and call.put.dim() > 1:
-            _place(found, call, recorded)
+            _place(found, call, recorded, padded)
     found.stages.extend(groups.values())
 
 
@@ -206,7 +206,7 @@ def _leave_out_tied_tables(found: Survey, recorded: Recordings) -> None:
         found.left_out.setdefault(name, f"its weights are those of {calls[0].point[1]}, which is called first")
 
 
-def _place(found: Survey, call, recorded: Recordings) -> None:
+def _place(found: Survey, call, recorded: Recordings, padded: bool) -> None:
     """Settle the layout of what a block or the model returns, where it has one."""
     def put(calls):
         other = call_at(calls, call.point)
@@ -217,8 +217,8 @@ def _place(found: Survey, call, recorded: Recordings) -> None:
         return
     try:
         shorter = {mask: put(calls) for mask, calls in recorded.shorter.items()}
-        layout = find_layout("", call.put, fewer, shorter, recorded.batch, False)
-    except LeftOut:
+        layout = find_layout("", call.put, fewer, shorter, recorded.batch, padded)
+    except (LeftOut, MergeError):
         return
     found.layouts[kind_of(recorded.batch), call.point] = layout
 

@@ -188,3 +188,56 @@ def test_a_vector_that_is_all_there_is_holds_one_number_per_input():
     base = Numbers().double()
     batches = dict.fromkeys(TASKS, [{"inputs": torch.rand(6, dtype=torch.float64)}])
     assert len(q.qp(base, tuned(base), batches, **ELEMENTS).table) == 1
+
+
+# ------------------------------------------------------------- rows that cannot be told from padding
+
+
+def padded_inside(kind):
+    """A model that pads its texts further, and what it is called with but for the padding."""
+    config = {**PAIR, "max_encoder_position_embeddings": 16, "max_decoder_position_embeddings": 16}
+    config |= {**PLACED, "pad_token_id": 1} if kind == "LongformerModel" else {}
+    return model(kind, config | {"attention_window": 4})
+
+
+@pytest.mark.parametrize("kind", ["LongformerModel", "LEDModel"])
+@pytest.mark.filterwarnings("ignore")
+def test_layers_of_texts_that_a_model_pads_further_are_told_whatever_they_are_padded_with(kind):
+    base, ids, mask = padded_inside(kind), tokens(6), beginnings(6)
+    answers = {"decoder_input_ids": tokens(6, 5)} if kind == "LEDModel" else {}
+    experts, audits = tuned(base), []
+    soup = q.soup(base, experts).state_dict
+    for token in (1, 2):  # 1: what the model pads with
+        batch = {"input_ids": under(ids, mask, token), "attention_mask": mask, **answers}
+        calibration = dict.fromkeys(TASKS, [batch])
+        with pytest.raises(MergeError, match=r"attention_mask': \(3, 7\)}, found \(3, 8, "):
+            q.qp(base, experts, calibration, **ELEMENTS)
+        audits.append(q.audit(base, soup, experts, calibration))
+    one, two = audits
+    assert one["layers"] and one["layers"].keys() == two["layers"].keys()
+    assert not any(name.endswith(("query", "layernorm_embedding")) and "decoder" not in name for name in one["layers"])
+    for name, energy in one["layers"].items():
+        assert energy == pytest.approx(two["layers"][name], abs=1e-9)
+    assert one["drift"][:2] == two["drift"][:2] == [None, None]
+    assert one["output"] == pytest.approx(two["output"], abs=1e-9)
+
+
+def test_an_output_whose_rows_cannot_be_told_from_padding_has_no_energy():
+    class Longer(nn.Module):
+        """Returns one row more than the mask has."""
+
+        def __init__(self):
+            super().__init__()
+            self.words, self.layer = nn.Embedding(40, 6), nn.Linear(6, 6)
+
+        def forward(self, input_ids, attention_mask):
+            x = self.layer(self.words(input_ids)).tanh()
+            return torch.cat([x[:, :1], x], 1)
+
+    base, ids = Longer().double(), tokens(5)
+    experts = tuned(base)
+    soup = q.soup(base, experts).state_dict
+    padded, full = ({"input_ids": ids, "attention_mask": mask} for mask in (beginnings(5), torch.ones_like(ids)))
+    audits = [q.audit(base, soup, experts, dict.fromkeys(TASKS, batches)) for batches in ([padded], [full], [full, padded])]
+    assert [audit["output"] is None for audit in audits] == [True, False, True]
+    assert all(None not in audit["layers"].values() for audit in audits)
