@@ -105,8 +105,8 @@ class _Sight:
         self._versions: list[tuple[Tensor, int]] = []
 
     def kept(self, seen: Tensor) -> Tensor:
-        """A tensor as it is now: itself, or a copy where the model works in place."""
-        if self.copying:
+        """A tensor as it is now: itself, or a copy where the model works in place or torch does not count what it writes."""
+        if self.copying or seen.is_inference():
             return seen.clone()
         self._versions.append((seen, seen._version))
         return seen

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 
+import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -125,6 +126,7 @@ class Forward(greenlet):
         self.own: list | None = None  # values on modules, which other forwards write to as well
         self._called: dict[str, object] = {}
         self._modes: tuple | None = None
+        self._inference = False  # the scheduler's mode
 
     def run(self):
         """The forward itself; what goes wrong in it is the fault of its batch."""
@@ -142,7 +144,7 @@ class Forward(greenlet):
         else:
             self.stage.show(self.state)
             self.stage.put(self.own)
-        outside = modes()
+        outside, self._inference = modes(), torch.is_inference_mode_enabled()
         set_modes(self._modes or outside)
         try:
             arrived = self.switch(answer) if self.started else self.switch()
@@ -156,7 +158,10 @@ class Forward(greenlet):
 
     def pause(self, point: Point, payload):
         """Called by hooks inside the forward: hand over to the scheduler, and return what it answers."""
-        return self.parent.switch((point, payload)) if self.stops_at(point) else None
+        if not self.stops_at(point):
+            return None
+        with torch.inference_mode(self._inference):  # what the scheduler makes outlives a forward in inference mode
+            return self.parent.switch((point, payload))
 
     def stops_at(self, point: Point) -> bool:
         """Whether the forward waits at a point."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .calibration import MASKS, Batch
-from .effects import ABSENT, Traces, blaming, copied, first_tensor, version_of
+from .effects import ABSENT, Traces, blaming, copied, first_tensor, identity_of, version_of
 from .errors import MergeError
 from .forwards import evaluating, is_encoder_decoder, main_output
 from .inputs import take
@@ -164,7 +164,7 @@ class _Recorder:
         def hook(module, args, kwargs):
             read = first_tensor(args, kwargs)
             self._alive.append(read)  # so that identities stay its own
-            identity = () if read is None else (id(read), version_of(read))
+            identity = () if read is None else identity_of(read)
             self._reading[name] = None if read is None else read.clone(), identity, self._held(), self._holding(read)
 
         return hook
