@@ -36,3 +36,22 @@ def place_the_rest(sequence: list[Point], model: nn.Module, layers, blocks) -> N
             put(("layer", name))
     for name in reversed(opened):
         put(("leave", name))
+
+
+def predecessors(orders: list[list[Point]]) -> dict[Point, set[Point]]:
+    """For every point, those that come before it in some of the orders, or before one of these; itself where orders disagree."""
+    found: dict[Point, set[Point]] = {point: set() for order in orders for point in order}
+    for order in orders:
+        for place, point in enumerate(order):
+            found[point].update(order[:place])
+    for between in found:
+        for earlier in found.values():
+            if between in earlier:
+                earlier |= found[between]
+    return found
+
+
+def sort(sequence: list[Point], earlier: dict[Point, set[Point]]) -> None:
+    """Put each point behind its predecessors, where orders agree; points without an entry stay in their places."""
+    ranked = iter(sorted((point for point in sequence if point in earlier), key=lambda point: len(earlier[point])))
+    sequence[:] = [next(ranked) if point in earlier else point for point in sequence]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .calibration import Batch
+from .errors import EmptyCalibration
 
 
 def selection(shape, batch: Batch, folds: int, mask_name: str | None) -> tuple[Tensor | None, list[int]]:
@@ -32,6 +33,22 @@ def counted(mask: Tensor, shape) -> Tensor:
     if mask.dim() > len(shape):
         kept = kept.any(-1)
     return kept.reshape(*kept.shape, *[1] * (len(shape) - kept.dim())).expand(shape)
+
+
+def check_folds(by_task: dict[str, list[Batch]], folds: int) -> None:
+    """EmptyCalibration where a fold of a task has no sequence with a token."""
+    for task, batches in by_task.items():
+        filled = set()
+        for batch in batches:
+            mask = batch.masks.get("attention_mask")
+            with_tokens = range(batch.size) if mask is None else (mask != 0).flatten(1).any(1).nonzero()[:, 0].tolist()
+            filled |= {(batch.start + i) % folds for i in with_tokens}
+        empty = sorted(set(range(min(folds, len(filled) + 9))) - filled)
+        if empty:
+            raise EmptyCalibration(
+                f"no calibration tokens for {[task]} in folds {empty} of {folds}; "
+                "give at least one sequence per task and fold, or use fewer folds"
+            )
 
 
 def joined(held: list[tuple]) -> tuple[Tensor, Tensor | None, list[int]]:

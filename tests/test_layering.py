@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qpmerge_lite"
 ORDER = ["errors", "moments", "sums", "bases", "programme", "solve", "climb", "held_out", "diagnostic",  # the mathematics
          "options", "experts", "merge", "calibration", "inputs", "forwards", "sparse", "datafree",  # weights and batches
-         "views", "layers", "effects", "orders", "lockstep", "layouts", "recording", "lookups", "survey", "rerun", "recipes", "rows", "gather", "sequential", "solvers",  # the pass
+         "views", "layers", "effects", "orders", "lockstep", "pauses", "layouts", "recording", "lookups", "survey", "rerun", "recipes", "rows", "gather", "sequential", "solvers",  # the pass
          "assess", "heads", "gradient", "methods",
          "records", "manifests", "sources", "suites", "plots", "regression", "claims", "book", "cli"]  # fmt: skip
 MATHEMATICS = ORDER[1 : ORDER.index("diagnostic") + 1]

@@ -175,3 +175,96 @@ def test_tables_that_are_called_first_by_some_batches_only_are_averaged():
     one, two = (q.qp(base, experts, dict.fromkeys(TASKS, order), **ELEMENTS) for order in (batches, batches[::-1]))
     assert distance(one.state_dict, two.state_dict) < 1e-12
     assert set(one.averaged) == set(two.averaged) == {"words.weight", "words_of_decoder.weight"}
+
+
+# ------------------------------------------------------------------------- layers in other orders
+
+
+class Swapped(Blocks):
+    """Its blocks in the order that the batch's mean says, and a layer behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, inputs):
+        one, two = self.blocks if inputs.mean() > 0 else reversed(self.blocks)
+        return self.last(two(one(inputs)))
+
+
+class Inside(nn.Module):
+    """The same within a block."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        for layer in (self.one, self.two) if x.mean() > 0 else (self.two, self.one):
+            x = layer(x).tanh()
+        return x
+
+
+class Rotated(Blocks):
+    """Three layers of which every batch calls two: the first and the second, the second and the third, the third and the first."""
+
+    def __init__(self):
+        super().__init__(block(), block(), block(), block())
+
+    def forward(self, inputs):
+        first = int(inputs[0, 0].abs())
+        for number in (first, (first + 1) % 3, 3):
+            inputs = self.blocks[number](inputs)
+        return inputs
+
+
+def starting(*numbers):
+    """Batches whose first number says what a model does with them."""
+    found = []
+    for number in numbers:
+        x = rows(6).abs() + 0.1
+        x[:, 0] = number
+        found.append({"inputs": x if number >= 0 else -x})
+    return found
+
+
+@pytest.mark.parametrize("activations", [None, 1])
+@pytest.mark.parametrize(
+    ("base", "batches", "disputed"),
+    [
+        (Swapped(), starting(1, -1), ["blocks.0.0", "blocks.1.0"]),
+        (Swapped(), starting(1, 1, -1, 1), ["blocks.0.0", "blocks.1.0"]),
+        (Blocks(Inside(), block()), starting(1, -1), ["blocks.0.one", "blocks.0.two"]),
+        (Rotated(), starting(0, 1, 2), ["blocks.0.0", "blocks.1.0", "blocks.2.0"]),
+        (Rotated(), starting(2, 1), []),
+    ],
+    ids=["swapped", "one of many", "inside a block", "in a circle", "in one order"],
+)
+def test_layers_to_which_batches_come_in_different_orders_are_averaged_in_whatever_order_these_are(base, batches, disputed, activations):
+    base = base.double()
+    experts, merges = tuned(base), []
+    for order in (batches, batches[::-1], [*batches[1:], batches[0]]):
+        merges.append(q.qp(base, experts, both(*order), activations=activations, **ELEMENTS))
+    reasons = {f"{layer}.{p}": "batches come to it in different orders" for layer in disputed for p in ("weight", "bias")}
+    for merge in merges:
+        assert distance(merge.state_dict, merges[0].state_dict) < 1e-9
+        assert {name: why for name, why in merge.averaged.items() if name in reasons} == reasons
+        assert disputed or not merge.averaged
+        assert merge.table[-1]["layer"] not in disputed
+
+
+def test_layers_that_a_survey_puts_the_wrong_way_round_are_visited_as_batches_come_to_them():
+    class Skipping(Blocks):
+        def __init__(self):
+            super().__init__(block(), block(), block())
+
+        def forward(self, inputs):
+            for number, called in ((1, inputs[0, 0] != 1), (0, inputs[0, 0] != 2), (2, True)):
+                inputs = self.blocks[number](inputs) if called else inputs
+            return inputs
+
+    base = Skipping().double()
+    experts, batches = tuned(base), starting(2, 1, 3)
+    merges = [q.qp(base, experts, both(*order), **ELEMENTS) for order in (batches, batches[::-1])]
+    assert distance(*(merge.state_dict for merge in merges)) < 1e-9
+    assert not merges[0].averaged and len(merges[0].table) == len(merges[1].table) == 3
