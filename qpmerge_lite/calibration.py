@@ -163,7 +163,7 @@ def _names(batches: list[Batch]) -> set[str]:
 def _is_shared(key: str, batches: list[Batch]) -> bool:
     """Whether an entry is one for all inputs: it keeps its length in batches of other sizes, or its values on other inputs.
 
-    Raises: MergeError for floats of which neither can be seen.
+    Raises: MergeError for a vector of which neither can be seen, as all batches are the same.
     """
     holders = [batch for batch in batches if isinstance(batch.arguments.get(key), Tensor)]
     first, values = holders[0], [batch.arguments[key] for batch in holders]
@@ -175,11 +175,11 @@ def _is_shared(key: str, batches: list[Batch]) -> bool:
         return False  # it is no question, differs from batch to batch, or is the same for every input
     if not all(_agree(first, batch, key) for batch in holders):
         return True
-    if values[0].is_floating_point() and values[0].dim() == 1:
+    if values[0].dim() == 1:
         raise MergeError(
-            f"task {first.task!r}, batch {first.number}, key {key!r}: as long as the batch, so that it may hold one number per "
-            f"input or be one for all; give shape ({first.size}, 1) for the former, (1, {first.size}) for the latter, or "
-            "another batch of another size"
+            f"task {first.task!r}, batch {first.number}, key {key!r}: expected to see whether it holds one number per input or is "
+            f"one for all, found a vector as long as the batch and no other batch; give one of another size, or shape "
+            f"({first.size}, 1) for the former and (1, {first.size}) for the latter"
         )
     return False
 

@@ -168,9 +168,10 @@ def test_a_number_for_every_input_is_cut(sizes):
     assert_like(vectors, columns)
 
 
-def test_numbers_of_which_nothing_can_be_told_are_named():
+@pytest.mark.parametrize("features", [torch.rand(6, dtype=torch.float64), torch.arange(6)], ids=["floats", "integers"])
+def test_numbers_of_which_nothing_can_be_told_are_named(features):
     base, x = Weighted().double(), rows(6)
-    batches = dict.fromkeys(TASKS, [{"inputs": x, "features": torch.rand(6, dtype=torch.float64)}])
+    batches = dict.fromkeys(TASKS, [{"inputs": x, "features": features}])
     for merge in (lambda: q.qp(base, tuned(base), batches), lambda: q.fisher(base, tuned(base), batches, heads=HEADS)):
         with pytest.raises(MergeError, match=r"task 'a', batch 0, key 'features': .*shape \(6, 1\)"):
             merge()
