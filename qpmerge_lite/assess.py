@@ -8,17 +8,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .calibration import Batch, check_calibration, evaluating, main_output, refuse_what_cannot_run
+from .calibration import Batch, check_calibration
 from .diagnostic import gap
 from .effects import blaming, first_tensor
 from .errors import MergeError, MissingLayer
 from .experts import check_experts
+from .forwards import evaluating, is_encoder_decoder, main_output, refuse_what_cannot_run
 from .layouts import Layout
 from .lockstep import Stage
 from .moments import Moments
 from .options import words
 from .recipes import Recipe
 from .recording import first_output
+from .rows import counted
 from .sequential import Pass
 from .survey import block_paths, survey
 from .views import View
@@ -87,7 +89,8 @@ def audit(base: nn.Module, state, experts, calibration, *, blocks: str | None = 
     Args:
         state: merged state dict, by any method. The other arguments are those of :func:`merge_sequentially`.
     Returns: ``layers`` (name -> captured energy, in forward order); ``drift`` (per block, ``Σ‖h - h_t‖² / Σ‖h_base - h_t‖²`` of the hidden
-        state behind it); ``output``, one minus that of what the model returns, which is what heads read. None where there is no residual energy.
+        state behind it); ``output``, one minus that of what the model returns, which is what heads read. None where there is no residual energy,
+        or where rows cannot be told from padding. Layers that no merge can solve are not there.
     """
     return Auditor(base, experts, calibration, blocks=blocks, hold=False)(state)
 
@@ -102,8 +105,8 @@ class _Sight:
         self._versions: list[tuple[Tensor, int]] = []
 
     def kept(self, seen: Tensor) -> Tensor:
-        """A tensor as it is now: itself, or a copy where the model works in place."""
-        if self.copying:
+        """A tensor as it is now: itself, or a copy where the model works in place or torch does not count what it writes."""
+        if self.copying or seen.is_inference():
             return seen.clone()
         self._versions.append((seen, seen._version))
         return seen
@@ -120,12 +123,12 @@ class Auditor:
     def __init__(self, base: nn.Module, experts, calibration, *, blocks: str | None = None, hold: bool = True):
         refuse_what_cannot_run(base)
         self.base, self.experts, self.reference = base, check_experts(base, experts, cast=True), base.state_dict()
-        self.batches = check_calibration(calibration, list(self.experts), next(base.parameters()).device)
+        device = next(base.parameters()).device
+        self.batches = check_calibration(calibration, list(self.experts), device, is_encoder_decoder(base))
         every = [batch for batches in self.batches.values() for batch in batches]
         with evaluating(base):
             self.known = survey(base, every, block_paths(base, blocks), self.reference)
-        for message in self.known.refusals.values():
-            raise MergeError(message)
+        self.padded = any(batch.padded for batch in every)
         sequence, left_out = self.known.sequence, self.known.left_out
         self.layers = [name for kind, name in sequence if kind == "layer" and name not in left_out]
         self.blocks = [name for kind, name in sequence if kind == "leave"]
@@ -134,7 +137,8 @@ class Auditor:
     @torch.no_grad()
     def __call__(self, state, tasks=None) -> dict:
         """One merge, on the inputs of all tasks or of some."""
-        state, sums, stage = check_experts(self.base, {"merge": state}, cast=True)["merge"], {}, Stage(self.base)
+        state, stage = check_experts(self.base, {"merge": state}, cast=True)["merge"], Stage(self.base)
+        sums, unmatched = {}, set()
         stage.keep(self.known.traces)
         try:
             with evaluating(self.base), _Watch(stage, self.known.views, self.layers, self.blocks) as watch:
@@ -142,12 +146,12 @@ class Auditor:
                     for batch in self.batches[task]:
                         expected = self._references(watch, batch)
                         made = watch.run(state, batch, True)
-                        self._add(batch, made, *expected, sums)
+                        self._add(batch, state, (made, *expected), sums, unmatched)
         finally:
             stage.restore()
-        shares = {key: _share(found) for key, found in sums.items()}
+        shares = {key: _share(found) for key, found in sums.items() if key not in unmatched}
         return {"layers": {name: _captured(shares.get(name)) for name in self.layers},
-                "drift": [shares.get(("leave", name)) for name in self.blocks], "output": _captured(shares["output"])}
+                "drift": [shares.get(("leave", name)) for name in self.blocks], "output": _captured(shares.get("output"))}
 
     def _references(self, watch, batch: Batch) -> tuple[_Sight, _Sight]:
         """What base and expert put out on a batch."""
@@ -160,20 +164,19 @@ class Auditor:
             self.held[key] = found
         return found
 
-    def _add(self, batch: Batch, made: _Sight, base: _Sight, expert: _Sight, sums) -> None:
-        """Add to ``sums[layer, block or output][task]`` the squared errors of merge and base, and the number of rows."""
-        for key, put in made.outputs.items():
-            if key not in expert.outputs:
-                continue
-            if key in self.layers:
-                v = self.known.views[key]
-                point, plain = ("layer", key), v.output(self.reference, made.reads[key])
-                rows = [v.output_rows(z) for z in (put, plain, expert.outputs[key])]
-            else:
-                point, rows = key if key != "output" else ("output", ""), [put, base.outputs[key], expert.outputs[key]]
+    def _add(self, batch: Batch, state, sights: tuple[_Sight, _Sight, _Sight], sums, unmatched: set) -> None:
+        """Add to ``sums[layer, block or output][task]`` the squared errors of merge and base, and the number of rows.
+
+        Args:
+            state: the merge. sights: of merge, base and expert.
+            unmatched: where it goes what has rows that cannot be told from padding.
+        """
+        for key, layout, rows in self._outputs(batch, state, *sights):
             if any(z.shape != rows[0].shape for z in rows):
                 continue  # routed otherwise: these rows are other tokens
-            layout = self.known.layout_at(point, batch)
+            if self.padded and (layout is None or not layout.fits(rows[0], batch)):
+                unmatched.add(key)
+                continue
             merged, plain, aim = (self._kept(z, layout, batch) for z in rows)
             total = sums.setdefault(key, {}).setdefault(batch.task, [0.0, 0.0, 0])
             for i, z in enumerate((merged, plain)):
@@ -186,13 +189,29 @@ class Auditor:
                     "damaged or far too large inputs and weights"
                 )
 
+    def _outputs(self, batch: Batch, state, made: _Sight, base: _Sight, expert: _Sight):
+        """Layer, block or output, its layout, and what merge, base and expert put out there; once for every call of a table."""
+        for key, put in made.outputs.items():
+            if key not in expert.outputs:
+                continue
+            if key not in self.layers:
+                point = key if key != "output" else ("output", "")
+                yield key, self.known.layout_at(point, batch), [put, base.outputs[key], expert.outputs[key]]
+                continue
+            v = self.known.views[key]
+            three = put, v.output(self.reference, made.reads[key]), expert.outputs[key]
+            yield key, self.known.layout_at(("layer", key), batch), [v.output_rows(z) for z in three]
+            for argument, layout in self.known.later_lookups(key, batch):
+                states = state, self.reference, self.experts[batch.task]
+                yield key, layout, [v.output(entries, batch.arguments[argument]) for entries in states]
+
     def _kept(self, z: Tensor, layout: Layout | None, batch: Batch) -> Tensor:
         """Rows (N, d) that are no padding."""
         if layout is None or not layout.fits(z, batch):
             return z.reshape(-1, z.shape[-1])
         z = layout.arrange(z, batch.size)
-        mask = batch.arguments.get(layout.mask) if layout.mask else None
-        return z.flatten(0, -2) if mask is None else z[mask != 0].flatten(0, -2)
+        mask = batch.masks.get(layout.mask)
+        return z.flatten(0, -2) if mask is None else z[counted(mask, z.shape[:-1])]
 
 
 class _Watch:
@@ -217,13 +236,15 @@ class _Watch:
 
     def _reading(self, name):
         def hook(module, args, kwargs):
-            self.sight.reads[name] = self.sight.kept(first_tensor(args, kwargs))
+            if name not in self.sight.reads:  # a table may be called again
+                self.sight.reads[name] = self.sight.kept(first_tensor(args, kwargs))
 
         return hook
 
     def _putting(self, name):
         def hook(module, args, output):
-            self.sight.outputs[name] = self.sight.kept(output)
+            if name not in self.sight.outputs:
+                self.sight.outputs[name] = self.sight.kept(output)
 
         return hook
 

@@ -1,4 +1,4 @@
-r"""Calibration batches, and how models are made to run on them.
+r"""Calibration batches.
 
 Calibration maps every task to batches of unlabelled inputs. A batch maps the names of keyword
 arguments of the model's ``forward`` to tensors, or to plain values such as None and flags.
@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import EmptyCalibration, MergeError
 
@@ -19,6 +18,7 @@ from .errors import EmptyCalibration, MergeError
 MASKS = ("attention_mask", "decoder_attention_mask")
 TOKENS = ("input_ids", "inputs_embeds")
 INPUTS = (*TOKENS, "pixel_values", "input_values", "input_features")
+IGNORED = -100  # the label of tokens that take no part in the loss
 PLAIN = (type(None), bool, int, float, str)
 
 EXPECTED = (
@@ -37,6 +37,8 @@ class Batch:
         arguments: keyword arguments of ``forward``, tensors on the device of the model.
         size: number of sequences, images or the like.
         start: running number of the first of them within the task.
+        decodes_labels: whether the model reads its labels as the decoder's tokens.
+        shared: names of tensors that are one for all inputs, though they may be as long as the batch.
     """
 
     task: str
@@ -44,14 +46,42 @@ class Batch:
     arguments: dict
     size: int
     start: int
+    decodes_labels: bool = False
+    shared: frozenset[str] = frozenset()
+
+    @property
+    def one_per_input(self) -> list[str]:
+        """Names of the tensors that hold one row per input, rather than one for all."""
+        tensors = {k: v for k, v in self.arguments.items() if isinstance(v, Tensor) and v.dim()}
+        return [k for k, v in tensors.items() if len(v) == self.size and k not in self.shared]
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Which tokens are counted, by name of the mask: nonzero entries of (B, S), or (B, S, choices).
+
+        Of a decoder without a mask of its own, tokens whose label is -100 are not.
+        """
+        found = {name: self.arguments[name] for name in MASKS if isinstance(self.arguments.get(name), Tensor)}
+        labels = self.arguments.get("labels")
+        if self.decodes_labels and MASKS[1] not in found and isinstance(labels, Tensor) and labels.dim() == 2:
+            found[MASKS[1]] = labels != IGNORED
+        return {name: mask.movedim(-1, 1) for name, mask in found.items()}
+
+    @property
+    def padded(self) -> bool:
+        """Whether some of its tokens are not counted."""
+        return any(bool((mask == 0).any()) for mask in self.masks.values())
 
 
-def check_calibration(calibration, tasks: Iterable[str], device) -> dict[str, list[Batch]]:
+def check_calibration(
+    calibration, tasks: Iterable[str], device, decodes_labels: bool = False
+) -> dict[str, list[Batch]]:
     """The batches of every task, tensors moved to ``device``.
 
     Args:
         calibration: task -> batches (any iterable, also a generator); see the head of this file.
         tasks: for which there must be batches; others are left out.
+        decodes_labels: of a :class:`Batch`.
     Raises: EmptyCalibration for tasks without batches or with an empty one; MergeError naming
         task, number of the batch and key for anything that is no batch.
     """
@@ -67,7 +97,10 @@ def check_calibration(calibration, tasks: Iterable[str], device) -> dict[str, li
             f"no calibration batches for {missing}; give every expert at least one batch of "
             "unlabelled inputs"
         )
-    return {task: _numbered(task, batches, device) for task, batches in lists.items()}
+    found = {task: _numbered(task, batches, device, decodes_labels) for task, batches in lists.items()}
+    every = [batch for batches in found.values() for batch in batches]
+    names = frozenset(key for key in _names(every) if _is_shared(key, every))
+    return {task: [replace(batch, shared=names) for batch in batches] for task, batches in found.items()}
 
 
 def _hollow(batch) -> bool:
@@ -95,13 +128,13 @@ def _type(value) -> str:
     return type(value).__name__
 
 
-def _numbered(task: str, batches: list, device) -> list[Batch]:
+def _numbered(task: str, batches: list, device, decodes_labels: bool) -> list[Batch]:
     numbered, start = [], 0
     for number, batch in enumerate(batches):
         where = f"task {task!r}, batch {number}"
         arguments = _arguments(where, batch, device)
         size = _size(where, arguments)
-        numbered.append(Batch(task, number, arguments, size, start))
+        numbered.append(Batch(task, number, arguments, size, start, decodes_labels))
         start += size
     return numbered
 
@@ -119,6 +152,43 @@ def _arguments(where: str, batch, device) -> dict:
     if not any(isinstance(value, Tensor) for value in arguments.values()):
         raise MergeError(f"{where}: {EXPECTED}; found {sorted(arguments)}, none of them a tensor")
     return arguments
+
+
+def _names(batches: list[Batch]) -> set[str]:
+    """Names of tensors of which it is not known beforehand that they hold one row per input."""
+    named = {*MASKS, *INPUTS, "labels"}
+    return {k for b in batches for k, v in b.arguments.items() if isinstance(v, Tensor) and v.dim() and k not in named}
+
+
+def _is_shared(key: str, batches: list[Batch]) -> bool:
+    """Whether an entry is one for all inputs: it keeps its length in batches of other sizes, or its values on other inputs.
+
+    Raises: MergeError for a vector of which neither can be seen, as all batches are the same.
+    """
+    holders = [batch for batch in batches if isinstance(batch.arguments.get(key), Tensor)]
+    first, values = holders[0], [batch.arguments[key] for batch in holders]
+    lengths, sizes = {len(value) for value in values}, {batch.size for batch in holders}
+    if len(lengths) > 1 or len(sizes) > 1:
+        return len(lengths) == 1
+    alone = lengths != sizes or not set(first.one_per_input) - {key}
+    if alone or not all(torch.equal(value, values[0]) for value in values) or bool((values[0] == values[0][:1]).all()):
+        return False  # it is no question, differs from batch to batch, or is the same for every input
+    if not all(_agree(first, batch, key) for batch in holders):
+        return True
+    if values[0].dim() == 1:
+        raise MergeError(
+            f"task {first.task!r}, batch {first.number}, key {key!r}: expected to see whether it holds one number per input or is "
+            f"one for all, found a vector as long as the batch and no other batch; give one of another size, or shape "
+            f"({first.size}, 1) for the former and (1, {first.size}) for the latter"
+        )
+    return False
+
+
+def _agree(one: Batch, other: Batch, but: str) -> bool:
+    """Whether batches hold the same tensors, one aside."""
+    tensors = {k: v for k, v in one.arguments.items() if isinstance(v, Tensor) and k != but}
+    others = {k: v for k, v in other.arguments.items() if isinstance(v, Tensor) and k != but}
+    return tensors.keys() == others.keys() and all(torch.equal(v, others[k]) for k, v in tensors.items())
 
 
 def _argument(where: str, value, device):
@@ -149,13 +219,14 @@ def _argument(where: str, value, device):
 def _size(where: str, arguments: dict) -> int:
     """Number of sequences of a batch."""
     shapes = {k: v.shape for k, v in arguments.items() if isinstance(v, Tensor) and v.dim()}
+    choices = shapes.get(TOKENS[0], ()) if len(shapes.get(TOKENS[0], ())) == 3 else None
     for name in MASKS:
         mask = arguments.get(name)
-        if mask is not None and len(shapes.get(name, ())) != 2:
+        if mask is not None and len(shapes.get(name, ())) != 2 and shapes.get(name) != choices:
             found = tuple(mask.shape) if isinstance(mask, Tensor) else repr(mask)
             raise MergeError(
-                f"{where}, key {name!r}: expected shape (B, S), one entry per token, found {found}; "
-                "leave it out where nothing is padding"
+                f"{where}, key {name!r}: expected shape (B, S), or that of {TOKENS[0]!r} with choices (B, choices, S), "
+                f"one entry per token, found {found}; leave it out where nothing is padding"
             )
     for name in TOKENS if MASKS[0] in shapes else ():
         if name in shapes and shapes[name][0] != shapes[MASKS[0]][0]:
@@ -168,116 +239,3 @@ def _size(where: str, arguments: dict) -> int:
             return shapes[name][0]
     leading = Counter(shape[0] for shape in shapes.values() if shape[0] > 1)
     return leading.most_common(1)[0][0] if leading else 1
-
-
-# -------------------------------------------------------------------------------- the model
-
-
-@contextmanager
-def evaluating(model: nn.Module):
-    """The model in evaluation mode, layer by layer and without a cache; afterwards as it was.
-
-    Within, ``nn.TransformerEncoder`` takes no fast path, which would go past hooks of its layers
-    and pack padded sequences into nested tensors.
-    """
-    modes = {module: module.training for module in model.modules()}
-    configs = _configs_with_cache(model)
-    cached = [config.use_cache for config in configs]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        model.eval()
-        for config in configs:
-            config.use_cache = False
-        torch.backends.mha.set_fastpath_enabled(False)
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, training in modes.items():
-            module.training = training
-        for config, value in zip(configs, cached):
-            config.use_cache = value
-
-
-def _configs_with_cache(model: nn.Module) -> list:
-    """Configurations of the model and its parts that ask for a cache, each once."""
-    configs = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "use_cache", False):
-            configs[id(config)] = config
-    return list(configs.values())
-
-
-def main_output(output) -> Tensor:
-    """The main tensor of what a model returns.
-
-    The output itself, or the first tensor with an axis of a tuple, list or mapping (as the
-    outputs of transformers are): a loss that stands first is no output.
-
-    Raises: MergeError naming the type that has no such tensor.
-    """
-    values = [output]
-    if isinstance(output, Mapping):
-        values = list(output.values())
-    elif isinstance(output, (tuple, list)):
-        values = list(output)
-    for value in values:
-        if isinstance(value, Tensor) and value.dim():
-            return value
-    raise MergeError(
-        f"the model returns {_type(output)}: expected a tensor, or a tuple, list or mapping with a "
-        "tensor that has at least one axis; wrap the model so that it returns its hidden state"
-    )
-
-
-def refuse_what_cannot_run(model: nn.Module) -> None:
-    """Nothing, or a MergeError that names the module that cannot be run layer by layer."""
-    if not isinstance(model, nn.Module):
-        raise MergeError(f"base: expected a model (nn.Module), found {_type(model)}")
-    for name, module in model.named_modules():
-        fault = _fault(module)
-        if fault:
-            where = f"module {name!r}" if name else "the model"
-            raise MergeError(f"{where} ({_type(module)}) {fault}")
-
-
-def _fault(module: nn.Module) -> str:
-    """Why a module cannot be run layer by layer, and the cure; empty if it can."""
-    if _is_compiled(module):
-        return (
-            "is compiled, so that its layers cannot be watched; pass the model as it was before "
-            "torch.compile (model._orig_mod, or a fresh one)"
-        )
-    if isinstance(module, torch.jit.ScriptModule):
-        return (
-            "is a ScriptModule, so that its layers cannot be watched; pass the nn.Module that it "
-            "was made from"
-        )
-    if _is_quantised(module):
-        return (
-            "holds quantised weights, which are no floating numbers; load the model in a floating "
-            "dtype, or dequantise it first"
-        )
-    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    for key, value in tensors:
-        if value.device.type == "meta":
-            return (
-                f"has its {key!r} on the meta device, which holds no values; load the weights "
-                "first (without device_map offloading)"
-            )
-    return ""
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    optimised = hasattr(module, "_orig_mod") and hasattr(module, "dynamo_ctx")
-    return optimised or getattr(module, "_compiled_call_impl", None) is not None
-
-
-def _is_quantised(module: nn.Module) -> bool:
-    """A quantised module of torch, or one named like a layer whose weight is no float."""
-    if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
-        return True
-    if not any(kind in type(module).__name__ for kind in ("Linear", "Conv", "Embedding")):
-        return False
-    weight = module._parameters.get("weight")
-    return weight is not None and not (weight.is_floating_point() or weight.is_complex())

@@ -43,6 +43,11 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def identity_of(tensor: Tensor) -> tuple:
+    """Equal for a tensor that has not been written to since; never where torch does not count that."""
+    return id(tensor), object() if tensor.is_inference() else tensor._version
+
+
 def copied(value):
     """A copy of a tensor, because a model may work in place; anything else as it is."""
     return value.clone() if isinstance(value, Tensor) else value

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .calibration import Batch
 from .errors import MergeError, NonFinite
+from .layouts import Layout
 from .lockstep import Forward, LeftOut
 from .moments import Moments
 from .recipes import Making, Recipe, looks_at
@@ -135,12 +136,18 @@ class Gatherer:
         Z = v.samples(rows)
         return (Z.double() if self.products == "float64" else Z), counts
 
-    def _rows(self, v: View, read: Tensor, batch: Batch, folds: int) -> tuple[Tensor, list[int]]:
-        """Rows (N, d) of a batch that are no padding, those of a fold side by side, and how many each fold has."""
-        layout, rows = self.known.layout(v.name, batch), v.rows(read)
+    def _rows(self, v: View, read: Tensor, batch: Batch, folds: int, layout: Layout | None = None) -> tuple[Tensor, list[int]]:
+        """Rows (N, d) of a batch that are no padding, those of a fold side by side, and how many each fold has.
+
+        Args:
+            layout: of tokens that are read behind the first call of a table; otherwise that of the layer.
+        """
+        first, rows = layout is None, v.rows(read)
+        layout = self.known.layout(v.name, batch) if first else layout
         if not layout.fits(rows, batch):
             raise LeftOut(v.name, "its rows are laid out differently from batch to batch")
-        self._check_count(v, rows, batch)
+        if first:
+            self._check_count(v, rows, batch)
         width = self._widths.setdefault(v.name, rows.shape[-1])
         if rows.shape[-1] != width:
             raise MergeError(
@@ -177,15 +184,21 @@ class Gatherer:
         if silent:
             raise Unreached(f"too few calibration inputs of {silent} reach it")
 
+    def _tokens(self, table: Table, read: Tensor, batch: Batch, folds: int, layout: Layout | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens (N,) of a batch that are no padding, and the fold of each."""
+        rows, counts = self._rows(table, read, batch, folds, layout)
+        fold = torch.arange(folds).repeat_interleave(torch.tensor(counts))
+        return rows[:, 0], fold.to(rows.device)
+
     def _counted(self, table: Table, reads, making: Making) -> Gathered:
         """A table of the tokens that occur, and its moments: how often each does. All targets agree on it."""
         folds, found = making.recipe.folds, {task: [] for task in self.tasks}
         for batch in self.batches:
             read = reading(reads, making.stream, batch)
             if read is not None:
-                rows, counts = self._rows(table, read, batch, folds)
-                fold = torch.arange(folds).repeat_interleave(torch.tensor(counts)).to(rows.device)
-                found[batch.task].append((rows[:, 0], fold))
+                found[batch.task].append(self._tokens(table, read, batch, folds))
+                for key, layout in self.known.later_lookups(table.name, batch):
+                    found[batch.task].append(self._tokens(table, batch.arguments[key], batch, folds, layout))
         tokens = [ids for parts in found.values() for ids, _ in parts]
         if not tokens:
             raise Unreached("no calibration input reaches it")

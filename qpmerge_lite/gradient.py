@@ -11,8 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .calibration import Batch, evaluating
+from .calibration import Batch
 from .errors import MergeError
+from .forwards import evaluating
 from .heads import Heads, inputs_of, logits_of, outputs_of, spread_over_ties, trained
 from .inputs import draw, joined, take
 from .merge import Merge, add_update, check_experts, differences, tied

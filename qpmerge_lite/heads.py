@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .calibration import Batch, check_calibration, refuse_what_cannot_run
+from .calibration import Batch, check_calibration
 from .effects import refused
 from .errors import MergeError, NonFinite, is_finite
+from .forwards import refuse_what_cannot_run
 from .inputs import refuse_lost_entries
 from .merge import parameters_of, tied
 

@@ -22,28 +22,19 @@ def refuse_lost_entries(batches: list[Batch]) -> None:
                 )
 
 
-def _one_per_input(batch: Batch) -> set[str]:
-    """Keys of the tensors that hold one row per input, rather than one for all."""
-    found = set()
-    for key, value in batch.arguments.items():
-        if isinstance(value, Tensor) and value.dim() and len(value) == batch.size:
-            found.add(key)
-    return found
-
-
 def take(batch: Batch, rows: Tensor) -> Batch:
     """Some inputs of a batch as a batch of their own; entries for all inputs are kept whole."""
     arguments = dict(batch.arguments)
-    for key in _one_per_input(batch):
+    for key in batch.one_per_input:
         arguments[key] = arguments[key][rows.to(arguments[key].device)]
     return replace(batch, arguments=arguments, size=len(rows))
 
 
 def joined(batches: list[Batch]) -> Batch | None:
     """Batches end to end as one, or None where their entries do not allow it as they are."""
-    first, keys = batches[0], _one_per_input(batches[0])
+    first, keys = batches[0], batches[0].one_per_input
     for batch in batches[1:]:
-        if batch.arguments.keys() != first.arguments.keys() or _one_per_input(batch) != keys:
+        if batch.arguments.keys() != first.arguments.keys() or set(batch.one_per_input) != set(keys):
             return None
         if not all(_fits(batch.arguments[k], v, k in keys) for k, v in first.arguments.items()):
             return None

@@ -1,8 +1,8 @@
 """Where the sequences and tokens of a batch lie in the rows that a layer reads.
 
-Found out by comparing rows of a few sequences with those of one sequence less, and of sequences with one token less: what
-changes its size with the sequences is their axis, what changes it with the tokens is theirs. No guess from shapes that
-happen to agree.
+Found out by comparing rows of a few sequences with those of one sequence less in another order, and of sequences with one
+token less: what changes its size with the sequences is their axis, what changes it with the tokens is theirs. No guess
+from shapes that happen to agree.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .calibration import MASKS, Batch
+from .calibration import Batch
 from .errors import MergeError
 from .lockstep import LeftOut
 
@@ -50,18 +50,19 @@ class Layout:
             return True
         if rows.dim() <= self.axis + 1 or rows.shape[self.axis] % batch.size:
             return False
-        mask = batch.arguments.get(self.mask) if self.mask else None
-        return mask is None or self.arrange(rows, batch.size).shape[:2] == mask.shape
+        mask = batch.masks.get(self.mask)
+        return mask is None or self.arrange(rows, batch.size).shape[: mask.dim()] == mask.shape
 
 
 def find_layout(layer: str, rows: Tensor, fewer: Tensor | None, shorter: dict, batch: Batch, padded: bool, table=False) -> Layout:
-    """The layout of rows (…, d) on a few sequences, given those on one sequence less and on shorter ones.
+    """The layout of rows (…, d) on the few sequences of a batch, given those on one sequence less, the others in
+    reverse order, and on shorter ones.
 
     Raises: LeftOut or MergeError with the reason where there is none.
     """
     if fewer is None:
         return _layout_by_shape(rows, batch, padded)
-    size = max(min(batch.size, 3), 2)
+    size = batch.size
     layout = _sequences_of(layer, rows, fewer, size, table)
     relations = {}
     for mask, cut in shorter.items():
@@ -73,16 +74,16 @@ def find_layout(layer: str, rows: Tensor, fewer: Tensor | None, shorter: dict, b
         if padded and None in relations.values():
             if rows.dim() == 2:
                 raise LeftOut(layer, "which rows it reads depends on what they hold")
-            raise _unmatched(fewer, batch)
+            raise _unmatched(rows, batch)
         if layout.axis is None and not (rows.dim() == 2 or len(rows) == 1):
             raise LeftOut(layer, "its rows are not those of the batch's sequences")
         return layout
     mask, axis = axes[0]
-    return replace(layout, token_axis=axis, mask=mask if mask in batch.arguments else None)
+    return replace(layout, token_axis=axis, mask=mask if mask in batch.masks else None)
 
 
 def _sequences_of(layer, rows, fewer, size, table) -> Layout:
-    """The axis of sequences: the one that shrinks with them, and whose rows are the same as before."""
+    """The axis of sequences: the one that shrinks with them, and whose rows are the same as before, in reverse order."""
     if rows.dim() != fewer.dim():
         raise LeftOut(layer, "its rows are laid out differently from batch to batch")
     axes = [i for i in range(rows.dim() - 1) if rows.shape[i] != fewer.shape[i]]
@@ -95,7 +96,7 @@ def _sequences_of(layer, rows, fewer, size, table) -> Layout:
         raise LeftOut(layer, "how many rows it reads depends on what they hold")
     for sequences_first in (True, False):
         layout = Layout(axes[0], sequences_first)
-        if _close(layout.arrange(rows, size)[: size - 1], layout.arrange(fewer, size - 1)):
+        if _close(layout.arrange(rows, size)[: size - 1].flip(0), layout.arrange(fewer, size - 1)):
             return layout
     raise LeftOut(layer, "what it reads of a sequence depends on the others of its batch")
 
@@ -113,7 +114,7 @@ def _relation(layout: Layout, rows, shorter, size, batch, mask) -> list[int] | N
 
     None stands for rows that depend on the tokens and are not theirs. Without calls on shorter sequences, length decides.
     """
-    arranged, of_mask = layout.arrange(rows, size), batch.arguments.get(mask)
+    arranged, of_mask = layout.arrange(rows, size), batch.masks.get(mask)
     length = None if of_mask is None else of_mask.shape[1]
     if shorter is None:
         return [i for i in range(1, arranged.dim() - 1) if arranged.shape[i] == length] or None
@@ -130,12 +131,13 @@ def _relation(layout: Layout, rows, shorter, size, batch, mask) -> list[int] | N
         if not one_less or length not in (None, arranged.shape[axis]):
             return None
     independent = not axes and torch.equal(arranged, cut)
-    one_row_each = arranged[..., 0].numel() == size
+    choices = 1 if of_mask is None else of_mask[0, 0].numel()
+    one_row_each = arranged[..., 0].numel() == size * choices
     return axes if axes or independent or one_row_each else None
 
 
 def _unmatched(rows, batch) -> MergeError:
-    masks = {k: tuple(batch.arguments[k].shape) for k in MASKS if isinstance(batch.arguments.get(k), Tensor)}
+    masks = {name: tuple(mask.movedim(1, -1).shape) for name, mask in batch.masks.items()}
     return MergeError(
         f"expected rows that can be matched to the tokens of {masks}, found {tuple(rows.shape)}; the model does not keep one row "
         "per token there: give it batches without padding (masks of ones), or name the layers to solve with layers="

@@ -14,17 +14,16 @@ parameters and buffers are pointed to the weights of whichever forward runs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
-from greenlet import getcurrent, greenlet
+import torch
+from greenlet import greenlet
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .calibration import Batch
-from .effects import ABSENT, Traces, blaming, copied, first_tensor, modes, set_modes, version_of
-
-Point = tuple[str, str]  # "layer", "enter" or "leave", and the path of a module
+from .effects import ABSENT, Traces, blaming, copied, modes, set_modes, version_of
+from .orders import Point
 
 
 class LeftOut(BaseException):  # no model may take it for an error of its own
@@ -41,6 +40,18 @@ class Apart(BaseException):
     def __init__(self, layer: str):
         super().__init__(layer)
         self.layer = layer
+
+
+class Disordered(BaseException):
+    """A forward came to a layer that was visited without it: the pass starts again, knowing in which order each comes to them.
+
+    Attributes:
+        orders: of every forward, the layers in the order in which it came to them; none where that was not found out.
+    """
+
+    def __init__(self, orders: list[list[Point]]):
+        super().__init__()
+        self.orders = orders
 
 
 class Stage:
@@ -126,6 +137,7 @@ class Forward(greenlet):
         self.own: list | None = None  # values on modules, which other forwards write to as well
         self._called: dict[str, object] = {}
         self._modes: tuple | None = None
+        self._inference = False  # the scheduler's mode
 
     def run(self):
         """The forward itself; what goes wrong in it is the fault of its batch."""
@@ -143,7 +155,7 @@ class Forward(greenlet):
         else:
             self.stage.show(self.state)
             self.stage.put(self.own)
-        outside = modes()
+        outside, self._inference = modes(), torch.is_inference_mode_enabled()
         set_modes(self._modes or outside)
         try:
             arrived = self.switch(answer) if self.started else self.switch()
@@ -157,7 +169,10 @@ class Forward(greenlet):
 
     def pause(self, point: Point, payload):
         """Called by hooks inside the forward: hand over to the scheduler, and return what it answers."""
-        return self.parent.switch((point, payload)) if self.stops_at(point) else None
+        if not self.stops_at(point):
+            return None
+        with torch.inference_mode(self._inference):  # what the scheduler makes outlives a forward in inference mode
+            return self.parent.switch((point, payload))
 
     def stops_at(self, point: Point) -> bool:
         """Whether the forward waits at a point."""
@@ -175,109 +190,54 @@ class Forward(greenlet):
         return again
 
 
-@contextmanager
-def pausing(stage: Stage, leaders: Mapping[str, list[str]], blocks: Iterable[str] = (), tables=()):
-    """Forwards on the stage pause before the layers of ``leaders``, before and behind ``blocks``, and where they park.
-
-    Args:
-        leaders: layer -> the layers behind it that read the same tensor, which is checked as they are called.
-        blocks: modules whose arguments and outputs are handed over.
-        tables: layers that may be called several times; they pause at the first call.
-    """
-    hooks = []
-
-    def on(path, hook, **options):
-        module = stage.model.get_submodule(path)
-        hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True, **options))
-
-    for leader, others in leaders.items():
-        on(leader, _leading(leader, leader in tables))
-        for other in others:
-            on(other, _following(other, leader))
-    for path in {*blocks, *(path for _, path in stage.parking)}:
-        on(path, _entering(path), prepend=True)
-    for path in blocks:
-        module = stage.model.get_submodule(path)
-        hooks.append(module.register_forward_hook(_leaving(path), with_kwargs=True))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _leading(layer, may_be_called_again):
-    def hook(module, args, kwargs):
-        forward = getcurrent()
-        if not isinstance(forward, Forward):
-            return
-        read = first_tensor(args, kwargs)
-        if not forward.note(layer, read):
-            forward.pause(("layer", layer), read)
-        elif not may_be_called_again:
-            raise LeftOut(layer, "called more than once in a forward")
-
-    return hook
-
-
-def _following(layer, leader):
-    def hook(module, args, kwargs):
-        forward = getcurrent()
-        if not isinstance(forward, Forward):
-            return
-        read = first_tensor(args, kwargs)
-        if forward.note(layer, read):
-            raise LeftOut(layer, "called more than once in a forward")
-        if not forward.reads_again(leader, read):
-            raise Apart(layer)
-
-    return hook
-
-
-def _entering(block):
-    def hook(module, args, kwargs):
-        forward = getcurrent()
-        if isinstance(forward, Forward):
-            return forward.pause(("enter", block), (args, kwargs))
-
-    return hook
-
-
-def _leaving(block):
-    def hook(module, args, kwargs, output):
-        forward = getcurrent()
-        if isinstance(forward, Forward):
-            return forward.pause(("leave", block), output)
-
-    return hook
-
-
 def run(forwards: list[Forward], sequence: list[Point], visit: Callable[[Point, list[Forward]], bool]) -> None:
     """Run forwards in lockstep: all that come to a point wait there, ``visit`` is called, and they go on.
 
     Args:
         sequence: every point at which a forward may wait. Of the points where some wait, the first is visited.
         visit: called with the point and the forwards there; whether to go on.
-    Raises: LeftOut when a forward comes to a layer that was visited without it.
+    Raises: Disordered when a forward comes to a layer that was visited without it.
     """
     visited, order = set(), {point: rank for rank, point in enumerate(sequence)}
+    came: dict[Forward, list[Point]] = {forward: [] for forward in forwards}
+
+    def advance(forward):
+        forward.advance()
+        if forward.at is not None and forward.at[0] == "layer":
+            came[forward].append(forward.at)
+
     try:
         for forward in forwards:
-            forward.advance()
+            advance(forward)
         while waiting := {forward.at for forward in forwards if forward.at is not None}:
             point = min(waiting, key=order.__getitem__)
             if point in visited and point[0] == "layer":
-                raise LeftOut(point[1], "batches come to it in different orders")
+                for forward in forwards:
+                    while forward.at is not None:
+                        advance(forward)
+                raise Disordered(list(came.values()))
             visited.add(point)
             arrived = [forward for forward in forwards if forward.at == point]
             others_wait = any(forward.at not in (None, point) for forward in forwards)
             if not visit(point, arrived) and not others_wait:
                 return
             for forward in arrived:
-                forward.advance()
+                advance(forward)
     finally:
         outside = modes()
         for forward in forwards:
             if forward.started and not forward.dead:
                 forward.throw()
         set_modes(outside)
+
+
+def hand_over(arrived: list[Forward]) -> None:
+    """At the border of a block, the expert's forward goes on with what the merged one has."""
+    merged = {}
+    for forward in arrived:
+        if forward.kind[0] == "merged":
+            merged[forward.kind[1], forward.batch.task, forward.batch.number] = forward.payload
+    for forward in arrived:
+        if forward.kind[0] == "block":
+            given = merged.get((forward.kind[1], forward.batch.task, forward.batch.number))
+            forward.answer = tree_map(copied, given)  # either may work in place

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,10 +12,13 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .calibration import MASKS, Batch, evaluating, main_output
-from .effects import ABSENT, Traces, blaming, copied, first_tensor, version_of
+from .calibration import MASKS, Batch
+from .effects import ABSENT, Traces, blaming, copied, first_tensor, identity_of, version_of
 from .errors import MergeError
-from .lockstep import Point
+from .forwards import evaluating, main_output
+from .inputs import take
+from .orders import Point
+from .probes import numbers, unlike_sequences, with_even_tokens, without_a_token
 
 
 @dataclass(frozen=True)
@@ -27,39 +30,54 @@ class Call:
     put: Tensor | None = None
     identity: tuple = ()  # of the tensor that was read: layers with the same one read the same
     held: float = 0.0  # bytes in the frames of the forward, per number in the arguments of the batch
-
-
-def kind_of(batch: Batch) -> frozenset[str]:
-    """Batches with the same arguments, of as many axes, the same dtypes and equal flags, are alike."""
-    kinds = set()
-    for key, value in batch.arguments.items():
-        if isinstance(value, Tensor):
-            kinds.add((key, value.dim(), value.dtype))
-        elif value is not None:
-            kinds.add((key, type(value), value))
-    return frozenset(kinds)
+    arguments: frozenset[str] = frozenset()  # names of those that hold just what was read, of tokens
 
 
 def call_at(calls, point: Point) -> Call | None:
     return next((call for call in calls or () if call.point == point), None)
 
 
-def recordings(views, model, batch: Batch, blocks, traces: Traces):
-    """Calls on a few sequences of a batch, on one sequence less, and on shorter ones by mask; None for what does not run."""
-    count = min(batch.size, 3)
-    chosen = list(range(count)) if count > 1 else [0, 0]
-    few = _sequences(batch, chosen)
+@dataclass(frozen=True)
+class Recordings:
+    """Calls on a few sequences of a batch, and on others made of them; None for what the model does not run on.
+
+    Attributes:
+        batch: the few sequences. some: calls on them.
+        fewer: calls without the last of them, the others in reverse order.
+        shorter: mask -> calls on those, the last token gone.
+        even: calls on those, every token holding what the first one holds; empty where there are no tokens.
+    """
+
+    batch: Batch
+    some: list[Call]
+    fewer: list[Call] | None = None
+    shorter: dict[str, list[Call] | None] = field(default_factory=dict)
+    even: list[Call] | None = None
+
+    def named(self) -> dict[str, list[Call] | None]:
+        """All of them by name."""
+        return {"some": self.some, "fewer": self.fewer, "even": self.even, **self.shorter}
+
+
+def recordings(views, model, batch: Batch, blocks, traces: Traces) -> Recordings:
+    """Record a model on a few sequences of a batch.
+
+    Raises: MergeError for a batch that the model does not take.
+    """
+    chosen = unlike_sequences(batch)
+    few, without_last = take(batch, torch.tensor(chosen)), take(batch, torch.tensor(chosen[-2::-1]))
     try:
         some = _record(model, views, few, blocks, traces)
-        fewer = _record(model, views, _sequences(batch, chosen[:-1]), blocks, traces)
+        fewer = _record(model, views, without_last, blocks, traces)
     except MergeError:  # a model may need its batches whole, or this batch is wrong: then what follows says so
-        return batch, _record(model, views, batch, blocks, traces), None, {}
-    shorter = {}
-    for mask in MASKS if any(m in batch.arguments for m in MASKS) else ():
-        cut = _shorter(model, _sequences(batch, chosen[:-1]), mask)
+        return Recordings(batch, _record(model, views, batch, blocks, traces))
+    shorter, even = {}, with_even_tokens(without_last)
+    for mask in MASKS if batch.masks else ():
+        cut = without_a_token(model, without_last, mask)
         if cut is not None:
             shorter[mask] = _attempt(model, views, cut, blocks, traces)
-    return few, some, fewer, shorter
+    held = None if even is None else _attempt(model, views, even, blocks, traces)
+    return Recordings(few, some, fewer, shorter, held)
 
 
 class _OutsideReads(TorchFunctionMode):
@@ -114,43 +132,6 @@ def _attempt(model, views, batch, blocks, traces):
         return None
 
 
-def _sequences(batch: Batch, chosen: list[int]) -> Batch:
-    """Some of a batch's sequences."""
-    arguments = {}
-    for key, value in batch.arguments.items():
-        per_sequence = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch.size
-        arguments[key] = value[chosen] if per_sequence else value
-    return Batch(batch.task, batch.number, arguments, len(chosen), batch.start)
-
-
-def _shorter(model, batch: Batch, mask: str) -> Batch | None:
-    """The batch with the last token gone, of the decoder's or of all other arguments; None where it has one only."""
-    of_decoder = mask == MASKS[1]
-    encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    mine = {}
-    for key, value in batch.arguments.items():
-        decoders = key.startswith("decoder_") or (key == "labels" and encoder_decoder)
-        if isinstance(value, Tensor) and decoders == of_decoder:
-            mine[key] = value
-    named = [mine[k] for k in (mask, "decoder_input_ids", "decoder_inputs_embeds", "labels") if k in mine]
-    if not named or named[0].dim() < 2 or named[0].shape[1] < 2:
-        return None
-    length, arguments = named[0].shape[1], dict(batch.arguments)
-    for key, value in mine.items():
-        tokens = value.dim() >= 2 and value.shape[1] == length
-        if tokens and (not value.is_floating_point() or value.dim() <= 3):
-            arguments[key] = value[:, :-1]
-        elif value.dim() == 1 and len(value) == length != batch.size:
-            arguments[key] = value[:-1]
-    return Batch(batch.task, batch.number, arguments, batch.size, batch.start)
-
-
-def is_padded(batch: Batch) -> bool:
-    """Whether a mask of the batch has a zero."""
-    masks = [batch.arguments[k] for k in MASKS if isinstance(batch.arguments.get(k), Tensor)]
-    return any(bool((mask == 0).any()) for mask in masks)
-
-
 class _Recorder:
     """Calls of layers, and passages of blocks, in order, while the model runs on a batch."""
 
@@ -166,8 +147,8 @@ class _Recorder:
         def hook(module, args, kwargs):
             read = first_tensor(args, kwargs)
             self._alive.append(read)  # so that identities stay its own
-            identity = () if read is None else (id(read), version_of(read))
-            self._reading[name] = None if read is None else read.clone(), identity, self._held()
+            identity = () if read is None else identity_of(read)
+            self._reading[name] = None if read is None else read.clone(), identity, self._held(), self._holding(read)
 
         return hook
 
@@ -175,9 +156,9 @@ class _Recorder:
         """Hook of a layer, behind it."""
 
         def hook(module, args, output):
-            read, identity, held = self._reading[name]
+            read, *facts = self._reading[name]
             put = output.clone() if isinstance(output, Tensor) else None  # before others work in place
-            self.calls.append(Call(("layer", name), read, put, identity, held))
+            self.calls.append(Call(("layer", name), read, put, *facts))
 
         return hook
 
@@ -196,6 +177,13 @@ class _Recorder:
             self.calls.append(Call(("leave", path), put=first_output(output)))
 
         return hook
+
+    def _holding(self, read: Tensor | None) -> frozenset[str]:
+        """Arguments of the batch that hold the same tokens as what is read."""
+        if read is None or read.is_floating_point() or read.is_complex():
+            return frozenset()
+        alike = {k: v for k, v in self._batch.arguments.items() if isinstance(v, Tensor) and v.shape == read.shape}
+        return frozenset(k for k, v in alike.items() if bool((v == read).all()))
 
     def _held(self) -> float:
         """Bytes of the tensors in the frames of the forward, weights and batch aside, per number of the batch."""
@@ -261,11 +249,6 @@ def _left_as_it_was(model, traces: Traces):
                 del entries[key]
             else:
                 entries[key] = value
-
-
-def numbers(batch: Batch) -> int:
-    """How many numbers a batch holds in its tensors."""
-    return sum(z.numel() for z in batch.arguments.values() if isinstance(z, Tensor))
 
 
 def first_output(output) -> Tensor | None:

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .effects import copied
-from .lockstep import Forward, Point, Stage
-from .recording import numbers
+from .lockstep import Disordered, Forward, Stage
+from .orders import Point
+from .probes import numbers
 from .survey import Survey
 
 PLAIN = (Tensor, type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.Size)
@@ -62,7 +63,7 @@ class Rerun(Forward):
             return self._brought
         args, kwargs = tree_map(copied, self._given)
         within = _Within(self.stage, self.state, self.batch, self.kind, lambda: self._gate(*args, **kwargs))
-        within.layer, within.own = self._inside[0], tree_map(copied, self.own)
+        within.layer, within.later, within.own = self._inside[0], self._inside[1:], tree_map(copied, self.own)
         within.advance()
         read = within.payload
         if not within.dead:
@@ -78,8 +79,11 @@ class _Within(Forward):
     """A block run up to one of its layers."""
 
     layer: Point
+    later: list[Point]  # which are to be solved behind it
 
     def stops_at(self, point: Point) -> bool:
+        if point in self.later:
+            raise Disordered([])
         return point == self.layer
 
     def reads_again(self, leader: str, read: Tensor) -> bool:

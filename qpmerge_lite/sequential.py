@@ -12,21 +12,23 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from .calibration import check_calibration, evaluating, refuse_what_cannot_run
-from .effects import copied
-from .errors import EmptyCalibration, MergeError, MissingLayer
+from .calibration import check_calibration
+from .errors import MergeError, MissingLayer
 from .experts import check_experts, is_number, stored
+from .forwards import evaluating, is_encoder_decoder, refuse_what_cannot_run
 from .gather import Gatherer, Reads, Unreached
-from .lockstep import Apart, Forward, LeftOut, Stage, pausing, run
+from .lockstep import Apart, Disordered, Forward, LeftOut, Stage, hand_over, run
 from .memory import tied
 from .merge import Merge, average
 from .options import number, one_of, words
+from .orders import Point, predecessors, sort
+from .pauses import pausing
 from .reasons import reasons_to_average
 from .recipes import Making, Recipe, Solver, check_recipes, is_solution, plain, shown
 from .rerun import Room
+from .rows import check_folds
 from .survey import block_paths, survey
 from .views import Table, View
 
@@ -58,12 +60,14 @@ class Pass:
         self.experts = check_experts(base, experts, cast=True)
         self.base = {k: v.detach() for k, v in base.state_dict().items()}
         self.tied = tied(base)
-        by_task = check_calibration(calibration, list(self.experts), next(iter(self.base.values())).device)
+        device = next(iter(self.base.values())).device
+        by_task = check_calibration(calibration, list(self.experts), device, is_encoder_decoder(base))
         self.batches = [batch for batches in by_task.values() for batch in batches]
         self.tasks = list(by_task)
-        self._check_folds(by_task)
+        check_folds(by_task, max(recipe.folds for recipe in self.recipes.values()))
         self.blocks = block_paths(base, blocks)
         self.bordering = self.blocks if any(r.inputs == "block" for r in self.recipes.values()) else []
+        self.reruns, self.orders = True, []  # whether blocks may be run again; orders in which batches came to layers
         with evaluating(base):
             self.known = survey(base, self.batches, self.blocks, self.base)
         self.recipes = {name: self._with_known_layers(recipe) for name, recipe in self.recipes.items()}
@@ -80,22 +84,6 @@ class Pass:
             if name in views and (recipe.layers is None or name in recipe.layers):
                 raise MergeError(message)
         return recipe
-
-    def _check_folds(self, by_task) -> None:
-        """EmptyCalibration where a fold of a task has no sequence with a token."""
-        most = max(recipe.folds for recipe in self.recipes.values())
-        for task, batches in by_task.items():
-            filled = set()
-            for batch in batches:
-                mask = batch.arguments.get("attention_mask")
-                with_tokens = range(batch.size) if mask is None else (mask != 0).any(1).nonzero()[:, 0].tolist()
-                filled |= {(batch.start + i) % most for i in with_tokens}
-            empty = sorted(set(range(min(most, len(filled) + 9))) - filled)
-            if empty:
-                raise EmptyCalibration(
-                    f"no calibration tokens for {[task]} in folds {empty} of {most}; "
-                    "give at least one sequence per task and fold, or use fewer folds"
-                )
 
     def run(self, progress: bool = False) -> dict[str, Merge]:
         """Make all merges."""
@@ -114,8 +102,25 @@ class Pass:
                     self.known.left_out[found.layer] = found.reason
                 except Apart as found:
                     self.known.put_apart(found.layer)
+                except Disordered as found:
+                    self._settle_order(stage, found.orders)
                 finally:
                     stage.restore()
+
+    def _settle_order(self, stage: Stage, orders: list[list[Point]]) -> None:
+        """Leave out layers to which batches come in different orders, or visit them as all batches do.
+
+        Blocks that are run again hide the order: then first without them.
+        """
+        if stage.parking:
+            self.reruns = False
+            return
+        self.orders += orders
+        earlier = predecessors(self.orders)
+        disputed = [layer for _, layer in earlier if ("layer", layer) in earlier["layer", layer]]
+        self.known.left_out |= dict.fromkeys(disputed, "batches come to it in different orders")
+        if not disputed:
+            sort(self.known.sequence, earlier)
 
     def _sweep(self, stage: Stage, progress: bool) -> list[Making]:
         """One attempt: all forwards in lockstep, every stage visited once."""
@@ -172,7 +177,7 @@ class Pass:
             if making.recipe.inputs != "expert":
                 streams.append((("merged", making.name), making.state))
         wanted = [(kind, state or self.experts[b.task], b) for kind, state in streams for b in self.batches]
-        blocks = [] if self.bordering else self.blocks
+        blocks = self.blocks if self.reruns and not self.bordering else []
         room = Room(stage, self.known, list(self.groups), blocks, self.batches, len(streams), self.activations)
         return [room.forward(stage, state, batch, kind) for kind, state, batch in wanted]
 
@@ -231,18 +236,6 @@ class Pass:
         return Merge(making.state, [plain(row) for row in making.table], averaged)
 
 
-def hand_over(arrived: list[Forward]) -> None:
-    """At the border of a block, the expert's forward goes on with what the merged one has."""
-    merged = {}
-    for forward in arrived:
-        if forward.kind[0] == "merged":
-            merged[forward.kind[1], forward.batch.task, forward.batch.number] = forward.payload
-    for forward in arrived:
-        if forward.kind[0] == "block":
-            given = merged.get((forward.kind[1], forward.batch.task, forward.batch.number))
-            forward.answer = tree_map(copied, given)  # either may work in place
-
-
 def merge_together(base: nn.Module, experts, calibration, recipes: Mapping[str, Recipe], *, blocks=None,
                    products: str = "activations", activations: int | None = None, progress: bool = False) -> dict[str, Merge]:
     """Several merges in one pass, sharing the experts' forwards: name -> merge, the same as each by itself.
@@ -269,7 +262,7 @@ def merge_sequentially(base: nn.Module, experts, calibration, solver: Solver, *,
         base: the common initialisation; not changed. Its device is where everything runs.
         experts: state dicts of the same architecture by task.
         calibration: for every task, batches of unlabelled inputs: keyword arguments of ``base.forward``. Tokens under a zero
-            ``attention_mask`` or ``decoder_attention_mask`` are not counted.
+            ``attention_mask`` or ``decoder_attention_mask`` are not counted, nor is what a decoder reads of labels of -100.
         solver, inputs, targets, scope, folds, layers, anchor: of :class:`Recipe`.
         blocks: paths of the lists whose members are blocks, for ``inputs="block"``.
         products: precision of products of activations: that of the ``activations``, at least float32 (relative error of

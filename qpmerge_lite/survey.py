@@ -1,8 +1,9 @@
 """What a model does with a calibration batch: which layers it calls, in which order, and which rows are whose.
 
-Everything is found out by running the model on a few sequences of a batch: as they are, with one sequence less, and with
-one token less. What changes its size with the sequences is the axis of sequences, what changes it with the tokens is
-theirs, and by which of the model's masks. No list of architectures, and no guess from shapes that happen to agree.
+Everything is found out by running the model on a few sequences of a batch: as they are, with one sequence less and the
+others in another order, with one token less, and with one token throughout. What changes its size with the sequences is
+the axis of sequences, what changes it with the tokens is theirs, and by which of the model's masks; what changes it with
+what the tokens hold is no layer of theirs. No list of architectures, and no guess from shapes that happen to agree.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from .effects import Traces
 from .errors import MergeError, MissingLayer
 from .layers import view
 from .layouts import Layout, find_layout
-from .lockstep import LeftOut, Point
+from .lockstep import LeftOut
+from .lookups import Lookup, calls_of, families, later_lookups
 from .memory import sharing, tied
 from .options import words
-from .recording import call_at, is_padded, kind_of, numbers, read_outside, recordings
+from .orders import Point, insert, place_the_rest
+from .probes import kind_of, numbers
+from .recording import Recordings, call_at, read_outside, recordings
 from .views import Convolution, Table, View
 
 FITS = 0.03  # relative error of a view, which bfloat16 stays below
@@ -39,6 +43,8 @@ class Survey:
         refusals: layer -> why no merge is made if the layer is to be solved.
         held: point -> bytes that a forward holds while it waits there, per number in the arguments of its batch.
         read: layer -> bytes that it reads, likewise.
+        families: table -> tables with its weights; the first one called stands for all, with their tokens.
+        lookups: by kind of batch and table, what is looked up behind the first call.
     """
 
     views: dict[str, View]
@@ -51,6 +57,12 @@ class Survey:
     held: dict[Point, float] = field(default_factory=dict)
     traces: Traces = field(default_factory=Traces)
     read: dict[str, float] = field(default_factory=dict)
+    families: dict[str, list[str]] = field(default_factory=dict)
+    lookups: dict[tuple, list[Lookup]] = field(default_factory=dict)
+
+    def later_lookups(self, table: str, batch: Batch) -> list[Lookup]:
+        """What a table looks up in a batch behind its first call."""
+        return self.lookups.get((kind_of(batch), table), [])
 
     def views_in(self, scope: str) -> dict[str, View]:
         """The views of a scope, as the survey found them to be."""
@@ -112,9 +124,9 @@ def survey(model: nn.Module, batches: list[Batch], blocks=(), state=None) -> Sur
     Raises: MergeError for a batch that the model does not take, and for forwards that draw random numbers.
     """
     views, reasons = _views(model)
-    found = Survey(views, _paths(model, views), left_out=reasons)
-    padded = any(is_padded(batch) for batch in batches)
     state = model.state_dict() if state is None else state
+    found = Survey(views, _paths(model, views), left_out=reasons, families=families(views, state))
+    padded = any(batch.padded for batch in batches)
     seen, extra = set(), 0
     for batch in sorted(batches, key=_tells, reverse=True):
         new_kind = kind_of(batch) not in seen
@@ -124,7 +136,7 @@ def survey(model: nn.Module, batches: list[Batch], blocks=(), state=None) -> Sur
             extra += 1
         seen.add(kind_of(batch))
         _add(found, model, batch, blocks, state, padded)
-    _place_the_rest(found, model, blocks)
+    place_the_rest(found.sequence, model, views, blocks)
     for name in views:
         if name not in found.left_out and not any(point == ("layer", name) for _, point in found.layouts):
             found.left_out[name] = "no calibration batch was seen to call its module"
@@ -133,7 +145,7 @@ def survey(model: nn.Module, batches: list[Batch], blocks=(), state=None) -> Sur
 
 def _tells(batch: Batch) -> tuple[bool, float]:
     """How much a batch tells of its kind: padded ones and long ones most."""
-    return is_padded(batch), numbers(batch) / batch.size
+    return batch.padded, numbers(batch) / batch.size
 
 
 def _views(model) -> tuple[dict[str, View], dict[str, str]]:
@@ -171,60 +183,85 @@ def _same_module(one: str, other: str, model) -> bool:
 
 def _add(found: Survey, model, batch: Batch, blocks, state, padded: bool) -> None:
     """Add what one batch shows."""
-    few, some, fewer, shorter = recordings(found.views, model, batch, blocks, found.traces)
-    for layer in read_outside(found.views, model, few, found.traces) - found.left_out.keys():
+    recorded = recordings(found.views, model, batch, blocks, found.traces)
+    for layer in read_outside(found.views, model, recorded.batch, found.traces) - found.left_out.keys():
         found.left_out[layer] = "its weights are read without a call of its module"
-    _insert(found.sequence, [call.point for call in some if call.point[0] != "output"])
-    layers = [call.point[1] for call in some if call.point[0] == "layer"]
-    groups: dict[tuple, list[str]] = {}
-    for call in some:
+    insert(found.sequence, [call.point for call in recorded.some if call.point[0] != "output"])
+    groups: dict[object, list[str]] = {}
+    _leave_out_tied_tables(found, recorded)
+    for call in recorded.some:
         kind, name = call.point
         found.held[call.point] = max(call.held, found.held.get(call.point, 0.0))
         if call.read is not None:
-            found.read[name] = call.read.numel() * call.read.element_size() / numbers(few)
+            found.read[name] = call.read.numel() * call.read.element_size() / numbers(recorded.batch)
         if kind == "enter" or (kind_of(batch), call.point) in found.layouts or name in found.left_out:
             continue
-        others = [call_at(calls, call.point) for calls in (fewer, *shorter.values())]
         if kind == "layer":
-            _judge(found, call, others, list(shorter), batch, layers.count(name), state, padded, None if fewer is None else others[0] is not None)
+            _judge(found, call, recorded, state, padded)
             if name not in found.left_out and not any(name in stage for stage in found.stages):
-                groups.setdefault(call.identity, []).append(name)
+                alone = bool(found.later_lookups(name, batch))
+                groups.setdefault(name if alone else call.identity, []).append(name)
         elif call.put is not None and call.put.dim() > 1:
-            _place(found, call, others, list(shorter), batch)
+            _place(found, call, recorded, padded)
     found.stages.extend(groups.values())
 
 
-def _place(found: Survey, call, recordings, masks, batch) -> None:
+def _leave_out_tied_tables(found: Survey, recorded: Recordings) -> None:
+    """Of tables with the same weights, leave out all but the first one called; that one too, where batches differ in it."""
+    for name, family in found.families.items():
+        calls = calls_of(family, recorded.some)
+        if len(family) == 1 or not calls or name == calls[0].point[1]:
+            continue
+        if ("layer", name) in {point for _, point in found.layouts}:
+            found.left_out |= dict.fromkeys(family, "another table with its weights is called first by some batches")
+        found.left_out.setdefault(name, f"its weights are those of {calls[0].point[1]}, which is called first")
+
+
+def _place(found: Survey, call, recorded: Recordings, padded: bool) -> None:
     """Settle the layout of what a block or the model returns, where it has one."""
-    fewer, *shorter = (None if z is None else z.put for z in recordings)
+    def put(calls):
+        other = call_at(calls, call.point)
+        return None if other is None else other.put
+
+    fewer = put(recorded.fewer)
     if fewer is None:
         return
     try:
-        layout = find_layout("", call.put, fewer, dict(zip(masks, shorter)), batch, False)
-    except LeftOut:
+        shorter = {mask: put(calls) for mask, calls in recorded.shorter.items()}
+        layout = find_layout("", call.put, fewer, shorter, recorded.batch, padded)
+    except (LeftOut, MergeError):
         return
-    found.layouts[kind_of(batch), call.point] = layout
+    found.layouts[kind_of(recorded.batch), call.point] = layout
 
 
-def _judge(found: Survey, call, recordings, masks, batch, times: int, state, padded, called_by_fewer) -> None:
+def _judge(found: Survey, call, recorded: Recordings, state, padded) -> None:
     """Settle the layout of what a layer reads, or why it is left out."""
     layer = call.point[1]
-    v = found.views[layer]
+    v, times = found.views[layer], sum(other.point == call.point for other in recorded.some)
+
+    def rows(calls):
+        other = call_at(calls, call.point)
+        return None if other is None or other.read is None else v.rows(other.read)
+
+    fewer, even = rows(recorded.fewer), rows(recorded.even)
     if times > 1 and not isinstance(v, Table):
         found.left_out[layer] = "called more than once in a forward"
     elif call.read is None or call.put is None:
         found.left_out[layer] = "called without a tensor"
     elif v.rows(call.read).dim() < 2:
         found.left_out[layer] = "called without an axis of sequences"
-    elif called_by_fewer is False:
+    elif recorded.fewer is not None and fewer is None or recorded.even is not None and even is None:
         found.left_out[layer] = "which sequences call it depends on what they hold"
+    elif even is not None and fewer is not None and even.shape != fewer.shape:
+        found.left_out[layer] = "which rows it reads depends on what they hold"
     elif not _fits_module(found, layer, state, call):
         found.left_out[layer] = f"{type(v.module).__name__} puts out something else than {v.puts_out}"
     else:
-        fewer, *shorter = (None if z is None else v.rows(z.read) for z in recordings)
+        shorter = {mask: rows(calls) for mask, calls in recorded.shorter.items()}
         try:
-            rows = v.rows(call.read)
-            layout = find_layout(layer, rows, fewer, dict(zip(masks, shorter)), batch, padded, isinstance(v, Table))
+            layout = find_layout(layer, v.rows(call.read), fewer, shorter, recorded.batch, padded, isinstance(v, Table))
+            if isinstance(v, Table):
+                found.lookups[kind_of(recorded.batch), layer] = later_lookups(v, found.families[layer], recorded, padded)
         except LeftOut as reason:
             found.left_out[layer] = reason.reason
         except MergeError as error:
@@ -232,7 +269,7 @@ def _judge(found: Survey, call, recordings, masks, batch, times: int, state, pad
             if not isinstance(v, Convolution):  # whose rows are patches, not tokens
                 found.refusals[layer] = f"layer {layer!r}: {error}"
         else:
-            found.layouts[kind_of(batch), call.point] = layout
+            found.layouts[kind_of(recorded.batch), call.point] = layout
 
 
 def _fits_module(found, layer, state, call) -> bool:
@@ -244,34 +281,3 @@ def _fits_module(found, layer, state, call) -> bool:
     about_the_best = (v for v, misfit in zip(readings, misfits) if misfit <= 2 * min(misfits) + 1e-6)
     found.views[layer] = next(about_the_best)
     return True
-
-
-def _insert(sequence: list[Point], points: list[Point]) -> None:
-    """Add points to a sequence, each behind the one that comes before it."""
-    place = 0
-    for point in points:
-        if point not in sequence:
-            sequence.insert(place, point)
-        place = sequence.index(point) + 1
-
-
-def _place_the_rest(found: Survey, model, blocks) -> None:
-    """Put layers and borders of blocks that were not called behind what comes before them in the model."""
-    place, opened = 0, []
-
-    def put(point):
-        nonlocal place
-        if point not in found.sequence:
-            found.sequence.insert(place, point)
-        place = found.sequence.index(point) + 1
-
-    for name, _ in model.named_modules():
-        while opened and not name.startswith(f"{opened[-1]}."):
-            put(("leave", opened.pop()))
-        if name in blocks and ("enter", name) not in found.sequence:
-            put(("enter", name))
-            opened.append(name)
-        if name in found.views:
-            put(("layer", name))
-    for name in reversed(opened):
-        put(("leave", name))

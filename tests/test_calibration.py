@@ -9,13 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from qpmerge_lite.calibration import (
-    check_calibration,
-    evaluating,
-    main_output,
-    refuse_what_cannot_run,
-)
+from qpmerge_lite.calibration import check_calibration
 from qpmerge_lite.errors import EmptyCalibration, MergeError
+from qpmerge_lite.forwards import evaluating, main_output, refuse_what_cannot_run
 
 X = torch.randn(8, 6)
 IDS = torch.ones(4, 7, dtype=torch.long)

@@ -8,9 +8,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "qpmerge_lite"
 ORDER = ["errors", "moments", "bases", "programme", "cholesky", "solve", "climb", "held_out", "diagnostic",  # the mathematics
-         "options", "memory", "experts", "merge", "calibration", "sparse", "datafree",  # weights and batches
-         "sums", "views", "norms", "layers", "effects", "lockstep", "layouts", "recording", "survey", "rerun", "recipes", "reasons", "rows", "gather", "sequential", "solvers",  # the pass
-         "assess", "inputs", "heads", "gradient", "methods",
+         "options", "memory", "experts", "merge", "calibration", "inputs", "forwards", "sparse", "datafree",  # weights and batches
+         "sums", "views", "norms", "layers", "effects", "orders", "lockstep", "pauses", "layouts", "probes", "recording", "lookups", "survey",
+         "rerun", "recipes", "reasons", "rows", "gather", "sequential", "solvers",  # the pass
+         "assess", "heads", "gradient", "methods",
          "records", "manifests", "sources", "suites", "plots", "regression", "claims", "book", "cli"]  # fmt: skip
 MATHEMATICS = ORDER[1 : ORDER.index("diagnostic") + 1]
 CORE = ORDER[: ORDER.index("methods") + 1]

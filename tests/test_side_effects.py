@@ -252,3 +252,56 @@ def test_blocks_that_cannot_be_run_again_are_merged_alike_under_any_budget(model
     assert len(free.table) == len(tight.table) == layers
     for name, value in free.state_dict.items():
         assert torch.equal(tight.state_dict[name], value), name
+
+
+class InferenceWhole(Layers):
+    """Its whole forward runs in inference mode, as those of deployed models do."""
+
+    @torch.inference_mode()
+    def forward(self, inputs):
+        kept = self.a(inputs)
+        return self.c(self.b(kept.tanh()).tanh() + kept)
+
+
+class InferenceInside(Layers):
+    def forward(self, inputs):
+        kept = self.a(inputs)
+        with torch.inference_mode():
+            hidden = self.b(kept.tanh()).tanh()
+        return self.c(hidden + kept)
+
+
+class InferenceInPlace(Layers):
+    """Writes to what two layers read, between them; torch does not count that in inference mode."""
+
+    @torch.inference_mode()
+    def forward(self, inputs):
+        hidden = inputs * 1.0
+        one = self.a(hidden)
+        hidden *= 2.0
+        return self.c(one + self.b(hidden))
+
+
+class InPlaceBetween(Layers):
+    def forward(self, inputs):
+        return self.c(self.a(inputs * 1.0) + self.b(inputs * 2.0))
+
+
+@pytest.mark.parametrize("kind, twin", [(InferenceWhole, Plain), (InferenceInside, Plain), (InferenceInPlace, InPlaceBetween)])
+@pytest.mark.parametrize("options", [{}, {"targets": "propagated"}, {"inputs": "block"}, {"inputs": "expert"}, {"folds": 2}], ids=str)
+@pytest.mark.parametrize("around", [False, True], ids=["", "all in inference mode"])
+def test_forwards_in_inference_mode_are_merged_and_audited_as_others_are(kind, twin, options, around):
+    torch.manual_seed(1)
+    model, other = kind(), twin()
+    other.load_state_dict(model.state_dict())
+    experts, calibration = problem(other)
+    soup = q.soup(other, experts).state_dict
+    with torch.inference_mode(around):
+        merges = [q.qp(m, experts, calibration, **ELEMENTS | options) for m in (model, other)]
+        audits = [q.audit(m, soup, experts, calibration) for m in (model, other)]
+    assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+    assert len(merges[0].table) == len(merges[1].table) == 3
+    for name, value in merges[1].state_dict.items():
+        torch.testing.assert_close(merges[0].state_dict[name], value)
+        assert around or not merges[0].state_dict[name].is_inference()
+    assert audits[0]["output"] == audits[1]["output"] and audits[0]["layers"] == audits[1]["layers"]

@@ -1,0 +1,88 @@
+"""Where forwards pause: hooks on the layers and blocks of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+
+from greenlet import getcurrent
+
+from .effects import first_tensor
+from .lockstep import Apart, Forward, LeftOut, Stage
+
+
+@contextmanager
+def pausing(stage: Stage, leaders: Mapping[str, list[str]], blocks: Iterable[str] = (), tables=()):
+    """Forwards on the stage pause before the layers of ``leaders``, before and behind ``blocks``, and where they park.
+
+    Args:
+        leaders: layer -> the layers behind it that read the same tensor, which is checked as they are called.
+        blocks: modules whose arguments and outputs are handed over.
+        tables: layers that may be called several times; they pause at the first call.
+    """
+    hooks = []
+
+    def on(path, hook, **options):
+        module = stage.model.get_submodule(path)
+        hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True, **options))
+
+    for leader, others in leaders.items():
+        on(leader, _leading(leader, leader in tables))
+        for other in others:
+            on(other, _following(other, leader))
+    for path in {*blocks, *(path for _, path in stage.parking)}:
+        on(path, _entering(path), prepend=True)
+    for path in blocks:
+        module = stage.model.get_submodule(path)
+        hooks.append(module.register_forward_hook(_leaving(path), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _leading(layer, may_be_called_again):
+    def hook(module, args, kwargs):
+        forward = getcurrent()
+        if not isinstance(forward, Forward):
+            return
+        read = first_tensor(args, kwargs)
+        if not forward.note(layer, read):
+            forward.pause(("layer", layer), read)
+        elif not may_be_called_again:
+            raise LeftOut(layer, "called more than once in a forward")
+
+    return hook
+
+
+def _following(layer, leader):
+    def hook(module, args, kwargs):
+        forward = getcurrent()
+        if not isinstance(forward, Forward):
+            return
+        read = first_tensor(args, kwargs)
+        if forward.note(layer, read):
+            raise LeftOut(layer, "called more than once in a forward")
+        if not forward.reads_again(leader, read):
+            raise Apart(layer)
+
+    return hook
+
+
+def _entering(block):
+    def hook(module, args, kwargs):
+        forward = getcurrent()
+        if isinstance(forward, Forward):
+            return forward.pause(("enter", block), (args, kwargs))
+
+    return hook
+
+
+def _leaving(block):
+    def hook(module, args, kwargs, output):
+        forward = getcurrent()
+        if isinstance(forward, Forward):
+            return forward.pause(("leave", block), output)
+
+    return hook
