@@ -42,7 +42,7 @@ class Gatherer:
         self.base, self.experts, self.products = base, experts, products
         self.device = next(iter(base.values())).device
         self.looks = looks_at(self.device)
-        self._finite: dict[tuple, Tensor] = {}
+        self._finite: dict[str, Tensor] = {}
         self._selections: dict[tuple, tuple] = {}
         self._widths: dict[str, int] = {}
         self._row_counts: dict[tuple, torch.Size] = {}
@@ -70,8 +70,10 @@ class Gatherer:
         """Where values were not looked at on the way, because that waits for the device: NonFinite for the first layer that read one."""
         if self.looks or not self._finite:
             return
-        for (layer, task), good in zip(self._finite, torch.stack(list(self._finite.values())).tolist()):
-            if not good:
+        found = torch.stack(list(self._finite.values()))  # (layers, T), read once
+        for layer, finite in zip(self._finite, found.tolist()):
+            if not all(finite):
+                task = self.tasks[finite.index(False)]
                 cure = "check this task's calibration data and weights"
                 raise NonFinite(f"layer {layer}, task {task}, inputs", torch.tensor(float("nan")), cure)
 
@@ -95,6 +97,9 @@ class Gatherer:
         if own_stream:
             shared[key] = sums
         self._check_reached(sums.counts)
+        self._finite[first.name] = finite = sums.finite()
+        if self.looks and not bool(finite.all()):
+            self._refuse_not_finite(self.tasks[finite.tolist().index(False)], first, reads, making)
         return sums
 
     def _opened(self, shape, recipe: Recipe, reuse: bool) -> Sums:
@@ -112,10 +117,6 @@ class Gatherer:
             if held and (batch is batches[-1] or sum(len(Z) for Z, *_ in held) >= ROWS):
                 sums.add(v, task, *joined(held))
                 held = []
-        finite = sums.is_finite(task)
-        if self.looks and not bool(finite):
-            self._refuse_not_finite(task, v, reads, making)
-        self._finite[v.name, task] = finite
 
     def _pair(self, W, v: View, reads, making: Making, batch: Batch) -> tuple[Tensor, Tensor | None, list[int]] | None:
         """Samples Z of a batch, the expert's answer r to its drift from them, and rows by fold; None where no forward has come."""

@@ -19,7 +19,7 @@ from .moments import WEIGHTS, Moments, Pooled
 from .programme import Programme, programme
 from .solve import RTOL_FLOAT32, Factored, check_ridge, is_definite, minimise
 
-WIDE = 512  # blocks from this width on, of float32 products, choose by float32 factorisations
+WIDE = 256  # blocks from this width on, of float32 products, choose by float32 factorisations
 FEW = 3  # so many Cholesky factorisations cost less than one eigendecomposition
 
 

@@ -108,11 +108,9 @@ class Sums:
             return r.square().sum(0).reshape(self.R.shape[2:])
         return (r.mT @ r if self.R.shape[2] == 1 else r.square().sum(0)).reshape(self.R.shape[2:])
 
-    def is_finite(self, task: str) -> Tensor:
-        """Whether the second moments of a task are finite, a boolean without axes that is not looked at."""
-        t = self.tasks.index(task)
-        reached = [fold for fold, count in enumerate(self.counts[t]) if count]
-        return self.C[t].diagonal(dim1=-2, dim2=-1)[reached].isfinite().all()
+    def finite(self) -> Tensor:
+        """Whether the second moments of every task are finite, boolean (T,); every fold must have samples."""
+        return self.C.diagonal(dim1=-2, dim2=-1).isfinite().flatten(1).all(1)
 
     def moments(self, layer: str, updates: Tensor, own_weight: float, rows: slice = slice(None)) -> Moments:
         """Moments of one of the layers, whose outputs are ``rows`` of all, for its updates (T, g, m, n) and a target blend β.
@@ -126,20 +124,19 @@ class Sums:
         A = self._buffers.take("A", (*self._outer, g, m, n))
         M = torch.empty(*self._outer, g, *self._energies(m), dtype=A.dtype, device=A.device)
         for t, D in enumerate(updates.to(self.C)):
-            for fold, C in enumerate(self.C[t]):
-                torch.bmm(D, C, out=A[t, fold])
-                M[t, fold] = A[t, fold] @ D.mT if self.full_energy else (A[t, fold] * D).sum(-1)
-                if own_weight and self.B is not None:
-                    self._add_drift(A[t, fold], M[t, fold], D, (t, fold), own_weight, rows)
+            torch.matmul(D, self.C[t], out=A[t])
+            M[t] = A[t] @ D.mT if self.full_energy else (A[t] * D).sum(-1)
+            if own_weight and self.B is not None:
+                self._add_drift(A[t], M[t], D, t, own_weight, rows)
         count = torch.tensor(self.counts, dtype=torch.float64).to(self.C.device)
         return Moments(layer, self.tasks, self.C, A, M, count, self.rtol)
 
-    def _add_drift(self, A: Tensor, M: Tensor, D: Tensor, place: tuple[int, int], beta: float, rows: slice) -> None:
-        """Add what own targets add to A (g, m, n) and M of updates D (g, m, n), for a task and a fold."""
-        B = self.B[place][:, rows]
+    def _add_drift(self, A: Tensor, M: Tensor, D: Tensor, t: int, beta: float, rows: slice) -> None:
+        """Add what own targets of task t add to A (F, g, m, n) and M of its updates D (g, m, n)."""
+        B = self.B[t][..., rows, :]
         if self.full_energy:
             cross = D @ B.mT
-            M += beta * (cross + cross.mT) + beta**2 * self.R[place][:, rows, rows]
+            M += beta * (cross + cross.mT) + beta**2 * self.R[t][..., rows, rows]
         else:
-            M += 2 * beta * (D * B).sum(-1) + beta**2 * self.R[place][:, rows]
+            M += 2 * beta * (D * B).sum(-1) + beta**2 * self.R[t][..., rows]
         A.add_(B, alpha=beta)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 SINGLE, DOUBLE = torch.float32, torch.float64
-WIDE = 512  # inputs from which on ridges are compared by float32 eigenvectors
+WIDE = 256  # inputs from which on ridges are compared by float32 eigenvectors
 LEAST = 0.02  # seconds: what is quicker is repeated
 STATUS = Path("/proc/self/status")
 SHOWN = {SINGLE: "float32", DOUBLE: "float64"}
