@@ -44,7 +44,7 @@ check: $(NEEDED)
 	$(QPMERGE) book check --tier $(TIER)
 
 bench: $(STAMP)
-	$(BIN)/python -m qpmerge_lite.suites.bench $(BENCH)
+	$(BIN)/python -m qpmerge_lite.companion.experiments.timing $(BENCH)
 
 oracles: $(VENV)-oracles/.installed
 	$(VENV)-oracles/bin/python tests/oracles.py

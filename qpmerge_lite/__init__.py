@@ -3,12 +3,12 @@ from .assess import audit, certify, layer_moments
 from .bases import FAMILIES, build
 from .datafree import breadcrumbs, dare, della, greedy_soup, iso_c, model_stock, slerp, soup, task_arithmetic, ties, tsv_merge, wudi
 from .diagnostic import captured_energy, cross_fitted, disjoint, gap, optimism, spectral_capture
+from .engine.recipes import Recipe
 from .gradient import adamerging, fisher
 from .merge import Merge
 from .methods import featcal, lot, many, qp, regmean, regmean_plus_plus, sketched, tune
 from .moments import Moments, Pooled
 from .programme import Programme, programme
-from .recipes import Recipe
 from .sequential import merge_sequentially, merge_together
 from .solve import Factored, Solution, minimise, minimise_constrained
 from .solvers import QP, FeatCal, RegMean, Sketched

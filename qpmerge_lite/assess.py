@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 from .calibration import Batch, check_calibration
 from .diagnostic import gap
-from .effects import blaming, first_tensor
+from .engine.effects import blaming, first_tensor
+from .engine.layouts import Layout
+from .engine.lockstep import Stage
+from .engine.recipes import Recipe
+from .engine.recording import first_output
+from .engine.rows import counted
+from .engine.survey import block_paths, survey
+from .engine.views import View
 from .errors import MergeError, MissingLayer
 from .experts import check_experts
 from .forwards import evaluating, is_encoder_decoder, main_output, refuse_what_cannot_run
-from .layouts import Layout
-from .lockstep import Stage
 from .moments import Moments
 from .options import words
-from .recipes import Recipe
-from .recording import first_output
-from .rows import counted
 from .sequential import Pass
-from .survey import block_paths, survey
-from .views import View
 
 Layers = dict[str, tuple[View, Moments, Tensor]]
 

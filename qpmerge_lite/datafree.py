@@ -13,29 +13,10 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from .aliases import as_loaded
 from .errors import MergeError
-from .memory import as_loaded
-from .merge import (
-    Merge,
-    add_update,
-    average,
-    check_experts,
-    differences,
-    is_number,
-    parameters_of,
-    stored,
-    task_vectors,
-    wide,
-)
-from .options import (
-    MAX_SINGLE,
-    function,
-    number,
-    numbers,
-    refuse_complex,
-    score_of,
-    whole,
-)
+from .merge import Merge, add_update, average, check_experts, differences, is_number, parameters_of, stored, task_vectors, wide
+from .options import MAX_SINGLE, function, number, numbers, refuse_complex, score_of, whole
 from .sparse import RESCALE as RESCALE
 from .sparse import TIES as TIES
 from .sparse import breadcrumbs, dare, della, ties

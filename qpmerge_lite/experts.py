@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .aliases import as_loaded, tied
 from .errors import MergeError, MissingLayer, NonFinite, ShapeMismatch, is_finite
-from .memory import as_loaded, tied
 
 State = Mapping[str, Tensor]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .calibration import Batch, check_calibration
-from .effects import refused
+from .engine.effects import refused
 from .errors import MergeError, NonFinite, is_finite
 from .forwards import refuse_what_cannot_run
 from .inputs import refuse_lost_entries

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .aliases import as_loaded, tied
 from .errors import is_finite
 from .experts import State, agreed, check_experts, equal, is_number, stored, wide
-from .memory import as_loaded, tied
 from .options import number
 
 AVERAGED_BUFFER = "a buffer, which no method changes: the mean of the experts'"

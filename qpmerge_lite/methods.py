@@ -7,10 +7,10 @@ from inspect import signature
 
 from torch import Tensor
 
+from .engine.recipes import Recipe
 from .errors import MergeError
 from .merge import Merge
 from .options import function, score_of, words
-from .recipes import Recipe
 from .sequential import merge_sequentially, merge_together
 from .solvers import QP, FeatCal, RegMean, Sketched
 

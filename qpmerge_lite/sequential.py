@@ -14,23 +14,23 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .aliases import tied
 from .calibration import check_calibration
+from .engine.gather import Gatherer, Reads, Unreached
+from .engine.lockstep import Apart, Disordered, Forward, LeftOut, Stage, hand_over, run
+from .engine.orders import Point, predecessors, sort
+from .engine.pauses import pausing
+from .engine.reasons import reasons_to_average
+from .engine.recipes import Making, Recipe, Solver, check_recipes, is_solution, plain, shown
+from .engine.rerun import Room
+from .engine.rows import check_folds
+from .engine.survey import block_paths, survey
+from .engine.views import Table, View
 from .errors import MergeError, MissingLayer
 from .experts import check_experts, is_number, stored
 from .forwards import evaluating, is_encoder_decoder, refuse_what_cannot_run
-from .gather import Gatherer, Reads, Unreached
-from .lockstep import Apart, Disordered, Forward, LeftOut, Stage, hand_over, run
-from .memory import tied
 from .merge import Merge, average
 from .options import number, one_of, words
-from .orders import Point, predecessors, sort
-from .pauses import pausing
-from .reasons import reasons_to_average
-from .recipes import Making, Recipe, Solver, check_recipes, is_solution, plain, shown
-from .rerun import Room
-from .rows import check_folds
-from .survey import block_paths, survey
-from .views import Table, View
 
 PRODUCTS = ("activations", "float64")
 

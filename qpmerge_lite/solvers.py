@@ -14,12 +14,12 @@ from torch import Tensor
 from .bases import FAMILIES, build
 from .cholesky import solve_definite
 from .diagnostic import RIDGES, choose, cross_fitted
+from .engine.recipes import looks_at
 from .errors import MergeError
 from .held_out import unchecked
 from .moments import WEIGHTS, Moments, Pooled
 from .options import number, one_of, seeded, whole, words
 from .programme import programme
-from .recipes import looks_at
 from .solve import PENALTIES, RTOL, minimise, penalty_weights
 
 

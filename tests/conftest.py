@@ -25,7 +25,7 @@ def device(request):
 def suite(tmp_path, monkeypatch):
     """A toy suite of random images, with an empty cache."""
     datasets = pytest.importorskip("datasets", reason="the suites extra is not installed on bare GPU hosts")
-    from qpmerge_lite.suites import Suite
+    from qpmerge_lite.companion.suites import Suite
 
     monkeypatch.setenv("QPMERGE_CACHE", str(tmp_path))
     base, experts, _ = vision()

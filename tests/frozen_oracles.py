@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import qpmerge_lite as q
-from qpmerge_lite.suites.models import VisionTransformer
+from qpmerge_lite.companion.suites.encoders import VisionTransformer
 
 FROZEN = Path(__file__).with_suffix(".safetensors")
 SIZES = {"width": 4, "depth": 2, "heads": 2, "ratio": 2, "side": 4, "patch": 2}

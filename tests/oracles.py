@@ -29,7 +29,7 @@ from peft.utils import merge_utils
 from torch import nn
 from toys import loaded
 
-from qpmerge_lite import suites
+from qpmerge_lite.companion import suites
 
 ROUNDING = 2**-40  # some thousand float64 roundings: sums, and weights that are large beside their updates
 SPECTRAL = 2**-32  # singular vectors: rounding over the gaps between singular values; Adam: rounding over its 1e-8

@@ -26,9 +26,9 @@ from torch.utils.data import TensorDataset
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import qpmerge_lite as q
+from qpmerge_lite.companion.experiments.costs import measured, price, stages_of, work_of
+from qpmerge_lite.companion.experiments.timing import apart, verdict
 from qpmerge_lite.diagnostic import RIDGES
-from qpmerge_lite.suites.bench import apart, verdict
-from qpmerge_lite.suites.costs import measured, price, stages_of, work_of
 
 WIDTH = 384
 PICTURES = 64

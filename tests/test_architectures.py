@@ -8,7 +8,7 @@ from toys import TASKS
 import qpmerge_lite as q
 
 transformers = pytest.importorskip("transformers")
-compatibility = pytest.importorskip("qpmerge_lite.suites.compatibility", reason="the suites extra is not installed")
+compatibility = pytest.importorskip("qpmerge_lite.companion.experiments.compatibility", reason="the suites extra is not installed")
 
 SIZE = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
 PICTURES = {**SIZE, "image_size": 8, "patch_size": 4}

@@ -7,20 +7,20 @@ import pytest
 import torch
 
 from qpmerge_lite import merge_together
-from qpmerge_lite.suites import bench, costs
-from qpmerge_lite.suites.costs import DOUBLE, SINGLE, Stage, Work
+from qpmerge_lite.companion.experiments import costs, timing
+from qpmerge_lite.companion.experiments.costs import DOUBLE, SINGLE, Stage, Work
 
-TINY = bench.Size(width=8, depth=1, experts=2, images=8)
+TINY = timing.Size(width=8, depth=1, experts=2, images=8)
 
 
 @pytest.mark.parametrize("power", [0, 1, 2])
 def test_exponents_are_slopes_of_logarithms(power):
-    seconds = [0.3 * factor**power for factor in bench.FACTORS]
-    assert bench.exponent(bench.FACTORS, seconds) == pytest.approx(power, abs=1e-12)
+    seconds = [0.3 * factor**power for factor in timing.FACTORS]
+    assert timing.exponent(timing.FACTORS, seconds) == pytest.approx(power, abs=1e-12)
 
 
 def test_layers_that_read_one_tensor_are_a_stage():
-    problem = bench.Problem(bench.Size(width=8, depth=1, experts=1, images=70), bench.Run())
+    problem = timing.Problem(timing.Size(width=8, depth=1, experts=1, images=70), timing.Run())
     patches, tokens = 70 * 16, 70 * 17
     assert problem.stages() == [
         Stage(50, (8,), patches),
@@ -47,7 +47,7 @@ def test_products_of_activations_cost_the_same_in_folds(folds):
     assert double == tasks * folds * 2 * m * n**2
 
 
-@pytest.mark.parametrize("basis", bench.BASES)
+@pytest.mark.parametrize("basis", timing.BASES)
 def test_every_layer_is_factored_once_per_fold(basis):
     stage = Stage(9, (8, 8), 100)
 
@@ -101,15 +101,15 @@ def raised() -> float:
 
 
 def test_rows_have_processes_and_peaks_of_their_own():
-    assert bench.apart(os.getpid) != os.getpid()
-    assert 60 <= bench.apart(raised) <= 200
+    assert timing.apart(os.getpid) != os.getpid()
+    assert 60 <= timing.apart(raised) <= 200
 
 
 def test_a_grid_is_its_merges():
     """Which are eight, and the one that they are measured by is among them."""
-    problem = bench.Problem(TINY, bench.Run())
+    problem = timing.Problem(TINY, timing.Run())
     for kind in ("alphas", "programmes"):
-        recipes, one = bench.grid_of(kind)
+        recipes, one = timing.grid_of(kind)
         assert len(recipes) == 8 and one.items() <= recipes.items()
         merges = merge_together(problem.base, problem.experts, problem.calibration, recipes)
         states = [merge.state_dict["blocks.0.up.weight"] for merge in merges.values()]
@@ -118,18 +118,18 @@ def test_a_grid_is_its_merges():
 
 
 def test_verdicts_mark_what_exceeds_its_bound():
-    assert bench.verdict(4.0, 4.0) == "≤ 4"
-    assert bench.verdict(4.1, 4.0) == "≤ 4 !"
-    assert bench.verdict(4.1, None) == ""
+    assert timing.verdict(4.0, 4.0) == "≤ 4"
+    assert timing.verdict(4.1, 4.0) == "≤ 4 !"
+    assert timing.verdict(4.1, None) == ""
 
 
 def test_all_tables_are_printed_and_the_plot_is_written(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench, "apart", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(timing, "apart", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(costs, "LEAST", 0.0)
-    bench.main(["--device", "cpu", "--repeats", "1", "--plot", str(tmp_path / "time.png")], TINY)
+    timing.main(["--device", "cpu", "--repeats", "1", "--plot", str(tmp_path / "time.png")], TINY)
     lines = capsys.readouterr().out.splitlines()
     starts = Counter(line.split()[0] for line in lines if line)
-    assert all(starts[basis] == 2 for basis in bench.BASES)
+    assert all(starts[basis] == 2 for basis in timing.BASES)
     assert all(starts[axis] == 2 for axis in ("depth", "experts", "images"))
     assert starts["alphas"] == starts["programmes"] == 1
     assert (tmp_path / "time.png").read_bytes().startswith(b"\x89PNG")

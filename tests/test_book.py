@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qpmerge_lite import book, regression
+from qpmerge_lite.companion.book import expected, run
 
 ROOT = Path(__file__).parents[1]
 BOOK, HTML = ROOT / "book", ROOT / "book" / "_build" / "html"
@@ -43,7 +43,7 @@ def test_every_page_of_the_contents_was_built():
 @every_chapter
 def test_a_chapter_was_executed_from_the_present_sources(name):
     stamp = chapter(name)["metadata"]["qpmerge"]
-    assert stamp["fingerprint"] == book.fingerprint(ROOT / "notebooks" / f"{name}.ipynb", stamp["parameters"])
+    assert stamp["fingerprint"] == run.fingerprint(ROOT / "notebooks" / f"{name}.ipynb", stamp["parameters"])
     assert stamp["parameters"] == {}, "executed with other parameters than its own: run `make book`"
 
 
@@ -100,4 +100,4 @@ def test_measured_numbers_say_where_they_come_from():
 
 
 def test_the_records_agree_with_the_expected_ones():
-    assert regression.compare("smoke", ROOT) == []
+    assert expected.compare("smoke", ROOT) == []

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from qpmerge_lite import claims
-from qpmerge_lite.claims import BEGIN, END, Claim, ClaimError, evaluate, format_record, judge, load_claims, markdown_table
-from qpmerge_lite.records import Record, RecordError
+from qpmerge_lite.companion.book import claims
+from qpmerge_lite.companion.book.claims import BEGIN, END, Claim, ClaimError, evaluate, format_record, judge, load_claims, markdown_table
+from qpmerge_lite.companion.records import Record, RecordError
 
 ROOT = Path(__file__).parents[1]
 RECORDS = {

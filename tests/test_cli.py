@@ -10,8 +10,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from qpmerge_lite import cli
-from qpmerge_lite.claims import BEGIN, END
+from qpmerge_lite.companion import cli
+from qpmerge_lite.companion.book.claims import BEGIN, END
 
 ROOT = Path(__file__).parents[1]
 RECORDING = """

@@ -3,52 +3,54 @@ import numpy as np
 import pytest
 from toys import TASKS
 
-from qpmerge_lite import datafree, suites
-from qpmerge_lite.records import Records, load_records
-from qpmerge_lite.suites import Suite, compare
+from qpmerge_lite import datafree
+from qpmerge_lite.companion import suites
+from qpmerge_lite.companion.experiments import benchmark
+from qpmerge_lite.companion.records import Records, load_records
+from qpmerge_lite.companion.suites import Suite
 
 
-@pytest.mark.parametrize("name", compare.ENTRIES)
+@pytest.mark.parametrize("name", benchmark.ENTRIES)
 def test_every_entry_reports_every_task(suite, name):
-    found = compare.result(suite, name, 8)
+    found = benchmark.result(suite, name, 8)
     assert set(found["accuracy"]) == set(TASKS) and set(found["normalised"]) == {*TASKS, "mean"}
-    assert found["options"] in compare.ENTRIES[name].grid(3, 0)
+    assert found["options"] in benchmark.ENTRIES[name].grid(3, 0)
 
 
 def test_choices_look_at_validation_and_test_is_scored_for_the_chosen_merge_only(suite, monkeypatch):
     seen = []
     evaluate = Suite.evaluate
     monkeypatch.setattr(Suite, "evaluate", lambda self, state, split="test", tasks=None: seen.append((split, state)) or evaluate(self, state, split, tasks))
-    found = compare.result(suite, "task_arithmetic", 8)
+    found = benchmark.result(suite, "task_arithmetic", 8)
     experts = [id(e) for e in suite.experts.values()]
     on_test = {id(state) for split, state in seen if split == "test"} - set(experts)
     on_validation = {id(state) for split, state in seen if split == "validation"} - set(experts)
-    assert len(on_test) == 1 and len(on_validation) == len(compare.ENTRIES["task_arithmetic"].grid(3, 0))
+    assert len(on_test) == 1 and len(on_validation) == len(benchmark.ENTRIES["task_arithmetic"].grid(3, 0))
     scores = [suite.normalised(datafree.task_arithmetic(suite.base, suite.experts, **o).state_dict, "validation")["mean"]
-              for o in compare.ENTRIES["task_arithmetic"].grid(3, 0)]
-    assert found["options"] == compare.ENTRIES["task_arithmetic"].grid(3, 0)[int(np.argmax(scores))]
+              for o in benchmark.ENTRIES["task_arithmetic"].grid(3, 0)]
+    assert found["options"] == benchmark.ENTRIES["task_arithmetic"].grid(3, 0)[int(np.argmax(scores))]
     assert found["validation"] == max(scores)
 
 
 def test_results_are_kept_and_belong_to_their_experts(suite, monkeypatch):
-    first = compare.result(suite, "soup", 8)
+    first = benchmark.result(suite, "soup", 8)
     monkeypatch.setattr(Suite, "evaluate", lambda *a, **k: pytest.fail("computed again"))
-    assert compare.result(suite, "soup", 8) == first
+    assert benchmark.result(suite, "soup", 8) == first
     monkeypatch.setenv("QPMERGE_NOT_BEFORE", "inf")
     with pytest.raises(pytest.fail.Exception):
-        compare.result(suite, "soup", 8)
+        benchmark.result(suite, "soup", 8)
     monkeypatch.delenv("QPMERGE_NOT_BEFORE")
     suite.experts["a"]["cls"] += 1
     with pytest.raises(pytest.fail.Exception):
-        compare.result(suite, "soup", 8)
+        benchmark.result(suite, "soup", 8)
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_results_belong_to_the_images_they_are_judged_on(suite, split):
-    before = compare._fingerprint(suite)
-    assert compare._fingerprint(suite) == before
+    before = benchmark._fingerprint(suite)
+    assert benchmark._fingerprint(suite) == before
     suite.tensors("b", split)[0]["pixels"] += 1
-    assert compare._fingerprint(suite) != before
+    assert benchmark._fingerprint(suite) != before
 
 
 @pytest.mark.parametrize("name, options, edge", [
@@ -59,17 +61,17 @@ def test_results_belong_to_the_images_they_are_judged_on(suite, split):
 ])
 def test_choices_at_an_end_of_their_grid_are_marked(name, options, edge):
     found = {"method": name, "label": name, "seed": 0, "options": options, "accuracy": dict.fromkeys("abcdefgh", 1.0)}
-    assert compare.at_grid_edge(found) == edge
-    assert compare.choices([found]).loc[name, "seed 0"].count("*") == len(edge)
+    assert benchmark.at_grid_edge(found) == edge
+    assert benchmark.choices([found]).loc[name, "seed 0"].count("*") == len(edge)
 
 
 def test_choices_are_named():
     found = {"method": "fisher", "label": "Fisher", "seed": 0, "options": {"normalise": False, "seed": 0}, "accuracy": dict.fromkeys("ab", 1.0)}
-    assert compare.choices([found]).loc["Fisher", "seed 0"] == "not normalise"
+    assert benchmark.choices([found]).loc["Fisher", "seed 0"] == "not normalise"
 
 
 def test_seed_interval_is_students():
-    mean, (low, high) = compare.seed_interval([1.0, 2.0, 3.0])
+    mean, (low, high) = benchmark.seed_interval([1.0, 2.0, 3.0])
     assert mean == 2 and high - mean == pytest.approx(4.302653 / 3**0.5, rel=1e-6) and mean - low == pytest.approx(high - mean)
 
 
@@ -81,17 +83,17 @@ def row(method, seed, *values):
 
 
 def test_ranks_are_places_among_the_merges_of_a_seed():
-    places = compare.ranks([row("experts", 0, 1.0), row("multitask", 0, 0.99), row("x", 0, 0.8), row("y", 0, 0.9), row("z", 0, 0.8), row("x", 1, 0.5)])
+    places = benchmark.ranks([row("experts", 0, 1.0), row("multitask", 0, 0.99), row("x", 0, 0.8), row("y", 0, 0.9), row("z", 0, 0.8), row("x", 1, 0.5)])
     assert places.loc[0].to_dict() == {"x": 2.5, "y": 1.0, "z": 2.5}
 
 
 def test_intervals_of_one_seed_are_taken_over_tasks(tmp_path):
     results = [row("experts", 0, 0.9, 0.8), row("base", 0, 0.5, 0.7), row("soup", 0, 0.7, 0.8)]
-    _, means, _ = compare.summarise(Records("05_toy", "smoke", root=tmp_path), "toy", results)
-    assert list(means.index) == ["a", "b"] and compare.ranks(results).loc["a"].to_dict() == {"base": 2.0, "soup": 1.0}
+    _, means, _ = benchmark.summarise(Records("05_toy", "smoke", root=tmp_path), "toy", results)
+    assert list(means.index) == ["a", "b"] and benchmark.ranks(results).loc["a"].to_dict() == {"base": 2.0, "soup": 1.0}
     kept = load_records("smoke", tmp_path)
     gain = kept["toy.soup.minus_base"]
-    mean, interval = compare.seed_interval([0.2, 0.1])
+    mean, interval = benchmark.seed_interval([0.2, 0.1])
     assert gain.value == pytest.approx(mean) and gain.interval == pytest.approx(interval) and (gain.n, gain.note) == (2, "over tasks")
     assert "toy.regmean.minus_soup" not in kept and "toy.best_qp.label" not in kept and kept["toy.best_heuristic.label"].value == "soup"
 

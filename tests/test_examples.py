@@ -8,13 +8,14 @@ import pandas as pd
 import pytest
 import torch
 
-from qpmerge_lite import plots
 from qpmerge_lite.bases import build
+from qpmerge_lite.companion.book import figures
+from qpmerge_lite.companion.experiments import synthetic
+from qpmerge_lite.companion.suites import digits
 from qpmerge_lite.diagnostic import captured_energy
 from qpmerge_lite.errors import MergeError
 from qpmerge_lite.programme import programme
 from qpmerge_lite.solve import minimise
-from qpmerge_lite.suites import digits, synthetic
 
 matplotlib.use("agg")
 
@@ -130,28 +131,28 @@ def test_the_examples_of_the_readme_run():
     assert all(found["gap"] > 0 for found in scope["q"].certify(scope["layers"], scope["base"], scope["liked"]).values())
 
 
-def figures():
+def drawn():
     grid, values = [0.0, 0.5, 1.0], np.add.outer([0.0, 1.0, 2.0], [0.0, 1.0, 2.0])
-    yield plots.plane({"left": (grid, values, [1, 2, 3]), "right": (grid, values, [1, 2])}, {"a": (0, 0), "b": (1, 1)}, {"way": [(0, 0), (1, 1)]})
-    yield plots.ridge_path([1e-3, 1, 1e3], [[1, 0], [0.7, 0.3], [0.5, 0.5]], 0.5, {"in sample": [3, 2, 1], "cross-fitted": [1, 2, 1]})
-    yield plots.nesting({"layer": (2, 0.4, 0.4), "rotated_rows": (8, 0.6, 0.5)}, [("layer", "rotated_rows")])
-    yield plots.projection({"layer": 0.4, "elements": 1.0}, {"soup": (0.3, 0.9)})
-    yield plots.cumulative({"a": [0.2, 0.6, 1.0], "b": [0.1, 0.2, 0.3]}, "x", "y")
-    yield plots.phases([0, 1, 2], [0, 1, 2], {"wins": np.stack([values, values]), "loses": np.stack([values - 2, -values])}, ["K = 2", "K = 4"], "x", "y")
-    yield plots.bands([1, 2, 3], {"a": values, "b": -values}, "x", "y")
-    yield plots.agreement({"a": ([1, 2], [1, 2], "x", "y"), "b": ([1, 2], [2, 1], "x", "y")}, ["p", "q"])
+    yield figures.plane({"left": (grid, values, [1, 2, 3]), "right": (grid, values, [1, 2])}, {"a": (0, 0), "b": (1, 1)}, {"way": [(0, 0), (1, 1)]})
+    yield figures.ridge_path([1e-3, 1, 1e3], [[1, 0], [0.7, 0.3], [0.5, 0.5]], 0.5, {"in sample": [3, 2, 1], "cross-fitted": [1, 2, 1]})
+    yield figures.nesting({"layer": (2, 0.4, 0.4), "rotated_rows": (8, 0.6, 0.5)}, [("layer", "rotated_rows")])
+    yield figures.projection({"layer": 0.4, "elements": 1.0}, {"soup": (0.3, 0.9)})
+    yield figures.cumulative({"a": [0.2, 0.6, 1.0], "b": [0.1, 0.2, 0.3]}, "x", "y")
+    yield figures.phases([0, 1, 2], [0, 1, 2], {"wins": np.stack([values, values]), "loses": np.stack([values - 2, -values])}, ["K = 2", "K = 4"], "x", "y")
+    yield figures.bands([1, 2, 3], {"a": values, "b": -values}, "x", "y")
+    yield figures.agreement({"a": ([1, 2], [1, 2], "x", "y"), "b": ([1, 2], [2, 1], "x", "y")}, ["p", "q"])
     frame = pd.DataFrame({"x": [1, 2, 3], "y": [1, 2, 3], "kind": ["p", "q", "p"]})
-    yield plots.correlations({"a": frame, "b": frame, "c": frame}, "x", "y", "x", "y")
-    yield plots.depth(["one", "a longer name"], {"a": {"p": [1, 2], "q": [2, 1]}, "b": {"p": [1, 2], "q": [1, 1]}}, "layer")
-    yield plots.bars(["one", "two"], {"a": {"p": [1, 2], "q": [2, 1]}, "b": {"p": [1, 2], "q": [0, 1]}, "c": {"p": [1, 1]}}, "y")
-    yield plots.scatter({"a": ([1, 2, 3], [1, 2, 3], "x", "y"), "b": ([3, 2, 1], [1, 2, 3], "x", "")}, [2, 2, 4], "K = ")
+    yield figures.correlations({"a": frame, "b": frame, "c": frame}, "x", "y", "x", "y")
+    yield figures.depth(["one", "a longer name"], {"a": {"p": [1, 2], "q": [2, 1]}, "b": {"p": [1, 2], "q": [1, 1]}}, "layer")
+    yield figures.bars(["one", "two"], {"a": {"p": [1, 2], "q": [2, 1]}, "b": {"p": [1, 2], "q": [0, 1]}, "c": {"p": [1, 1]}}, "y")
+    yield figures.scatter({"a": ([1, 2, 3], [1, 2, 3], "x", "y"), "b": ([3, 2, 1], [1, 2, 3], "x", "")}, [2, 2, 4], "K = ")
 
 
 def test_figures_fit_the_page_and_can_be_read():
-    plots.style()
-    for figure in figures():
+    figures.style()
+    for figure in drawn():
         figure.canvas.draw()
-        assert figure.get_size_inches()[0] == plots.WIDTH
+        assert figure.get_size_inches()[0] == figures.WIDTH
         words = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text().strip() and text.get_visible()]
         assert words and min(text.get_fontsize() for text in words) >= 9
         assert all(axis.get_legend() is None for axis in figure.axes)  # keys lie outside the data

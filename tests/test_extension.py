@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qpmerge_lite.records import Records
+from qpmerge_lite.companion.records import Records
 
 EXTENSIONS = Path(__file__).parents[1] / "book" / "_ext"
 

@@ -4,8 +4,8 @@ import torch
 from toys import TASKS, loaded, vision
 
 import qpmerge_lite as q
+from qpmerge_lite.engine.layers import view
 from qpmerge_lite.errors import EmptyCalibration, MergeError
-from qpmerge_lite.layers import view
 
 
 @pytest.fixture(scope="module")

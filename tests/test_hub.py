@@ -12,9 +12,10 @@ import yaml
 from hub import Hub
 from test_sources import hub, place, same  # noqa: F401
 
-from qpmerge_lite import cli, manifests, sources
-from qpmerge_lite.manifests import Absent, ManifestError, load_manifest
-from qpmerge_lite.sources.hub import lock
+from qpmerge_lite.companion import cli, data
+from qpmerge_lite.companion.data import manifests
+from qpmerge_lite.companion.data.hub import lock
+from qpmerge_lite.companion.data.manifests import Absent, ManifestError, load_manifest
 
 FILES = {"config.json": b'{"model_type": "toy"}', "model.safetensors": bytes(range(256)) * 400}
 
@@ -35,19 +36,19 @@ def source(commit="main", verified=True, files=FILES, name="base", repo="ours/mo
 
 def refusal(name="family"):
     with pytest.raises(ManifestError) as caught:
-        sources.fetch(name)
+        data.fetch(name)
     return str(caught.value).partition("\n  ")[2]
 
 
 def test_files_come_once_and_then_from_the_cache(place, hub):
     commit = hub.add("ours/model", FILES)
     family(place, source(commit))
-    found = sources.fetch("family")
+    found = data.fetch("family")
     assert {path: where.read_bytes() for path, where in found.items()} == FILES
-    assert sources.checkpoint("family") == found["config.json"].parent == found["model.safetensors"].parent
+    assert data.checkpoint("family") == found["config.json"].parent == found["model.safetensors"].parent
     asked = len(hub.requests)
-    assert sources.fetch("family/base") == found and len(hub.requests) == asked
-    assert sources.here(load_manifest("family")) == {"base": load_manifest("family").sources[0].files}
+    assert data.fetch("family/base") == found and len(hub.requests) == asked
+    assert data.here(load_manifest("family")) == {"base": load_manifest("family").sources[0].files}
 
 
 def test_what_is_not_there_is_named_with_its_page(place, hub):
@@ -67,7 +68,7 @@ def test_a_gated_repository_says_where_to_accept_its_terms_and_opens_with_a_toke
     family(place, source(commit))
     assert refusal() == f"base: ours/model/config.json at {commit}: gated; accept its terms at {hub.url}/ours/model and set HF_TOKEN"
     monkeypatch.setenv("HF_TOKEN", "hf_open")
-    assert set(sources.fetch("family")) == set(FILES)
+    assert set(data.fetch("family")) == set(FILES)
 
 
 def test_an_interrupted_download_resumes_where_it_stopped(place, hub):
@@ -75,7 +76,7 @@ def test_an_interrupted_download_resumes_where_it_stopped(place, hub):
     files = {"config.json": b"{}", "model.safetensors": bytes(24 * 2**20)}
     family(place, source(hub.add("ours/model", files), files=files))
     hub.cut["model.safetensors"] = 1
-    assert sources.fetch("family")["model.safetensors"].read_bytes() == files["model.safetensors"]
+    assert data.fetch("family")["model.safetensors"].read_bytes() == files["model.safetensors"]
     assert [span for method, path, span in hub.requests if method == "GET" and "safetensors" in path] == [None, f"bytes={10 * 2**20}-"]
 
 
@@ -86,7 +87,7 @@ def test_a_body_that_ends_early_is_no_file_and_finished_files_are_kept(place, hu
     assert [path.name for path in (place / "cache").rglob("*") if path.suffix in (".safetensors", ".incomplete")] == []
     hub.short.clear()
     hub.requests.clear()
-    sources.fetch("family")
+    data.fetch("family")
     assert not any("config.json" in path for _, path, _ in hub.requests)
 
 
@@ -97,7 +98,7 @@ def test_a_wrong_byte_is_refused_and_the_file_removed(place, hub):
     assert said.startswith("family: base: model.safetensors: expected sha256 ") and "what came is removed; fetch it again" in said
     assert [path for path in (place / "cache").rglob("*") if path.is_file() and path.stat().st_size == 102400] == []
     hub.wrong.clear()
-    assert sources.fetch("family")["model.safetensors"].read_bytes() == FILES["model.safetensors"]
+    assert data.fetch("family")["model.safetensors"].read_bytes() == FILES["model.safetensors"]
 
 
 def test_what_nothing_is_held_to_is_refused_until_it_is_locked(place, hub):
@@ -117,7 +118,7 @@ def test_lock_pins_commits_and_hashes_and_leaves_the_rest_as_it_is(place, hub):
     expected = toysets.dump({"sources": [source(commits["base"]), source(commits["expert"], name="expert", repo="ours/expert", files=files)]})
     assert before.path.read_text() == text.partition("sources:\n")[0] + expected + text[text.index("elsewhere") :]
     assert sorted(os.listdir(place)) == ["cache", "family.yaml", "mirror"]
-    assert lock("family") == {} and set(sources.fetch("family/expert")) == {"config.json", "a-1.safetensors", "a-2.safetensors"}
+    assert lock("family") == {} and set(data.fetch("family/expert")) == {"config.json", "a-1.safetensors", "a-2.safetensors"}
 
 
 def test_lock_changes_nothing_unless_everything_came(place, hub):
@@ -140,7 +141,7 @@ def test_lock_pins_a_data_set_only_if_its_rows_are_the_manifests(place, hub):
         lock("toy")
     assert (place / "toy.yaml").read_text() == before
     commit = hub.add("ours/toy", {"all.parquet": toysets.on_the_hub(rows)}, kind="dataset")
-    assert lock("toy") == {"hub": commit} and same(sources.rows("toy"), rows)
+    assert lock("toy") == {"hub": commit} and same(data.rows("toy"), rows)
     assert load_manifest("toy").source("hub").verified
 
 
@@ -166,13 +167,13 @@ def test_a_pinned_set_without_digests_is_read_as_filed_with_validation_held_out(
     assert refusal("toy").startswith("hub: ours/toy is not pinned; run: qpmerge data lock toy")
     lock("toy")
     with pytest.raises(ManifestError, match=r"hub: expected the labels \['no', .*, found \['maybe', 'yes', 'no', 'other'\]"):
-        sources.rows("toy")
+        data.rows("toy")
     text = (place / "toy.yaml").read_text()
     (place / "toy.yaml").write_text(text.replace("labels:\n- 'no'\n- 'yes'\n- maybe", "labels: [maybe, 'yes', 'no', other]"))
-    found = sources.rows("toy")
+    found = data.rows("toy")
     assert {split: part.column_names for split, part in found.items()} == dict.fromkeys(manifests.SPLITS, ["text", "label"])
     assert [len(part) for part in found.values()] == [55, 6, 13]
-    whole = datasets.Dataset.from_parquet(str(sources.fetch("toy")["train-0.parquet"]))["content"][:]
+    whole = datasets.Dataset.from_parquet(str(data.fetch("toy")["train-0.parquet"]))["content"][:]
     assert sorted(found["train"]["text"][:] + found["validation"]["text"][:]) == sorted(whole)
     assert found["train"].features["label"].names == ["MAYBE", "yes", "no", "other"]
 
@@ -181,7 +182,7 @@ def test_the_command_honours_the_endpoint_and_works_on_without_a_network(place, 
     """In processes of their own, as the client reads its variables when it is imported."""
     commit = hub.add("ours/model", FILES)
     family(place, source(commit), source(verified=False, name="expert", repo="ours/expert"))
-    code = "import sys; from qpmerge_lite import cli, manifests; manifests.FOLDER = manifests.Path(sys.argv[1]); sys.exit(cli.main(sys.argv[2:]))"
+    code = "import sys; from qpmerge_lite.companion import cli; from qpmerge_lite.companion.data import manifests; manifests.FOLDER = manifests.Path(sys.argv[1]); sys.exit(cli.main(sys.argv[2:]))"
 
     def qpmerge(*words, **variables):
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -230,7 +231,7 @@ def test_shipped_manifests_can_be_locked_where_they_are_not(name):
     """Every source that nobody has verified is laid out as ``lock`` rewrites it, and comes through it unchanged but for its pins."""
     from dataclasses import replace
 
-    from qpmerge_lite.sources.hub import _rewritten
+    from qpmerge_lite.companion.data.hub import _rewritten
 
     manifest = load_manifest(name)
     text = manifest.path.read_text()

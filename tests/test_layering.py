@@ -7,63 +7,73 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "qpmerge_lite"
-ORDER = ["errors", "moments", "bases", "programme", "cholesky", "solve", "climb", "held_out", "diagnostic",  # the mathematics
-         "options", "memory", "experts", "merge", "calibration", "inputs", "forwards", "sparse", "datafree",  # weights and batches
-         "sums", "views", "norms", "layers", "effects", "orders", "lockstep", "pauses", "layouts", "probes", "recording", "lookups", "survey",
-         "rerun", "recipes", "reasons", "rows", "gather", "sequential", "solvers",  # the pass
-         "assess", "heads", "gradient", "methods",
-         "records", "manifests", "sources", "suites", "plots", "regression", "claims", "book", "cli"]  # fmt: skip
-MATHEMATICS = ORDER[1 : ORDER.index("diagnostic") + 1]
-CORE = ORDER[: ORDER.index("methods") + 1]
+MATHEMATICS = ["moments", "bases", "programme", "cholesky", "solve", "climb", "held_out", "diagnostic"]
+WEIGHTS = ["options", "aliases", "experts", "merge", "calibration", "inputs", "forwards", "sparse", "datafree"]  # and batches
+ENGINE = ["sums", "views", "norms", "layers", "effects", "orders", "lockstep", "pauses", "layouts", "probes", "recording", "lookups", "survey",
+          "rerun", "recipes", "reasons", "rows", "gather"]  # fmt: skip
+METHODS = ["sequential", "solvers", "assess", "heads", "gradient", "methods"]
+CORE = ["errors", *MATHEMATICS, *WEIGHTS, *(f"engine.{name}" for name in ENGINE), *METHODS]
+COMPANION = ["paths", "plans", "records", "data", "suites", "experiments", "book", "cli"]  # folders count as one
+ORDER = [*CORE, *(f"companion.{name}" for name in COMPANION), "__main__"]
 ALLOWED = {"torch", "numpy", "safetensors", "tqdm", "greenlet", "clarabel", "scipy"}
 HEAVY = ["datasets", "transformers", "matplotlib", "seaborn", "sklearn", "PIL", "pandas", "papermill", "clarabel", "scipy"]
 
 
-def layer(path):
-    """The name in ORDER of a module of the package, folders counting as one."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def place(name):
+    """The entry of ORDER that a dotted module of the package belongs to, None for the package itself."""
+    parts = name.split(".")
+    if parts[0] == "companion" and len(parts) > 1 or parts[0] == "engine" and len(parts) > 1:
+        return ".".join(parts[:2])
+    return parts[0] if parts[0] in ORDER else None
+
+
+def dotted(path):
+    """Path of a module of the package with dots."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imports(path):
-    """(layer imported, or top-level name of another package; whether at module level) for every import of a file."""
+    """(dotted module of the package or name of another package, whether it is one of this package, whether at module level)."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     at_top = set(ast.walk(ast.Module([n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))], [])))
-    depth = len(path.relative_to(PACKAGE).parts)
+    package = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node in at_top) for alias in node.names)
+            yield from ((alias.name, False, node in at_top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module, False, node in at_top
         elif isinstance(node, ast.ImportFrom):
-            if node.level == depth:  # relative to the package itself
-                names = [node.module] if node.module else [alias.name for alias in node.names]
-                known = [f"qpmerge_lite.{name}" if name.split(".")[0] in ORDER else "qpmerge_lite" for name in names]
-                yield from ((name, node in at_top) for name in known)
-            elif node.level:  # within a folder of the package
-                yield f"qpmerge_lite.{layer(path)}", node in at_top
-            else:
-                yield node.module, node in at_top
+            start = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            base = ".".join(part for part in start if part)
+            for alias in node.names:
+                inside = f"{base}.{alias.name}".strip(".")
+                yield (inside if (PACKAGE / Path(*inside.split("."))).with_suffix(".py").exists() else base), True, node in at_top
 
 
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent.name in COMPANION)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize("path", FILES, ids=dotted)
 def test_imports_go_one_way(path):
-    own = ORDER.index(layer(path))  # a module that is not in ORDER has to be given its place
-    for name, _ in imports(path):
-        parts = name.split(".")
-        if parts[0] == "qpmerge_lite":
-            other = parts[1] if len(parts) > 1 else "methods"
-            assert ORDER.index(other) <= own, f"{path.name} imports {name}"
-            assert other != layer(path) or path.parent != PACKAGE, f"{path.name} imports itself"
+    own = place(dotted(path))
+    assert own is not None, "a module that is not in ORDER has to be given its place"
+    for name, inside, _ in imports(path):
+        assert name.split(".")[0] != "qpmerge_lite", f"{dotted(path)} imports {name} by its full name"
+        if inside:
+            other = place(name) or "methods"  # the package itself gives what its core has
+            assert ORDER.index(other) <= ORDER.index(own), f"{dotted(path)} imports {name}"
+            assert own != "companion.cli" or name != "companion.cli"
 
 
 @pytest.mark.parametrize("name", CORE)
 def test_the_core_needs_little(name):
-    for imported, at_top in imports(PACKAGE / f"{name}.py"):
+    for imported, inside, at_top in imports(PACKAGE / Path(*name.split(".")).with_suffix(".py")):
         package = imported.split(".")[0]
-        if package not in sys.stdlib_module_names | {"qpmerge_lite"}:
-            assert package in ALLOWED, f"{name}.py imports {package}"
-            assert not (at_top and package in HEAVY), f"{name}.py imports {package} before it is needed"
+        if inside:
+            assert package != "companion", f"{name} imports {imported}"
+        elif package not in sys.stdlib_module_names:
+            assert package in ALLOWED, f"{name} imports {package}"
+            assert not (at_top and package in HEAVY), f"{name} imports {package} before it is needed"
 
 
 def test_the_package_imports_only_its_core():

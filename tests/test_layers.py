@@ -5,9 +5,9 @@ from torch import nn
 from toys import outputs
 
 from qpmerge_lite.calibration import Batch
+from qpmerge_lite.engine.layers import view
+from qpmerge_lite.engine.survey import survey
 from qpmerge_lite.errors import MergeError
-from qpmerge_lite.layers import view
-from qpmerge_lite.survey import survey
 
 MODULES = {
     "linear": nn.Linear(5, 3),

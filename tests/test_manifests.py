@@ -11,8 +11,8 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from qpmerge_lite import manifests
-from qpmerge_lite.manifests import ManifestError, load_manifest, verify
+from qpmerge_lite.companion.data import manifests
+from qpmerge_lite.companion.data.manifests import ManifestError, load_manifest, verify
 
 SOUND = {
     "schema": 1,
@@ -78,7 +78,7 @@ def walk(schema):
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifests, "ROOT", tmp_path)
+    monkeypatch.setattr(manifests, "HOME", tmp_path)
     (tmp_path / "a.bin").write_bytes(b"abc")
 
     def _write(change=lambda content: None, sources=slice(None)):

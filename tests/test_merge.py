@@ -9,8 +9,8 @@ from torch import nn
 
 import qpmerge_lite
 import qpmerge_lite.datafree as q
+from qpmerge_lite.aliases import sharing
 from qpmerge_lite.errors import MergeError, NonFinite
-from qpmerge_lite.memory import sharing
 from qpmerge_lite.merge import add_update, average, check_experts, parameters_of, tied
 
 

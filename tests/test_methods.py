@@ -6,8 +6,8 @@ from strategies import make_layer
 from toys import TASKS, loaded, trace, vision
 
 import qpmerge_lite as q
+from qpmerge_lite.engine.layers import view
 from qpmerge_lite.errors import MergeError
-from qpmerge_lite.layers import view
 from qpmerge_lite.methods import QP, Sketched
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from qpmerge_lite.book import BookError, declared, overrides
+from qpmerge_lite.companion.book.run import BookError, declared, overrides
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

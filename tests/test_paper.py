@@ -10,12 +10,16 @@ import toysets
 from safetensors.torch import load_file, save_file
 from test_sources import hub, place  # noqa: F401
 
-from qpmerge_lite import manifests, methods, sources, suites
+from qpmerge_lite import methods
+from qpmerge_lite.companion import data, suites
+from qpmerge_lite.companion.book import published
+from qpmerge_lite.companion.data import manifests
+from qpmerge_lite.companion.data.hub import lock
+from qpmerge_lite.companion.data.manifests import load_manifest
+from qpmerge_lite.companion.experiments import benchmark
+from qpmerge_lite.companion.records import Record
+from qpmerge_lite.companion.suites import clip, flan_t5, gpt2, public
 from qpmerge_lite.errors import MergeError, MissingLayer
-from qpmerge_lite.manifests import load_manifest
-from qpmerge_lite.records import Record
-from qpmerge_lite.sources.hub import lock
-from qpmerge_lite.suites import clip, compare, flan_t5, gpt2, public, published
 
 transformers = pytest.importorskip("transformers", reason="the hub extra is not installed")
 REAL = manifests.FOLDER
@@ -129,12 +133,12 @@ def test_clip_scores_are_those_of_the_whole_model_of_transformers(clips):
     """Base and expert: images through the processor, prompts through text tower and pooler, cosine times e^(logit scale)."""
     from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
-    folder = sources.checkpoint(clip.FAMILY)
+    folder = data.checkpoint(clip.FAMILY)
     model, tokenizer, processor = CLIPModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder), CLIPImageProcessorPil.from_pretrained(folder)
     prompts = public.prompts("clip")["svhn"]
     assert prompts["templates"] == ['a photo of the number: "{}".']
     texts = tokenizer([prompts["templates"][0].format(c) for c in prompts["classes"]], padding=True, return_tensors="pt")
-    pictures = [image.convert("RGB") for image in sources.rows("clip-svhn")["test"]["image"]]
+    pictures = [image.convert("RGB") for image in data.rows("clip-svhn")["test"]["image"]]
     pixels = processor(pictures, return_tensors="pt")["pixel_values"]
     inputs, labels = clips.tensors("svhn", "test")
     assert inputs["pixels"].dtype == torch.uint8 and inputs["pixels"].shape == (40, 3, 32, 32)
@@ -151,7 +155,7 @@ def test_the_text_head_averages_templates_on_the_sphere(clips):
     """Eight templates, one by one and without padding."""
     from transformers import AutoTokenizer, CLIPModel
 
-    folder, prompts = sources.checkpoint(clip.FAMILY), public.prompts("clip")["dtd"]
+    folder, prompts = data.checkpoint(clip.FAMILY), public.prompts("clip")["dtd"]
     model, tokenizer = CLIPModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     found = clip.head(folder, prompts["classes"][:2], prompts["templates"])
     with torch.no_grad():
@@ -163,7 +167,7 @@ def test_the_text_head_averages_templates_on_the_sphere(clips):
 
 
 def test_clip_is_merged_judged_and_kept(clips):
-    found = {r["method"]: r for r in [*compare.ceilings(clips), *(compare.result(clips, m, 8) for m in ("soup", "regmean", "qp_rows"))]}
+    found = {r["method"]: r for r in [*benchmark.ceilings(clips), *(benchmark.result(clips, m, 8) for m in ("soup", "regmean", "qp_rows"))]}
     assert set(found) == {"experts", "soup", "regmean", "qp_rows"}  # and no multi-task training
     soup = {k: torch.stack([e[k] for e in clips.experts.values()]).mean(0) for k in clips.base.state_dict()}
     assert found["soup"]["accuracy"] == clips.evaluate(soup)
@@ -173,7 +177,7 @@ def test_clip_is_merged_judged_and_kept(clips):
 
 
 def test_validation_is_a_tenth_of_train_and_the_same_every_time(clips):
-    rows = sources.rows("clip-mnist")
+    rows = data.rows("clip-mnist")
     assert {s: len(p) for s, p in rows.items()} == {"train": 360, "validation": 40, "test": 40}
     assert clips.data["mnist"]["validation"]["label"] == rows["validation"]["label"]
     assert suites.load("clip", "paper", seed=1, progress=False, tasks=["mnist"]).data["mnist"]["validation"]["label"] == rows["validation"]["label"]
@@ -182,7 +186,7 @@ def test_validation_is_a_tenth_of_train_and_the_same_every_time(clips):
 def test_a_checkpoint_that_lacks_a_weight_is_refused(clips, tmp_path):
     from transformers import CLIPVisionModel
 
-    folder = sources.checkpoint(f"{clip.FAMILY}/mnist")
+    folder = data.checkpoint(f"{clip.FAMILY}/mnist")
     shutil.copy(folder / "config.json", tmp_path)
     weights = load_file(folder / "model.safetensors")
     save_file({k: v for k, v in weights.items() if "layers.1.mlp.fc1.bias" not in k}, tmp_path / "model.safetensors", {"format": "pt"})
@@ -206,7 +210,7 @@ def test_published_figures_fit_the_suites_and_stand_beside_what_was_measured():
     every = published.read(REAL.parent / "book" / "published.yml")
     assert {family: part["tasks"] for family, part in every.items()} == {m.__name__.rpartition(".")[2]: m.TASKS for m in (clip, gpt2, flan_t5)}
     rows = [row for part in every.values() for row in part["rows"]]
-    assert all(row["entry"] in {*compare.ENTRIES, "experts"} for row in rows if "entry" in row)
+    assert all(row["entry"] in {*benchmark.ENTRIES, "experts"} for row in rows if "entry" in row)
     means = {row["label"]: sum(row["values"]) / 8 for row in every["clip"]["rows"]}
     assert means["simple average"] == pytest.approx(66.5, abs=0.06) and means["RegMean++"] == pytest.approx(84.4, abs=0.06)  # as published
     part = {"tasks": ["a", "b"], "rows": [{"label": "soup", "entry": "soup", "values": [50.0, 60.0]}, {"label": "other", "values": [1.0, 2.0]}]}
@@ -274,9 +278,9 @@ def gpts(ready):
 def test_gpt2_answers_are_those_of_transformers_own_classifier(gpts):
     from transformers import AutoTokenizer, GPT2ForSequenceClassification
 
-    tokenizer = AutoTokenizer.from_pretrained(sources.checkpoint(gpt2.FAMILY), pad_token=gpt2.PAD)
+    tokenizer = AutoTokenizer.from_pretrained(data.checkpoint(gpt2.FAMILY), pad_token=gpt2.PAD)
     for task in gpts.tasks:
-        model, rows = GPT2ForSequenceClassification.from_pretrained(sources.checkpoint(f"gpt2/{task}")).eval(), sources.rows(f"glue-{task}")["test"]
+        model, rows = GPT2ForSequenceClassification.from_pretrained(data.checkpoint(f"gpt2/{task}")).eval(), data.rows(f"glue-{task}")["test"]
         texts = [list(rows[c]) for c in ("text", "pair") if c in rows.column_names]
         inputs = tokenizer(*texts, padding="max_length", max_length=gpt2.LENGTH, truncation=True, return_tensors="pt")
         for name, value in gpts.tensors(task, "test")[0].items():
@@ -290,7 +294,7 @@ def test_gpt2_answers_are_those_of_transformers_own_classifier(gpts):
 
 
 def test_gpt2_is_merged_and_judged(gpts):
-    found = [*compare.ceilings(gpts), *(compare.result(gpts, m, 8) for m in ("soup", "regmean", "qp_rows"))]
+    found = [*benchmark.ceilings(gpts), *(benchmark.result(gpts, m, 8) for m in ("soup", "regmean", "qp_rows"))]
     assert all(set(r["accuracy"]) == {"cola", "qnli"} for r in found)
     assert set(gpts.calibration(8)["cola"][0]) == {"input_ids", "attention_mask"}
 
@@ -329,7 +333,7 @@ def fives(ready):
 
 def asked(task, split="test"):
     """Questions, written here once more, and labels."""
-    rows = sources.rows(f"glue-{task}")[split]
+    rows = data.rows(f"glue-{task}")[split]
     form = {"rte": "Does the text: '{}' entail that '{}' is true? Provide 'yes' or 'no'.",
             "stsb": "Consider the sentences '{}' and '{}'. On a scale from 1 (completely different) to 5 (completely similar), rate the similarity."}
     return [form[task].format(*pair) for pair in zip(rows["text"], rows["pair"])], rows["label"]
@@ -339,10 +343,10 @@ def test_flan_t5_answers_are_those_that_transformers_generates(fives):
     from scipy.stats import spearmanr
     from transformers import AutoTokenizer, T5ForConditionalGeneration
 
-    tokenizer = AutoTokenizer.from_pretrained(sources.checkpoint(flan_t5.FAMILY))
+    tokenizer = AutoTokenizer.from_pretrained(data.checkpoint(flan_t5.FAMILY))
     said = {}
     for task in fives.tasks:
-        model, (texts, labels) = T5ForConditionalGeneration.from_pretrained(sources.checkpoint(f"{flan_t5.FAMILY}/{task}")).eval(), asked(task)
+        model, (texts, labels) = T5ForConditionalGeneration.from_pretrained(data.checkpoint(f"{flan_t5.FAMILY}/{task}")).eval(), asked(task)
         assert fives.data[task]["test"]["text"][:] == texts
         inputs = tokenizer(texts, padding="max_length", max_length=512, truncation=True, return_tensors="pt")
         tokens = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_length=10)
@@ -358,7 +362,7 @@ def test_flan_t5_answers_are_those_that_transformers_generates(fives):
 
 def test_right_answers_and_ranks_count(fives, monkeypatch):
     """With answers put in place of the generated ones: texts have to agree, numbers to rank alike, and what is no number is 0."""
-    tokenizer = flan_t5._tokenizer(sources.checkpoint(flan_t5.FAMILY))
+    tokenizer = flan_t5._tokenizer(data.checkpoint(flan_t5.FAMILY))
     say = lambda *texts: monkeypatch.setattr(flan_t5, "generated", lambda *_: torch.tensor([[0, *tokenizer.encode(t).ids[:1], 1] for t in texts]))
     state = fives.base.state_dict()
     say("yes", "no", "no", "acceptable")
@@ -384,10 +388,10 @@ def test_flan_t5_is_merged_and_judged_without_what_needs_heads(fives, monkeypatc
     merge = methods.qp(fives.base, fives.experts, calibration, basis="rows", progress=False)
     for made in (merge, methods.regmean(fives.base, fives.experts, calibration, progress=False)):
         assert set(fives.evaluate(made.state_dict)) == {"rte", "stsb"}
-    monkeypatch.setattr(compare, "load", lambda *a, **k: fives)
-    monkeypatch.setattr(compare, "result", lambda suite, entry, size: entry)
-    monkeypatch.setattr(compare, "ceilings", lambda suite: [])
-    assert compare.compare("flan_t5", 1, 8, "paper", entries=("soup", "fisher", "adamerging", "qp_rows")) == ["soup", "qp_rows"]
+    monkeypatch.setattr(benchmark, "load", lambda *a, **k: fives)
+    monkeypatch.setattr(benchmark, "result", lambda suite, entry, size: entry)
+    monkeypatch.setattr(benchmark, "ceilings", lambda suite: [])
+    assert benchmark.compare("flan_t5", 1, 8, "paper", entries=("soup", "fisher", "adamerging", "qp_rows")) == ["soup", "qp_rows"]
     solved = {row["layer"] for row in merge.table}
     assert {"t5.encoder.block.0.layer.0.SelfAttention.q", "t5.decoder.block.1.layer.1.EncDecAttention.o"} <= solved
     assert "t5.lm_head.weight" in merge.averaged

@@ -8,10 +8,11 @@ from torch import nn
 from toys import TASKS, experts_of, tokens, vision
 
 import qpmerge_lite as q
-from qpmerge_lite import gather, rerun, solvers
+from qpmerge_lite import solvers
+from qpmerge_lite.engine import gather, rerun
+from qpmerge_lite.engine.sums import Buffers, Sums, add_gram, mirror
+from qpmerge_lite.engine.views import Dense
 from qpmerge_lite.errors import MergeError, NonFinite
-from qpmerge_lite.sums import Buffers, Sums, add_gram, mirror
-from qpmerge_lite.views import Dense
 
 PROBLEMS = {"vision": vision, "tokens": tokens}
 OPTIONS = [{}, {"targets": "propagated"}, {"inputs": "expert"}, {"basis": "elements", "ridge": 0.01, "folds": 1}]

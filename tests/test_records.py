@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qpmerge_lite.records import PROVENANCE, RecordError, Records, find, keep, load_records
+from qpmerge_lite.companion.records import PROVENANCE, RecordError, Records, find, keep, load_records
 
 
 @pytest.fixture

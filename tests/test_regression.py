@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from qpmerge_lite.records import Record, Records
-from qpmerge_lite.regression import RegressionError, compare, disagreement, load_expected, update
+from qpmerge_lite.companion.book.expected import RegressionError, compare, disagreement, load_expected, update
+from qpmerge_lite.companion.records import Record, Records
 
 
 def expected(kind, value=1.0, by=None, **more):

@@ -4,28 +4,28 @@ import pytest
 import torch
 from toys import TASKS
 
+from qpmerge_lite.companion.experiments import calibration
+from qpmerge_lite.companion.experiments import calibration_records as report
+from qpmerge_lite.companion.records import Records, load_records
 from qpmerge_lite.diagnostic import OPTIMISM
-from qpmerge_lite.records import Records, load_records
-from qpmerge_lite.suites import sensitivity
-from qpmerge_lite.suites import sensitivity_records as report
 
 
 @pytest.fixture
 def small(suite, monkeypatch):
-    monkeypatch.setattr(sensitivity, "POOL", 16)
-    monkeypatch.setattr(sensitivity, "HELD", 4)
+    monkeypatch.setattr(calibration, "POOL", 16)
+    monkeypatch.setattr(calibration, "HELD", 4)
     return suite
 
 
-@pytest.mark.parametrize("rule", sensitivity.RULES)
+@pytest.mark.parametrize("rule", calibration.RULES)
 def test_a_rule_picks_from_the_pool_and_nothing_twice(small, rule):
-    (pool,), (chosen,) = (b["a"] for b in (small.calibration(16, seed=3, tasks=["a"]), sensitivity.selected(small, rule, 3, ["a"], 6)))
+    (pool,), (chosen,) = (b["a"] for b in (small.calibration(16, seed=3, tasks=["a"]), calibration.selected(small, rule, 3, ["a"], 6)))
     places = [[i for i, z in enumerate(pool["pixels"]) if torch.equal(z, x)] for x in chosen["pixels"]]
     assert sorted({i for p in places for i in p}) == sorted(i for (i,) in places) and len(places) == 6
 
 
 def test_balanced_classes_differ_by_one_at_most(small):
-    (chosen,) = sensitivity.selected(small, "balanced", 0, ["a"], 6)["a"]
+    (chosen,) = calibration.selected(small, "balanced", 0, ["a"], 6)["a"]
     rows = small.tensors("a", "train")
     labels = [int(rows[1][i]) for x in chosen["pixels"] for i, z in enumerate(rows[0]["pixels"]) if torch.equal(z, x)]
     counts = torch.tensor(labels).bincount(minlength=3)
@@ -33,7 +33,7 @@ def test_balanced_classes_differ_by_one_at_most(small):
 
 
 def test_domains(small):
-    own, another, mixed = (sensitivity.foreign(small, d, 1, list(TASKS), 6) for d in ("own", "another", "mixed"))
+    own, another, mixed = (calibration.foreign(small, d, 1, list(TASKS), 6) for d in ("own", "another", "mixed"))
     assert torch.equal(another["a"][0]["pixels"], own["b"][0]["pixels"]) and torch.equal(another["c"][0]["pixels"], own["a"][0]["pixels"])
     assert torch.equal(torch.cat([b["pixels"] for b in mixed["b"]]), torch.cat([own[t][0]["pixels"][:2] for t in TASKS]))
 
@@ -41,8 +41,8 @@ def test_domains(small):
 def test_a_study_is_recorded(small, tmp_path):
     merge = {"basis": "rows", "ridge": 0.1, "folds": 1}
     rows = [{"factor": factor, **row} for factor, levels, n in (("draw", [8], 3), ("sizes", [4, 12], 2))
-            for row in sensitivity.study(small, "size", levels, n, merge, 3)]
-    rows += [{"factor": "experts", **row} for row in sensitivity.study(small, "experts", [2], 1, merge | {"ridge": 0.2})]
+            for row in calibration.study(small, "size", levels, n, merge, 3)]
+    rows += [{"factor": "experts", **row} for row in calibration.study(small, "experts", [2], 1, merge | {"ridge": 0.2})]
     table = pd.DataFrame(rows).assign(suite="toy")
     record = Records("00_toy", "smoke", tmp_path).record
     report.record_merges(record, table, {"toy": {"soup": {"accuracy": 0.5}, "other": {"accuracy": 0.75}}})
@@ -55,7 +55,7 @@ def test_a_study_is_recorded(small, tmp_path):
 
 
 def test_gaps_are_recorded(small, tmp_path):
-    gaps = pd.DataFrame(sensitivity.gaps(small, [8], 2, 0.1, held=8, tasks=3)).assign(suite="toy", seed=0)
+    gaps = pd.DataFrame(calibration.gaps(small, [8], 2, 0.1, held=8, tasks=3)).assign(suite="toy", seed=0)
     gaps["measured"] = gaps.in_sample - gaps.disjoint
     assert (gaps[list(OPTIMISM)] >= -1e-9).all().all() and (gaps.groupby("family").in_sample.mean() <= 1).all()
     report.record_gaps(Records("00_toy", "smoke", tmp_path).record, gaps)

@@ -8,8 +8,8 @@ from toys import TASKS, experts_of, loaded, tokens, trace, vision
 
 import qpmerge_lite as q
 from qpmerge_lite.assess import Auditor
+from qpmerge_lite.engine.layers import view
 from qpmerge_lite.errors import EmptyCalibration, MergeError, MissingLayer, NonFinite, ShapeMismatch
-from qpmerge_lite.layers import view
 
 FAMILIES = sorted(set(q.FAMILIES) - {"groups", "explicit"})
 PROBLEMS = {"vision": vision, "tokens": tokens}

@@ -10,12 +10,12 @@ import pytest
 import toysets
 from hub import Hub
 
-from qpmerge_lite import manifests, sources
-from qpmerge_lite.manifests import ManifestError, load_manifest
-from qpmerge_lite.sources import tables
+from qpmerge_lite.companion import data, paths
+from qpmerge_lite.companion.data import manifests, readers
+from qpmerge_lite.companion.data.manifests import ManifestError, load_manifest
 
 STANDARD = [name for name in manifests.names("standard") if load_manifest(name).kind == "dataset"]
-needs_the_mirror = pytest.mark.skipif(manifests.mirror() is None, reason="no mirror here: QPMERGE_MIRROR is not set")
+needs_the_mirror = pytest.mark.skipif(paths.mirror_folder() is None, reason="no mirror here: QPMERGE_MIRROR is not set")
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_rows_of_the_mirror_are_as_the_readme_defines_them(place, rows):
     path, content = toysets.mirrored(rows)
     (place / "mirror" / path).write_bytes(content)
     toysets.write(place, rows, toysets.mirror_source(path, content))
-    found = sources.rows("toy")
+    found = data.rows("toy")
     assert same(found, rows) and {split: len(part) for split, part in found.items()} == (
         {"train": 50, "validation": 5, "test": 12} if path == "toy.parquet" else {"train": 36, "validation": 4, "test": 10}
     )
@@ -67,7 +67,7 @@ def test_the_hub_gives_the_same_rows_from_among_others(place, hub, rows):
     hub.add("ours/toy", {"all.parquet": toysets.on_the_hub(rows)}, kind="dataset")
     toysets.write(place, rows, toysets.mirror_source("gone", b"not here") | {"files": [toysets.entry("gone.npz", b"not here")]},
                   toysets.hub_source({"path": "all.parquet"}))  # fmt: skip
-    assert same(sources.rows("toy"), rows)
+    assert same(data.rows("toy"), rows)
 
 
 def test_lines_of_json_with_labels_in_words_give_the_same_rows(place, hub):
@@ -75,7 +75,7 @@ def test_lines_of_json_with_labels_in_words_give_the_same_rows(place, hub):
     lines = [f'{{"content": "{escape(text)}", "answer": "{toysets.LABELS[label]}"}}\n' for text, label, _ in reversed(rows)]
     hub.add("ours/toy", {"all.jsonl": "".join(lines).encode()}, kind="dataset")
     toysets.write(place, rows, toysets.hub_source({"path": "all.jsonl"}))
-    assert same(sources.rows("toy"), rows)
+    assert same(data.rows("toy"), rows)
 
 
 def test_files_that_hold_one_split_each_need_no_index_and_hold_nothing_else(place, hub):
@@ -83,10 +83,10 @@ def test_files_that_hold_one_split_each_need_no_index_and_hold_nothing_else(plac
     split = lambda **more: {f"{s}.parquet": toysets.on_the_hub([row for row in rows if row[2] == s], **more) for s in parts}
     toysets.write(place, rows, toysets.hub_source(*({"path": f"{s}.parquet", "split": s} for s in parts)))
     hub.add("ours/toy", split(others=0), kind="dataset")
-    assert same(sources.rows("toy"), rows)
+    assert same(data.rows("toy"), rows)
     hub.add("ours/toy", split(others=1), kind="dataset")
     with pytest.raises(ManifestError, match=r"hub: test: expected 12 rows of sha256 \w+, found 13 of \w+; these are other rows"):
-        sources.rows("toy")
+        data.rows("toy")
 
 
 def test_a_split_that_no_file_holds_is_named(place, hub):
@@ -94,7 +94,7 @@ def test_a_split_that_no_file_holds_is_named(place, hub):
     hub.add("ours/toy", {"train.parquet": toysets.on_the_hub(rows, others=0)}, kind="dataset")
     toysets.write(place, rows, toysets.hub_source({"path": "train.parquet", "split": "train"}))
     with pytest.raises(ManifestError, match="toy: expected rows of test, found only train; correct the manifest"):
-        sources.rows("toy")
+        data.rows("toy")
 
 
 def test_rows_that_differ_are_refused_and_the_next_source_serves(place, hub):
@@ -104,7 +104,7 @@ def test_rows_that_differ_are_refused_and_the_next_source_serves(place, hub):
     hub.add("ours/toy", {"all.parquet": toysets.on_the_hub(rows)}, kind="dataset")
     toysets.write(place, rows, toysets.mirror_source(path, content), toysets.hub_source({"path": "all.parquet"}))
     with pytest.warns(UserWarning, match=r"toy: mirror: train: expected 50 rows of .* other rows, .* \(hub served instead\)"):
-        assert same(sources.rows("toy"), rows)
+        assert same(data.rows("toy"), rows)
 
 
 def test_rows_that_the_hub_lacks_are_missed_and_every_source_is_named(place, hub):
@@ -112,7 +112,7 @@ def test_rows_that_the_hub_lacks_are_missed_and_every_source_is_named(place, hub
     hub.add("ours/toy", {"all.parquet": toysets.on_the_hub(rows[2:])}, kind="dataset")
     toysets.write(place, rows, toysets.mirror_source("toy.parquet", b"x"), toysets.hub_source({"path": "all.parquet"}))
     with pytest.raises(ManifestError) as caught:
-        sources.rows("toy")
+        data.rows("toy")
     first, mirror, missed, elsewhere = str(caught.value).split("\n  ")
     assert first == "toy: no source serves" and elsewhere == "the attic has other rows"
     assert mirror.startswith("toy: mirror: toy.parquet: expected a file of 1 bytes, found none; copy the file to the mirror")
@@ -121,10 +121,10 @@ def test_rows_that_the_hub_lacks_are_missed_and_every_source_is_named(place, hub
 
 def test_no_mirror_at_all_is_said(place, monkeypatch):
     monkeypatch.delenv("QPMERGE_MIRROR")
-    monkeypatch.setattr(manifests, "ROOT", place / "nowhere")
+    monkeypatch.setattr(paths, "HOME", place / "nowhere")
     toysets.write(place, toysets.texts(), toysets.mirror_source("toy.parquet", b"x"))
     with pytest.raises(ManifestError, match="mirror: no mirror here; set QPMERGE_MIRROR to a folder that holds toy.parquet"):
-        sources.fetch("toy")
+        data.fetch("toy")
 
 
 def test_pickled_arrays_are_not_read(place):
@@ -133,7 +133,7 @@ def test_pickled_arrays_are_not_read(place):
     (place / "mirror" / "toy.npz").write_bytes(stream.getvalue())
     toysets.write(place, toysets.images(), toysets.mirror_source("toy.npz", stream.getvalue()))
     with pytest.raises(ValueError, match="allow_pickle=False"):
-        sources.rows("toy")
+        data.rows("toy")
 
 
 def test_labels_of_the_mirror_have_to_be_the_manifests(place):
@@ -141,7 +141,7 @@ def test_labels_of_the_mirror_have_to_be_the_manifests(place):
     (place / "mirror" / path).write_bytes(content)
     toysets.write(place, toysets.images(), toysets.mirror_source(path, content), labels=["a", "b", "c"])
     with pytest.raises(ManifestError, match=r"expected the labels \['a', 'b', 'c'\], found \['no', 'yes', 'maybe'\]"):
-        sources.rows("toy")
+        data.rows("toy")
 
 
 def test_a_checkpoint_comes_from_an_installed_package(place, monkeypatch):
@@ -157,22 +157,22 @@ def test_a_checkpoint_comes_from_an_installed_package(place, monkeypatch):
     family = {"schema": 1, "kind": "checkpoint", "name": "family", "tier": "paper", "description": "toys", "sources": [package]}
     (place / "family.yaml").write_text(toysets.dump({**family, "elsewhere": []}))
     with pytest.raises(ManifestError, match="weights-to-go is not installed; run: pip install --no-deps 'weights-to-go==1.0'"):
-        sources.checkpoint("family")
+        data.checkpoint("family")
     monkeypatch.setattr(sys, "path", [str(site), *sys.path])
-    assert sources.checkpoint("family") == sources.checkpoint("family/base") == site / "weights_to_go" / "model"
+    assert data.checkpoint("family") == data.checkpoint("family/base") == site / "weights_to_go" / "model"
     with pytest.raises(ManifestError, match="family/expert: no such checkpoint; known: family/base"):
-        sources.fetch("family/expert")
+        data.fetch("family/expert")
     (site / "weights_to_go" / "model" / "model.safetensors").write_bytes(b"Weights")
     with pytest.raises(ManifestError, match="model.safetensors: expected sha256 .* found in weights-to-go 1.0; install a version"):
-        sources.checkpoint("family")
+        data.checkpoint("family")
     with pytest.raises(ManifestError, match="family: expected a data set, found a checkpoint"):
-        sources.rows("family")
+        data.rows("family")
 
 
 @cache
 def whole_set(name):
     """Splits of a set of the standard tier, as the mirror gives them."""
-    return sources.rows(name)
+    return data.rows(name)
 
 
 @needs_the_mirror
@@ -192,7 +192,7 @@ def test_sets_of_the_standard_tier_come_from_the_mirror_and_in_the_layout_of_the
     index = manifests.FOLDER / "index" / f"{name}.bin"
     assert index.exists() == bool(remote)
     if remote:
-        assert index.read_bytes() == b"".join(digest[: tables.KEY] for digests in found.values() for digest in digests)
+        assert index.read_bytes() == b"".join(digest[: readers.KEY] for digests in found.values() for digest in digests)
         rows = [row for part in whole.values() for row in pairs(part, column)]
         again = from_the_hub(manifest, remote[0], rows, column, place, monkeypatch)
         for split, part in again.items():
@@ -235,7 +235,7 @@ def from_the_hub(manifest, source, rows, column, place, monkeypatch):
         hub.add(source.extra["repo"], files, kind="dataset", revision=source.extra["revision"])
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(place / "cache"))
-        return tables.read(manifest, source, sources.files_of(manifest, source))
+        return readers.read(manifest, source, data.files_of(manifest, source))
 
 
 @needs_the_mirror
@@ -245,7 +245,7 @@ def test_no_row_of_one_set_is_held_out_in_another():
     for name in STANDARD:
         for split, part in whole_set(name).items():
             for content, _ in pairs(part, "text" if "text" in part.column_names else "image"):
-                seen.setdefault(tables._bare(content), set()).add((name, split))
+                seen.setdefault(readers._bare(content), set()).add((name, split))
     for content, places in seen.items():
         if len({name for name, _ in places}) > 1 and {split for _, split in places} != {"train"}:
             shared.add(content)

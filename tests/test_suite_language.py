@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from qpmerge_lite.suites import language
+from qpmerge_lite.companion.suites import language
 
 pytest.importorskip("wordfreq", reason="the suites extra is not installed on bare GPU hosts")
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from qpmerge_lite import suites
+from qpmerge_lite.companion import suites
+from qpmerge_lite.companion.data import rows
+from qpmerge_lite.companion.data.manifests import load_manifest, verify
+from qpmerge_lite.companion.suites import augment, pictures, pretrain, training, vision
 from qpmerge_lite.errors import MergeError
-from qpmerge_lite.manifests import load_manifest, verify
-from qpmerge_lite.sources import rows
-from qpmerge_lite.suites import pictures, pretrain, training, views, vision
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,7 @@ def test_the_shipped_base_is_half_precision_of_the_declared_encoder():
 def test_variations_stay_pictures_and_follow_their_generator():
     masters = vision.pretraining_data()[0][:16]
     shown = torch.rand(16, 3, 32, 32)
-    for vary, given in ((views.drawn, masters), (views.view, shown)):
+    for vary, given in ((augment.drawn, masters), (augment.view, shown)):
         first, again, other = (vary(given, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
         assert first.shape == (16, 3, 32, 32) and 0 <= first.min() and first.max() <= 1
         assert torch.equal(first, again) and not torch.equal(first, other)

@@ -2,9 +2,10 @@
 import pytest
 import torch
 
-from qpmerge_lite import gradient, qp, sources, suites
-from qpmerge_lite.manifests import ManifestError
-from qpmerge_lite.suites import sentences, training
+from qpmerge_lite import gradient, qp
+from qpmerge_lite.companion import data, suites
+from qpmerge_lite.companion.data.manifests import ManifestError
+from qpmerge_lite.companion.suites import sentences, training
 
 transformers = pytest.importorskip("transformers", reason="the hub extra is not installed")
 TEXTS = ("what is a word", "who wrote this play and when was it first shown", "how far")
@@ -81,7 +82,7 @@ def test_its_blocks_are_found_and_merged(encoder):
 
 def checkpoint():
     try:
-        return sources.checkpoint(sentences.CHECKPOINT)
+        return data.checkpoint(sentences.CHECKPOINT)
     except ManifestError as error:
         pytest.skip(f"no checkpoint: {error}")
 
@@ -89,7 +90,7 @@ def checkpoint():
 def test_the_base_is_the_checkpoint_and_reads_its_own_word_pieces():
     folder = checkpoint()
     base, sha256 = sentences.base()
-    (weights,) = (file for source in sources.load_manifest(sentences.CHECKPOINT).sources for file in source.files
+    (weights,) = (file for source in data.load_manifest(sentences.CHECKPOINT).sources for file in source.files
                   if source.id == "package" and file.path.endswith("model.safetensors"))
     assert sha256 == weights.sha256 and suites.Walker(base).paths == ("bert.encoder.layer",)
     batch = sentences.collate({"text": TEXTS})
@@ -106,7 +107,7 @@ def test_the_base_is_the_checkpoint_and_reads_its_own_word_pieces():
 def test_two_tasks_are_trained_merged_and_judged(monkeypatch, tmp_path):
     checkpoint()
     try:
-        sources.fetch("trec")
+        data.fetch("trec")
     except ManifestError as error:
         pytest.skip(f"no data: {error}")
     monkeypatch.setenv("QPMERGE_CACHE", str(tmp_path))

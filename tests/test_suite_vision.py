@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from qpmerge_lite import methods, suites
+from qpmerge_lite import methods
+from qpmerge_lite.companion import suites
+from qpmerge_lite.companion.data.manifests import load_manifest
+from qpmerge_lite.companion.suites import glyphs, language, pretrain, training, vision
 from qpmerge_lite.errors import MergeError, MissingLayer, ShapeMismatch
-from qpmerge_lite.manifests import load_manifest
-from qpmerge_lite.suites import glyphs, language, pretrain, training, vision
 
 QUICK = training.Recipe(steps=2, batch=16, probe_iterations=3)
 PAIR = ["greek", "digits"]

@@ -16,7 +16,8 @@ from toys import TASKS, tokens
 
 import qpmerge_lite as q
 from qpmerge_lite.assess import layer_moments
-from qpmerge_lite.suites import compare, plan, population, trial
+from qpmerge_lite.companion.experiments import benchmark, population, statistics
+from qpmerge_lite.companion.suites import plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,7 +100,7 @@ def test_every_baseline_may_be_drawn_at_several_strengths():
     """All but the base itself, of the kind that chapters count them to, once each; gradients are spared large sets."""
     found = [s for specs in population._specs(5, 0, 512).values() for s in specs]
     assert len({json.dumps(asdict(s)) for s in found}) == len(found)
-    plausible = {m: [s for s in found if s.method == m and s.kind != population.BAD] for m in compare.ENTRIES}
+    plausible = {m: [s for s in found if s.method == m and s.kind != population.BAD] for m in benchmark.ENTRIES}
     for method, specs in plausible.items():
         if method != "base" and not method.startswith("qp_"):
             assert {s.kind for s in specs} == {population._kind(method)} and all((s.size > 0) == (s.source == "own") for s in specs)
@@ -109,7 +110,7 @@ def test_every_baseline_may_be_drawn_at_several_strengths():
 
 def test_methods_are_drawn_as_often_as_each_other():
     labels = [s.label for seed in range(400) for s in population.drawn(["a", "b"], seed, (1, 3, 1, 1), 512) if s.kind == population.NEIGHBOUR]
-    assert len(set(labels)) == len(compare.NEIGHBOURS) and min(map(labels.count, set(labels))) > 400 * 3 / 9 * 0.75
+    assert len(set(labels)) == len(benchmark.NEIGHBOURS) and min(map(labels.count, set(labels))) > 400 * 3 / 9 * 0.75
 
 
 def test_every_merge_that_may_be_drawn_can_be_made(judge):
@@ -127,42 +128,42 @@ def test_a_population_is_kept_merge_by_merge(judge, monkeypatch):
     first = population.population("toy", "smoke", 1)
     monkeypatch.setattr(population, "measured", lambda *args: pytest.fail("made again"))
     assert population.population("toy", "smoke", 1) == first and len(first) == 2
-    assert len(trial.frame(first)) == 2 and len(trial.by_task(first)) == 4 and "static, minimum" in trial.aggregated(first)
+    assert len(statistics.frame(first)) == 2 and len(statistics.by_task(first)) == 4 and "static, minimum" in statistics.aggregated(first)
 
 
 def table(slope, noise, problems=8, merges=10, seed=0):
     """Merges whose accuracy is a slope times their energy and noise; a constant of its own for every problem."""
     draw = np.random.default_rng(seed)
     rows = [{"suite": "toy", "problem": f"toy {i}", "experts": 2 + i % 3, "size": draw.integers(9), "cosine": draw.normal(), "norm": draw.normal(),
-             "distance": draw.normal(), "label": f"method {j % 3}", "kind": "neighbours", trial.PRIMARY: (energy := draw.uniform()),
+             "distance": draw.normal(), "label": f"method {j % 3}", "kind": "neighbours", statistics.PRIMARY: (energy := draw.uniform()),
              "accuracy": slope * energy + noise * draw.normal() + 0.1 * i} for i in range(problems) for j in range(merges)]
     return pd.DataFrame(rows)
 
 
 def test_correlations():
     found = table(1, 0.3)
-    x, y = found[trial.PRIMARY].round(1), found.accuracy
-    assert trial.spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic) and trial.pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic)
-    assert trial.spearman([1, 1, 1], [1, 2, 3]) == 0
-    inside = trial.inside(found, trial.PRIMARY)
-    assert inside["toy 3"] == pytest.approx(stats.spearmanr(*found[found.problem == "toy 3"][[trial.PRIMARY, "accuracy"]].to_numpy().T).statistic)
-    assert len(trial.inside(found.assign(few=found[trial.PRIMARY].where(found.problem == "toy 1")), "few")) == 1
-    value, (low, high) = trial.bootstrap(inside, 500, 0)
+    x, y = found[statistics.PRIMARY].round(1), found.accuracy
+    assert statistics.spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic) and statistics.pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic)
+    assert statistics.spearman([1, 1, 1], [1, 2, 3]) == 0
+    inside = statistics.inside(found, statistics.PRIMARY)
+    assert inside["toy 3"] == pytest.approx(stats.spearmanr(*found[found.problem == "toy 3"][[statistics.PRIMARY, "accuracy"]].to_numpy().T).statistic)
+    assert len(statistics.inside(found.assign(few=found[statistics.PRIMARY].where(found.problem == "toy 1")), "few")) == 1
+    value, (low, high) = statistics.bootstrap(inside, 500, 0)
     assert low < value < high and value == pytest.approx(inside.mean())
-    value, (low, high) = trial.pooled(found, trial.PRIMARY, None, 200, 0)
-    assert value == pytest.approx(stats.spearmanr(found[trial.PRIMARY], found.accuracy).statistic) and low < value < high
-    each = [stats.spearmanr(g[trial.PRIMARY], g.accuracy).statistic for _, g in found.groupby("experts")]
-    assert trial.pooled(found, trial.PRIMARY, "experts", 10, 0)[0] == pytest.approx(np.mean(each))
+    value, (low, high) = statistics.pooled(found, statistics.PRIMARY, None, 200, 0)
+    assert value == pytest.approx(stats.spearmanr(found[statistics.PRIMARY], found.accuracy).statistic) and low < value < high
+    each = [stats.spearmanr(g[statistics.PRIMARY], g.accuracy).statistic for _, g in found.groupby("experts")]
+    assert statistics.pooled(found, statistics.PRIMARY, "experts", 10, 0)[0] == pytest.approx(np.mean(each))
 
 
 def test_chance_is_told_from_order():
-    assert trial.permutation(table(1, 0.1), trial.PRIMARY, 99, 0) == 0.01
-    assert trial.permutation(table(0, 1), trial.PRIMARY, 99, 0) > 0.05
+    assert statistics.permutation(table(1, 0.1), statistics.PRIMARY, 99, 0) == 0.01
+    assert statistics.permutation(table(0, 1), statistics.PRIMARY, 99, 0) > 0.05
 
 
 def test_what_an_energy_adds():
     """Nothing where accuracy does not hang on it, most of what trivial predictors leave where it does."""
-    useful, useless = (trial.increment(table(slope, 0.05, seed=1), trial.PRIMARY, 200, 0)["increment"] for slope in (1, 0))
+    useful, useless = (statistics.increment(table(slope, 0.05, seed=1), statistics.PRIMARY, 200, 0)["increment"] for slope in (1, 0))
     assert useful[1][0] > 0.2 and useless[0] < 0.05 and useless[1][0] < 0.02
 
 
@@ -170,23 +171,23 @@ def problem_rows(accuracies, energies, name="toy"):
     """Merges with as many validation examples right as their accuracy says; label = place."""
     bits = lambda a: "".join(str(int((i * 37) % 64 < round(64 * a))) for i in range(64))
     empty = dict.fromkeys(("seed", "experts", "kind", "method", "size", "source"), 0)
-    return [empty | {"suite": "toy", "problem": name, "label": f"method {j}", "accuracy": a, "energies": {trial.PRIMARY: e}, "trivial": {}, "options": {},
+    return [empty | {"suite": "toy", "problem": name, "label": f"method {j}", "accuracy": a, "energies": {statistics.PRIMARY: e}, "trivial": {}, "options": {},
                      "layers": {}, "tasks": {t: {"accuracy": a, "validation": bits(a), "expert": 1.0, "output": e} for t in TASKS}}
             for j, (a, e) in enumerate(zip(accuracies, energies))]
 
 
 def test_regrets():
     rows = problem_rows([0.9, 0.8, 0.2], [0.1, 0.9, 0.3], "toy 1") + problem_rows([0.5, 0.7, 0.3], [0.0, 1.0, 0.5], "toy 2")
-    losses = trial.regrets(rows, 0)
-    assert losses[trial.PRIMARY].tolist() == pytest.approx([0.1, 0.0])
+    losses = statistics.regrets(rows, 0)
+    assert losses[statistics.PRIMARY].tolist() == pytest.approx([0.1, 0.0])
     assert losses["random"].tolist() == pytest.approx([0.9 - 1.9 / 3, 0.2])
     assert losses["fixed"].tolist() == pytest.approx([0.1, 0.2])  # what was best on the other problem
     assert losses["256 labels"].iloc[1] == pytest.approx(0) and losses["8 labels"].mean() > losses["256 labels"].mean()
-    assert trial.worth(losses.assign(**{trial.PRIMARY: 1.0})) == 0 and trial.worth(losses.assign(**{trial.PRIMARY: -1.0})) == 512
+    assert statistics.worth(losses.assign(**{statistics.PRIMARY: 1.0})) == 0 and statistics.worth(losses.assign(**{statistics.PRIMARY: -1.0})) == 512
 
 
 def test_flattered_merges_stand_too_high():
-    found = trial.misjudged(trial.frame(problem_rows([0.9, 0.8, 0.2], [0.1, 0.5, 0.9])), flattered=trial.PRIMARY)
+    found = statistics.misjudged(statistics.frame(problem_rows([0.9, 0.8, 0.2], [0.1, 0.5, 0.9])), flattered=statistics.PRIMARY)
     assert found.flattered.tolist() == pytest.approx([-2 / 3, 0, 2 / 3])
 
 
@@ -221,4 +222,4 @@ def test_claims_repeat_the_questions():
 
 def test_labels_tell_methods_apart_that_a_user_would(judge):
     labels = {s.label for specs in population._specs(2, 0, 64).values() for s in specs}
-    assert {"uniform soup", "TIES", "RegMean", *(compare.ENTRIES[f"qp_{f}"].label for f in compare.FAMILIES)} <= labels
+    assert {"uniform soup", "TIES", "RegMean", *(benchmark.ENTRIES[f"qp_{f}"].label for f in benchmark.FAMILIES)} <= labels

@@ -4,10 +4,10 @@ import copy
 import torch
 from torch import nn
 
-from qpmerge_lite.layers import view
-from qpmerge_lite.norms import Norm
-from qpmerge_lite.suites.models import VisionTransformer
-from qpmerge_lite.views import Table
+from qpmerge_lite.companion.suites.encoders import VisionTransformer
+from qpmerge_lite.engine.layers import view
+from qpmerge_lite.engine.norms import Norm
+from qpmerge_lite.engine.views import Table
 
 TASKS = ("a", "b", "c")
 

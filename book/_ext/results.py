@@ -9,10 +9,9 @@ from docutils import nodes
 from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from qpmerge_lite import claims
+from qpmerge_lite.companion.book import claims, published
+from qpmerge_lite.companion.records import RecordError, find, load_records, read_json, record_files
 from qpmerge_lite.errors import MergeError
-from qpmerge_lite.records import RecordError, find, load_records, read_json, record_files
-from qpmerge_lite.suites import published
 
 
 def read(env, tier):

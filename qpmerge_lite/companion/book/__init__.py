@@ -1,0 +1,1 @@
+"""How the book is run, recorded, judged and drawn."""

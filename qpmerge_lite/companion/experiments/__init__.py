@@ -1,0 +1,1 @@
+"""What the chapters measure: benchmarks, single layers, populations of merges, calibration studies, timings."""

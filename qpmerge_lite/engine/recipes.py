@@ -1,0 +1,133 @@
+"""How a merge of a pass is made, and what is known of it while it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import MergeError
+from ..moments import Moments
+from ..options import flag, number, one_of, whole, words
+from .layers import SCOPES
+from .views import View
+
+INPUTS = ("merged", "expert", "block")
+TARGETS = {"own": 1.0, "blend": 0.5, "propagated": 0.0}
+Solver = Callable[..., tuple[Tensor, dict]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one merge of a pass is made.
+
+    Attributes:
+        solver: ``(moments, updates (K, g, m, n)) -> (update (g, m, n), table row)``, e.g. ``solvers.QP``; an attribute
+            ``full_energy = False`` says that it can do without the off-diagonal of M. The moments are valid during the call:
+            their memory is used for the next layer. None solves nothing, and keeps all moments.
+        inputs: layers read what the ``merged`` prefix produces, each ``expert``'s own stream (RegMean), or the merged
+            prefix up to the block and the expert within it (``block``, RegMean++).
+        targets: ``own`` (the expert's outputs on its own stream), ``propagated`` (its layer applied to the merged
+            stream), ``blend``, or the weight β in [0, 1] of own targets. Without effect unless inputs are merged.
+        scope: see :func:`layers.view`; what no layer covers is averaged and listed.
+        folds: number of folds of sequences kept apart for cross-fitting.
+        layers: names of the only layers to solve, the others being averaged; all by default. Any name of a shared module will do.
+        anchor: state dict of another merge, which stands in for the average where no layer is solved; the solver is
+            given its update (g, m, n) of every layer as a third argument.
+        full_energy: whether all of M is kept, not only its diagonal; what the solver says by default.
+    """
+
+    solver: Solver | None
+    inputs: str = "merged"
+    targets: str | float = "own"
+    scope: str = "all"
+    folds: int = 4
+    layers: tuple[str, ...] | None = None
+    anchor: Mapping[str, Tensor] | None = None
+    full_energy: bool | None = None
+
+    def __post_init__(self):
+        if self.solver is not None and (isinstance(self.solver, type) or not callable(self.solver)):
+            raise MergeError(f"solver: expected a function or an object such as QP(), found {self.solver!r}")
+        one_of("inputs", self.inputs, INPUTS)
+        one_of("scope", self.scope, SCOPES)
+        if isinstance(self.targets, str):
+            one_of("targets (or a number in [0, 1])", self.targets, TARGETS)
+        else:
+            number("targets", self.targets, 0, 1)
+        whole("folds", self.folds, 1)
+        if self.layers is not None:
+            words("layers", self.layers)
+        if self.full_energy is not None:
+            flag("full_energy", self.full_energy)
+
+    @property
+    def own_weight(self) -> float:
+        """The weight β of own targets; on an expert's own inputs both targets agree."""
+        beta = TARGETS[self.targets] if isinstance(self.targets, str) else float(self.targets)
+        return beta if self.inputs == "merged" else 0.0
+
+    @property
+    def keeps_full_energy(self) -> bool:
+        """Whether all of M is needed."""
+        return getattr(self.solver, "full_energy", True) if self.full_energy is None else self.full_energy
+
+
+@dataclass
+class Making:
+    """One merge in the making: its weights so far, and what is known about its layers."""
+
+    name: str
+    recipe: Recipe
+    views: dict[str, View]
+    state: dict[str, Tensor]
+    anchor: dict[str, Tensor] | None
+    table: list[dict] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    solved: set[str] = field(default_factory=set)
+    moments: dict[str, tuple[View, Moments, Tensor]] = field(default_factory=dict)
+
+    @property
+    def stream(self):
+        """Whose inputs its layers read: a key of the forwards."""
+        return "expert" if self.recipe.inputs == "expert" else (self.recipe.inputs, self.name)
+
+
+def looks_at(device: torch.device) -> bool:
+    """Whether values may be looked at on the way: elsewhere than on the CPU the host would wait for them."""
+    return device.type == "cpu"
+
+
+def plain(row: dict) -> dict:
+    """A table row with numbers for tensors, None for those that are not defined."""
+    numbers = {}
+    for key, value in row.items():
+        number = value.item() if isinstance(value, Tensor) else value
+        numbers[key] = None if isinstance(value, Tensor) and number != number else number
+    return numbers
+
+
+def check_recipes(recipes) -> None:
+    """MergeError for anything but a mapping of names to recipes."""
+    if not isinstance(recipes, Mapping) or not recipes:
+        raise MergeError(f"recipes: expected a mapping of names to Recipe, found {type(recipes).__name__} {recipes!r}")
+    for name, recipe in recipes.items():
+        if not isinstance(recipe, Recipe):
+            raise MergeError(f"recipes: {name!r}: expected a Recipe, found {type(recipe).__name__}; pass Recipe(solver)")
+
+
+def is_solution(found, base: Tensor) -> bool:
+    """Whether a solver returned an update of the shape of W and a table row."""
+    if not isinstance(found, tuple) or len(found) != 2:
+        return False
+    update, facts = found
+    return isinstance(update, Tensor) and update.shape == base.shape and isinstance(facts, Mapping)
+
+
+def shown(found) -> str:
+    """What a solver returned, for messages."""
+    if isinstance(found, tuple):
+        return f"({', '.join(shown(part) for part in found)})"
+    return f"Tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
