@@ -1,4 +1,5 @@
-r"""Entries of a state dict that share memory: tied ones are one tensor, others see it in another shape or order, as a transpose does."""
+r"""Entries of a state dict that share memory: tied ones are one tensor, others see it in another
+shape or order, as a transpose does."""
 
 from __future__ import annotations
 
@@ -13,20 +14,32 @@ def tied(base: nn.Module) -> dict[str, list[str]]:
     groups: dict[tuple, list[str]] = {}
     state = base.state_dict()
     for name, value in state.items():
-        place = (value.device, value.data_ptr(), value.shape, value.stride()) if _has_memory(value) else name
+        place = (
+            (value.device, value.data_ptr(), value.shape, value.stride())
+            if _has_memory(value)
+            else name
+        )
         groups.setdefault(place, []).append(name)
     names_by_entry = {name: names for names in groups.values() for name in names}
     return {name: names_by_entry[name] for name in state}
 
 
 def sharing(base: nn.Module) -> list[list[str]]:
-    """Names of state-dict entries whose memory overlaps, tied or not, in the order of the state dict: one list for every such memory."""
+    """Names of state-dict entries whose memory overlaps, tied or not, in the order of the state
+    dict: one list for every such memory."""
     state = base.state_dict()
     spans = []
     for place, value in enumerate(state.values()):
         if _has_memory(value):
             start = value.data_ptr()
-            spans.append(((str(value.device), str(value.dtype)), start, start + _extent(value) * value.element_size(), place))
+            spans.append(
+                (
+                    (str(value.device), str(value.dtype)),
+                    start,
+                    start + _extent(value) * value.element_size(),
+                    place,
+                )
+            )
     groups: list[list[int]] = []
     kind_before, end = None, 0
     for kind, start, stop, place in sorted(spans):
@@ -41,7 +54,8 @@ def sharing(base: nn.Module) -> list[list[str]]:
 
 
 def as_loaded(base: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values that the base would hold: memory that several entries see in different ways has those of the first of them.
+    """The values that the base would hold: memory that several entries see in different ways has
+    those of the first of them.
 
     Args:
         state: every entry of the base's state dict.
@@ -70,8 +84,11 @@ def _extent(value: Tensor) -> int:
 
 
 def _places(value: Tensor, start: int) -> Tensor:
-    """Where in memory every element is, counted in elements from the address ``start``; of the value's shape."""
-    inside = torch.arange(_extent(value), device=value.device).as_strided(value.shape, value.stride())
+    """Where in memory every element is, counted in elements from the address ``start``; of the
+    value's shape."""
+    inside = torch.arange(_extent(value), device=value.device).as_strided(
+        value.shape, value.stride()
+    )
     return inside + (value.data_ptr() - start) // value.element_size()
 
 

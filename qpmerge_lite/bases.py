@@ -1,9 +1,12 @@
-r"""Bases of the merge programme: families of matrices built from the residual updates Δ_k = W_k - W0.
+r"""Bases of the merge programme: families of matrices built from the residual updates Δ_k = W_k -
+W0.
 
 A basis never lists its elements. It knows the blocks its Gram matrix falls into and works on them:
-coefficients ``d`` and linear term have shape (b, s, q), the quadratic term (b, q, q): b blocks that do not couple,
-s right-hand sides that share a block, q coefficients each. p = b·s·q. Updates have shape (K, g, m, n), see ``moments``.
+coefficients ``d`` and linear term have shape (b, s, q), the quadratic term (b, q, q): b blocks that
+do not couple, s right-hand sides that share a block, q coefficients each. p = b·s·q. Updates have
+shape (K, g, m, n), see ``moments``.
 """
+
 from __future__ import annotations
 
 import torch
@@ -19,7 +22,8 @@ class Basis:
     name: str
     size: tuple[int, int, int]
     by_expert = False  # whether the q coefficients of a block are one per expert
-    own_noise = True  # whether rounding noise in H is relative to each block; not where blocks are eigenvectors
+    # whether rounding noise in H is relative to each block; not where blocks are eigenvectors
+    own_noise = True
 
     @property
     def p(self) -> int:
@@ -40,7 +44,8 @@ class Basis:
         raise NotImplementedError
 
     def arithmetic(self, scales: float | Tensor) -> Tensor:
-        """Coefficients (b, s, q) whose merge is the task arithmetic ``Σ_k λ_k Δ_k``, λ (K,) or one number (the soup for 1/K)."""
+        """Coefficients (b, s, q) whose merge is the task arithmetic ``Σ_k λ_k Δ_k``, λ (K,) or one
+        number (the soup for 1/K)."""
         raise NotImplementedError
 
     def elements(self) -> Tensor:
@@ -50,7 +55,8 @@ class Basis:
 
 
 class RowBasis(Basis):
-    """``u_j u_jᵀ Δ_k`` summed over groups of output directions: layer, groups, rows, rotated rows and explicit lists.
+    """``u_j u_jᵀ Δ_k`` summed over groups of output directions: layer, groups, rows, rotated rows
+    and explicit lists.
 
     Args:
         updates: (K, g, m, n).
@@ -62,12 +68,19 @@ class RowBasis(Basis):
         self.name, self.U, self.by_expert, self.own_noise = name, U, True, U is None
         self.D = updates if U is None else U.mT @ updates  # (K, g, r, n)
         if groups.numel() != self.D[0, ..., 0].numel():
-            raise ShapeMismatch(f"basis {name}, group labels", (self.D[0, ..., 0].numel(),), groups.shape, "one label per output row")
+            raise ShapeMismatch(
+                f"basis {name}, group labels",
+                (self.D[0, ..., 0].numel(),),
+                groups.shape,
+                "one label per output row",
+            )
         labels, self.groups = torch.unique(groups.flatten().to(updates.device), return_inverse=True)
         self.size = (len(labels), 1, len(updates))
 
     def _sum(self, rows: Tensor) -> Tensor:
-        return rows.new_zeros(self.size[0], *rows.shape[2:]).index_add_(0, self.groups, rows.flatten(0, 1))
+        return rows.new_zeros(self.size[0], *rows.shape[2:]).index_add_(
+            0, self.groups, rows.flatten(0, 1)
+        )
 
     def quadratic(self, C):
         return self._sum(torch.einsum("kgrn,lgrn->grkl", self.D @ C, self.D))
@@ -83,15 +96,19 @@ class RowBasis(Basis):
 
     def arithmetic(self, scales):
         if self.U is not None and self.U.shape[-1] < self.U.shape[-2]:
-            raise MergeError(f"basis {self.name} keeps {self.U.shape[-1]} of {self.U.shape[-2]} directions: task arithmetic is outside its span")
+            raise MergeError(
+                f"basis {self.name} keeps {self.U.shape[-1]} of {self.U.shape[-2]} directions: task arithmetic is outside its span"
+            )
         return _each(scales, self.D).expand(self.size)
 
 
 class ColumnBasis(Basis):
-    """``Δ_k v_i v_iᵀ``: columns (V the axes; one dense block ``(Δ_kᵀΔ_l) ∘ C`` per copy) and rotated columns.
+    """``Δ_k v_i v_iᵀ``: columns (V the axes; one dense block ``(Δ_kᵀΔ_l) ∘ C`` per copy) and
+    rotated columns.
 
     Args:
-        V: (g, n, n) eigenvectors of the C the programme will be solved with, which decouples it into g·n blocks of K×K.
+        V: (g, n, n) eigenvectors of the C the programme will be solved with, which decouples it
+            into g·n blocks of K×K.
     """
 
     def __init__(self, name: str, updates: Tensor, V: Tensor | None = None):
@@ -107,12 +124,16 @@ class ColumnBasis(Basis):
         C = self.V.mT @ C @ self.V
         spread = C.diagonal(dim1=-2, dim2=-1)
         if (C - torch.diag_embed(spread)).abs().max() > 1e-8 * spread.abs().max():
-            raise MergeError(f"basis {self.name} was rotated for other moments: build it from the ones it is solved with")
+            raise MergeError(
+                f"basis {self.name} was rotated for other moments: build it from the ones it is solved with"
+            )
         return torch.einsum("kgmi,lgmi,gi->gikl", self.D, self.D, spread).flatten(0, 1)
 
     def linear(self, A):
         A = A if self.V is None else A @ self.V
-        return torch.einsum("kgmi,gmi->gki" if self.V is None else "kgmi,gmi->gik", self.D, A).reshape(self.size)
+        return torch.einsum(
+            "kgmi,gmi->gki" if self.V is None else "kgmi,gmi->gik", self.D, A
+        ).reshape(self.size)
 
     def _per_column(self, d):
         K, g, _, n = self.D.shape
@@ -125,7 +146,9 @@ class ColumnBasis(Basis):
 
     def arithmetic(self, scales):
         scales = _each(scales, self.D)
-        return (scales if self.V is not None else scales.repeat_interleave(self.D.shape[-1])).expand(self.size)
+        return (
+            scales if self.V is not None else scales.repeat_interleave(self.D.shape[-1])
+        ).expand(self.size)
 
 
 class SingularBasis(Basis):
@@ -140,7 +163,9 @@ class SingularBasis(Basis):
             rank = int((S > rtol * S.amax(-1, keepdim=True)).sum(-1).max())
             self.owner += [k] * rank
             parts.append((U[..., :rank], S[..., :rank], Vh.mT[..., :rank]))
-        self.U, self.S, self.V = (torch.cat(z, -1) for z in zip(*parts))  # (g, m, p), (g, p), (g, n, p)
+        self.U, self.S, self.V = (
+            torch.cat(z, -1) for z in zip(*parts)
+        )  # (g, m, p), (g, p), (g, n, p)
         self.size = (self.S.shape[0], 1, self.S.shape[1])
 
     def quadratic(self, C):
@@ -157,7 +182,8 @@ class SingularBasis(Basis):
 
 
 class ElementBasis(Basis):
-    """Single entries: the whole of R^{m×n}. Every output row solves with the same C, so the block is shared.
+    """Single entries: the whole of R^{m×n}. Every output row solves with the same C, so the block
+    is shared.
 
     With K updates the K·m·n scaled entries span no more than the m·n unit ones used here.
     """
@@ -191,53 +217,79 @@ def _eigenvectors(S: Tensor, keep: int | None) -> Tensor:
 
 
 def _directions(updates, pooled, keep=None):
-    """Label of every output direction of every copy; the copies of an embedding have theirs in common."""
+    """Label of every output direction of every copy; the copies of an embedding have theirs in
+    common."""
     g, r = updates.shape[1], keep or updates.shape[2]
     return torch.arange(r).repeat(g) if pooled.shared else torch.arange(g * r)
 
 
 def _rotated_rows(updates, pooled, keep):
     if pooled.M is None:
-        raise MergeError("basis rotated_rows needs the whole residual energy matrix M; collect the moments with full_energy=True")
+        raise MergeError(
+            "basis rotated_rows needs the whole residual energy matrix M; collect the moments with full_energy=True"
+        )
     U = _eigenvectors(pooled.M, keep)
     return RowBasis("rotated_rows", updates, _directions(updates, pooled, U.shape[-1]), U)
 
 
 FAMILIES = {
-    "layer": lambda D, pooled, groups, keep: RowBasis("layer", D, torch.zeros_like(_directions(D, pooled))),
+    "layer": lambda D, pooled, groups, keep: RowBasis(
+        "layer", D, torch.zeros_like(_directions(D, pooled))
+    ),
     "groups": lambda D, pooled, groups, keep: RowBasis("groups", D, groups),
     "rows": lambda D, pooled, groups, keep: RowBasis("rows", D, _directions(D, pooled)),
     "rotated_rows": lambda D, pooled, groups, keep: _rotated_rows(D, pooled, keep),
     "columns": lambda D, pooled, groups, keep: ColumnBasis("columns", D),
-    "rotated_columns": lambda D, pooled, groups, keep: ColumnBasis("rotated_columns", D, _eigenvectors(pooled.C, None)),
+    "rotated_columns": lambda D, pooled, groups, keep: ColumnBasis(
+        "rotated_columns", D, _eigenvectors(pooled.C, None)
+    ),
     "singular": lambda D, pooled, groups, keep: SingularBasis(D),
     "elements": lambda D, pooled, groups, keep: ElementBasis(D),
-    "explicit": lambda D, pooled, groups, keep: RowBasis("explicit", D, torch.zeros_like(_directions(D, pooled))),
+    "explicit": lambda D, pooled, groups, keep: RowBasis(
+        "explicit", D, torch.zeros_like(_directions(D, pooled))
+    ),
 }
 
 
-def build(family: str, updates: Tensor, pooled: Pooled, *, groups: Tensor | None = None, keep: int | None = None) -> Basis:
+def build(
+    family: str,
+    updates: Tensor,
+    pooled: Pooled,
+    *,
+    groups: Tensor | None = None,
+    keep: int | None = None,
+) -> Basis:
     r"""The basis of a family for given residual updates.
 
     Args:
         family: a key of ``FAMILIES``; ``explicit`` takes any list of matrices as ``updates``.
         updates: (K, g, m, n), or (K, m, n) for a dense layer.
-        pooled: moments the rotations are taken from: eigenvectors of M (rotated rows) or C (rotated columns).
+        pooled: moments the rotations are taken from: eigenvectors of M (rotated rows) or C (rotated
+            columns).
         groups: label of each of the g·m output rows (family ``groups``), e.g. attention heads.
         keep: number of leading directions kept by ``rotated_rows``; all by default.
-    Raises: MergeError for an unknown family, an absent label or a bad ``keep``; ShapeMismatch, NonFinite for the updates.
+    Raises: MergeError for an unknown family, an absent label or a bad ``keep``; ShapeMismatch,
+        NonFinite for the updates.
     """
     if family not in FAMILIES:
         raise MergeError(f"basis family: expected one of {sorted(FAMILIES)}, found {family!r}")
     if (groups is None) == (family == "groups"):
-        raise MergeError(f"basis family {family!r}: group labels are {'required' if groups is None else 'only used by groups'}")
+        raise MergeError(
+            f"basis family {family!r}: group labels are {'required' if groups is None else 'only used by groups'}"
+        )
     if keep is not None and family != "rotated_rows":
-        raise MergeError(f"basis family {family!r} keeps all its directions; only rotated_rows takes keep, found keep={keep}")
+        raise MergeError(
+            f"basis family {family!r} keeps all its directions; only rotated_rows takes keep, found keep={keep}"
+        )
     updates = updates.unsqueeze(1) if updates.dim() == 3 else updates
     if updates.shape[1:] != pooled.A.shape:
         raise ShapeMismatch(f"basis {family}, residual updates", pooled.A.shape, updates.shape[1:])
     if not is_finite(updates):
-        raise NonFinite(f"basis {family}, residual updates", updates, "check the checkpoints they come from")
+        raise NonFinite(
+            f"basis {family}, residual updates", updates, "check the checkpoints they come from"
+        )
     if keep is not None and not 1 <= keep <= updates.shape[2]:
-        raise MergeError(f"basis rotated_rows: expected to keep 1 to {updates.shape[2]} directions, found {keep}")
+        raise MergeError(
+            f"basis rotated_rows: expected to keep 1 to {updates.shape[2]} directions, found {keep}"
+        )
     return FAMILIES[family](updates.to(pooled.C), pooled, groups, keep)

@@ -3,6 +3,7 @@ r"""Calibration batches.
 Calibration maps every task to batches of unlabelled inputs. A batch maps the names of keyword
 arguments of the model's ``forward`` to tensors, or to plain values such as None and flags.
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -38,7 +39,8 @@ class Batch:
         size: number of sequences, images or the like.
         start: running number of the first of them within the task.
         decodes_labels: whether the model reads its labels as the decoder's tokens.
-        shared: names of tensors that are one for all inputs, though they may be as long as the batch.
+        shared: names of tensors that are one for all inputs, though they may be as long as the
+            batch.
     """
 
     task: str
@@ -57,13 +59,23 @@ class Batch:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Which tokens are counted, by name of the mask: nonzero entries of (B, S), or (B, S, choices).
+        """Which tokens are counted, by name of the mask: nonzero entries of (B, S), or (B, S,
+        choices).
 
         Of a decoder without a mask of its own, tokens whose label is -100 are not.
         """
-        found = {name: self.arguments[name] for name in MASKS if isinstance(self.arguments.get(name), Tensor)}
+        found = {
+            name: self.arguments[name]
+            for name in MASKS
+            if isinstance(self.arguments.get(name), Tensor)
+        }
         labels = self.arguments.get("labels")
-        if self.decodes_labels and MASKS[1] not in found and isinstance(labels, Tensor) and labels.dim() == 2:
+        if (
+            self.decodes_labels
+            and MASKS[1] not in found
+            and isinstance(labels, Tensor)
+            and labels.dim() == 2
+        ):
             found[MASKS[1]] = labels != IGNORED
         return {name: mask.movedim(-1, 1) for name, mask in found.items()}
 
@@ -97,10 +109,14 @@ def check_calibration(
             f"no calibration batches for {missing}; give every expert at least one batch of "
             "unlabelled inputs"
         )
-    found = {task: _numbered(task, batches, device, decodes_labels) for task, batches in lists.items()}
+    found = {
+        task: _numbered(task, batches, device, decodes_labels) for task, batches in lists.items()
+    }
     every = [batch for batches in found.values() for batch in batches]
     names = frozenset(key for key in _names(every) if _is_shared(key, every))
-    return {task: [replace(batch, shared=names) for batch in batches] for task, batches in found.items()}
+    return {
+        task: [replace(batch, shared=names) for batch in batches] for task, batches in found.items()
+    }
 
 
 def _hollow(batch) -> bool:
@@ -157,11 +173,17 @@ def _arguments(where: str, batch, device) -> dict:
 def _names(batches: list[Batch]) -> set[str]:
     """Names of tensors of which it is not known beforehand that they hold one row per input."""
     named = {*MASKS, *INPUTS, "labels"}
-    return {k for b in batches for k, v in b.arguments.items() if isinstance(v, Tensor) and v.dim() and k not in named}
+    return {
+        k
+        for b in batches
+        for k, v in b.arguments.items()
+        if isinstance(v, Tensor) and v.dim() and k not in named
+    }
 
 
 def _is_shared(key: str, batches: list[Batch]) -> bool:
-    """Whether an entry is one for all inputs: it keeps its length in batches of other sizes, or its values on other inputs.
+    """Whether an entry is one for all inputs: it keeps its length in batches of other sizes, or its
+    values on other inputs.
 
     Raises: MergeError for a vector of which neither can be seen, as all batches are the same.
     """
@@ -171,8 +193,14 @@ def _is_shared(key: str, batches: list[Batch]) -> bool:
     if len(lengths) > 1 or len(sizes) > 1:
         return len(lengths) == 1
     alone = lengths != sizes or not set(first.one_per_input) - {key}
-    if alone or not all(torch.equal(value, values[0]) for value in values) or bool((values[0] == values[0][:1]).all()):
-        return False  # it is no question, differs from batch to batch, or is the same for every input
+    if (
+        alone
+        or not all(torch.equal(value, values[0]) for value in values)
+        or bool((values[0] == values[0][:1]).all())
+    ):
+        return (
+            False  # it is no question, differs from batch to batch, or is the same for every input
+        )
     if not all(_agree(first, batch, key) for batch in holders):
         return True
     if values[0].dim() == 1:
@@ -188,7 +216,9 @@ def _agree(one: Batch, other: Batch, but: str) -> bool:
     """Whether batches hold the same tensors, one aside."""
     tensors = {k: v for k, v in one.arguments.items() if isinstance(v, Tensor) and k != but}
     others = {k: v for k, v in other.arguments.items() if isinstance(v, Tensor) and k != but}
-    return tensors.keys() == others.keys() and all(torch.equal(v, others[k]) for k, v in tensors.items())
+    return tensors.keys() == others.keys() and all(
+        torch.equal(v, others[k]) for k, v in tensors.items()
+    )
 
 
 def _argument(where: str, value, device):

@@ -1,4 +1,5 @@
-"""Wide definite systems by Cholesky factors, at the speed of any other width where a width is a power of two."""
+"""Wide definite systems by Cholesky factors, at the speed of any other width where a width is a
+power of two."""
 
 from __future__ import annotations
 
@@ -8,13 +9,14 @@ from torch import Tensor
 
 
 def spare(n: int) -> int:
-    """How many columns to add to an (n, n) matrix: with one more, its columns do not fall on the same lines of a
-    processor's caches, and wide ones have their factors in half the time."""
+    """How many columns to add to an (n, n) matrix: with one more, its columns do not fall on the
+    same lines of a processor's caches, and wide ones have their factors in half the time."""
     return int(n >= 512 and n % 128 == 0)
 
 
 def solve_definite(H: Tensor, right: Tensor) -> Tensor:
-    """X (b, s, n) with ``X H = right`` for symmetric H (b, n, n) and right (b, s, n), NaN where H is not definite.
+    """X (b, s, n) with ``X H = right`` for symmetric H (b, n, n) and right (b, s, n), NaN where H
+    is not definite.
 
     Nothing is read of the device.
     """

@@ -5,6 +5,7 @@ task vectors. Parameters are merged in float64 (WUDI: see there) and returned in
 floating buffers are averaged. Where implementations of one name differ, the difference is an
 option named after what it does or after whose it is.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -15,15 +16,37 @@ from torch import Tensor
 
 from .aliases import as_loaded
 from .errors import MergeError
-from .merge import Merge, add_update, average, check_experts, differences, is_number, parameters_of, stored, task_vectors, wide
+from .merge import (
+    Merge,
+    add_update,
+    average,
+    check_experts,
+    differences,
+    is_number,
+    parameters_of,
+    stored,
+    task_vectors,
+    wide,
+)
 from .options import MAX_SINGLE, function, number, numbers, refuse_complex, score_of, whole
 from .sparse import RESCALE as RESCALE
 from .sparse import TIES as TIES
 from .sparse import breadcrumbs, dare, della, ties
 
 __all__ = [
-    "breadcrumbs", "dare", "della", "greedy_soup", "iso_c", "model_stock", "slerp", "soup",
-    "task_arithmetic", "task_vectors", "ties", "tsv_merge", "wudi",
+    "breadcrumbs",
+    "dare",
+    "della",
+    "greedy_soup",
+    "iso_c",
+    "model_stock",
+    "slerp",
+    "soup",
+    "task_arithmetic",
+    "task_vectors",
+    "ties",
+    "tsv_merge",
+    "wudi",
 ]
 
 

@@ -3,6 +3,7 @@ r"""Captured energy in sample, disjoint and cross-fitted; spectral capture; cert
 *Captured energy* is what a programme achieves, ``ρ = 1 - L/E``; *spectral capture* ``κ`` is the
 ceiling its output directions set.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence

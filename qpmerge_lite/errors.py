@@ -4,7 +4,8 @@ from torch import Tensor
 
 
 class MergeError(ValueError):
-    """Anything this package refuses to do; the message names the place, what was expected and what was found."""
+    """Anything this package refuses to do; the message names the place, what was expected and what
+    was found."""
 
 
 class ShapeMismatch(MergeError):

@@ -1,4 +1,5 @@
 r"""What base and experts have to be, checked before anything is computed with their weights."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,26 @@ State = Mapping[str, Tensor]
 
 # how adapter libraries name the factors whose products, not themselves, are changes of weights
 ADAPTERS = (
-    "lora_", "hada_w", "lokr_", "ia3_l", "oft_", "boft_", "vera_lambda", "vblora_", "randlora_",
-    "gralora_", "delora_", "fourierft_", "waveft_", "c3a_", "bone_", "miss_", "hra_", "shira_",
-    "road_theta", "trainable_tokens_",
+    "lora_",
+    "hada_w",
+    "lokr_",
+    "ia3_l",
+    "oft_",
+    "boft_",
+    "vera_lambda",
+    "vblora_",
+    "randlora_",
+    "gralora_",
+    "delora_",
+    "fourierft_",
+    "waveft_",
+    "c3a_",
+    "bone_",
+    "miss_",
+    "hra_",
+    "shira_",
+    "road_theta",
+    "trainable_tokens_",
 )
 
 
@@ -94,7 +112,8 @@ def _check_state(where, state, reference, ties, cast) -> dict[str, Tensor]:
 
 
 def _check_shared_memory(where: str, state: State, base: nn.Module) -> None:
-    """MergeError where entries that the base sees in one memory, such as a matrix and its transpose, hold different values."""
+    """MergeError where entries that the base sees in one memory, such as a matrix and its
+    transpose, hold different values."""
     for name, value in as_loaded(base, state).items():
         if not equal(value, state[name]):
             raise MergeError(

@@ -1,4 +1,6 @@
-"""Models that forwards are run on: what cannot be run, the mode they run in, and what they return."""
+"""Models that forwards are run on: what cannot be run, the mode they run in, and what they
+return."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

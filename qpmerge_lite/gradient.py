@@ -4,6 +4,7 @@ r"""Methods that differentiate through the model and the tasks' heads, on unlabe
 example an ``nn.Linear``, or ``lambda output: output.logits[:, -1]``. Calibration batches are run
 one by one, as they are: none is padded to the length of another.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,4 +1,5 @@
 """The model and the tasks' heads, run and differentiated under other weights than its own."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping

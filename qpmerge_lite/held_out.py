@@ -3,6 +3,7 @@ r"""What ridges and priors capture of folds held out, every one for the price of
 Scored in closed form from the moments: the programme is solved on all folds but one by its
 eigenvectors, and the loss of the minimisers on that one is taken along them.
 """
+
 from __future__ import annotations
 
 import math
@@ -93,7 +94,8 @@ class Contest:
 
     @property
     def _climbs(self) -> bool:
-        """Whether a wide layer may look for its ridge step by step, which needs looks at the scores."""
+        """Whether a wide layer may look for its ridge step by step, which needs looks at the
+        scores."""
         C = self.moments.C
         wide = C.shape[-1] >= WIDE and self.moments.rtol >= RTOL_FLOAT32 and C.device.type == "cpu"
         return self.quick and wide and self.priors is None and self.family == "elements"

@@ -1,4 +1,5 @@
 """Parts of calibration batches, and batches end to end: inputs are never padded or cut."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -34,7 +35,9 @@ def joined(batches: list[Batch]) -> Batch | None:
     """Batches end to end as one, or None where their entries do not allow it as they are."""
     first, keys = batches[0], batches[0].one_per_input
     for batch in batches[1:]:
-        if batch.arguments.keys() != first.arguments.keys() or set(batch.one_per_input) != set(keys):
+        if batch.arguments.keys() != first.arguments.keys() or set(batch.one_per_input) != set(
+            keys
+        ):
             return None
         if not all(_fits(batch.arguments[k], v, k in keys) for k, v in first.arguments.items()):
             return None

@@ -3,6 +3,7 @@ r"""State dicts in, one state dict out: what every method does with the weights 
 Parameters are merged by a method. Floating buffers, such as running means and variances, are
 always averaged. Entries that are no numbers to average (codes, counters, masks) are the experts'.
 """
+
 from __future__ import annotations
 
 import copy

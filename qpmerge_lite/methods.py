@@ -1,4 +1,6 @@
-r"""Methods that solve layers on calibration inputs, and tuning: ``method(base, experts, calibration, **options) -> Merge``."""
+r"""Methods that solve layers on calibration inputs, and tuning:
+``method(base, experts, calibration, **options) -> Merge``."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,20 +17,51 @@ from .sequential import merge_sequentially, merge_together
 from .solvers import QP, FeatCal, RegMean, Sketched
 
 
-def qp(base, experts, calibration, *, inputs="merged", targets="own", folds=4, scope="all", blocks=None, layers=None, anchor=None,
-       products="activations", activations=None, progress=False, **solver) -> Merge:
+def qp(
+    base,
+    experts,
+    calibration,
+    *,
+    inputs="merged",
+    targets="own",
+    folds=4,
+    scope="all",
+    blocks=None,
+    layers=None,
+    anchor=None,
+    products="activations",
+    activations=None,
+    progress=False,
+    **solver,
+) -> Merge:
     """The merge programme through all layers, or some; ``solver`` takes the fields of :class:`QP`.
 
     Args:
-        anchor: state dict of any merge. The ridge then runs from it (λ → ∞) to the programme over a basis that contains it.
+        anchor: state dict of any merge. The ridge then runs from it (λ → ∞) to the programme over a
+            basis that contains it.
         The others as in :func:`merge_sequentially`.
     """
-    return merge_sequentially(base, experts, calibration, _made(QP, solver), inputs=inputs, targets=targets, folds=folds, scope=scope,
-                              blocks=blocks, layers=layers, anchor=anchor, products=products, activations=activations,
-                              progress=progress)
+    return merge_sequentially(
+        base,
+        experts,
+        calibration,
+        _made(QP, solver),
+        inputs=inputs,
+        targets=targets,
+        folds=folds,
+        scope=scope,
+        blocks=blocks,
+        layers=layers,
+        anchor=anchor,
+        products=products,
+        activations=activations,
+        progress=progress,
+    )
 
 
-def _qp_recipe(*, inputs="merged", targets="own", folds=4, scope="all", layers=None, anchor=None, **solver) -> Recipe:
+def _qp_recipe(
+    *, inputs="merged", targets="own", folds=4, scope="all", layers=None, anchor=None, **solver
+) -> Recipe:
     named = None if layers is None else tuple(words("layers", layers))
     return Recipe(_made(QP, solver), inputs, targets, scope, folds, named, anchor)
 
@@ -43,22 +76,30 @@ def _made(solver, options: dict):
 
 
 def regmean(base, experts, calibration, *, alpha=0.95, blocks=None, progress=False) -> Merge:
-    """RegMean (arXiv:2212.09849): ``(Σ C'_t/N_t)⁻¹ Σ C'_t/N_t W_t``, ``C' = αC + (1-α) diag C``, on every expert's own inputs.
+    """RegMean (arXiv:2212.09849): ``(Σ C'_t/N_t)⁻¹ Σ C'_t/N_t W_t``, ``C' = αC + (1-α) diag C``, on
+    every expert's own inputs.
 
     Weights of dense layers only; biases, norms and embeddings are averaged.
     """
     recipe = _regmean_recipe(alpha=alpha)
-    return merge_together(base, experts, calibration, {"merge": recipe}, blocks=blocks, progress=progress)["merge"]
+    return merge_together(
+        base, experts, calibration, {"merge": recipe}, blocks=blocks, progress=progress
+    )["merge"]
 
 
 def _regmean_recipe(*, alpha=0.95) -> Recipe:
     return Recipe(RegMean(alpha), "expert", "propagated", "weights", folds=1)
 
 
-def regmean_plus_plus(base, experts, calibration, *, alpha=0.95, blocks=None, progress=False) -> Merge:
-    """RegMean++ (arXiv:2508.03121): RegMean on the merged model's block inputs, the expert running within the block."""
+def regmean_plus_plus(
+    base, experts, calibration, *, alpha=0.95, blocks=None, progress=False
+) -> Merge:
+    """RegMean++ (arXiv:2508.03121): RegMean on the merged model's block inputs, the expert running
+    within the block."""
     recipe = _regmean_plus_plus_recipe(alpha=alpha)
-    return merge_together(base, experts, calibration, {"merge": recipe}, blocks=blocks, progress=progress)["merge"]
+    return merge_together(
+        base, experts, calibration, {"merge": recipe}, blocks=blocks, progress=progress
+    )["merge"]
 
 
 def _regmean_plus_plus_recipe(*, alpha=0.95) -> Recipe:
@@ -66,40 +107,92 @@ def _regmean_plus_plus_recipe(*, alpha=0.95) -> Recipe:
 
 
 def lot(base, experts, calibration, *, blocks=None, progress=False) -> Merge:
-    """LOT Merging (arXiv:2505.23859): layer-wise feature drift on every expert's own inputs, ``W_0 + (Σ Δ_t C_t) (Σ C_t)⁺``.
+    """LOT Merging (arXiv:2505.23859): layer-wise feature drift on every expert's own inputs,
+    ``W_0 + (Σ Δ_t C_t) (Σ C_t)⁺``.
 
-    The programme over single entries with no ridge. Biases are folded into their layers; the authors' treatment of them is not known to us.
+    The programme over single entries with no ridge. Biases are folded into their layers; the
+    authors' treatment of them is not known to us.
     """
-    return qp(base, experts, calibration, basis="elements", ridge=0.0, prior=0.0, inputs="expert", folds=1, scope="dense", blocks=blocks,
-              products="float64", progress=progress)
+    return qp(
+        base,
+        experts,
+        calibration,
+        basis="elements",
+        ridge=0.0,
+        prior=0.0,
+        inputs="expert",
+        folds=1,
+        scope="dense",
+        blocks=blocks,
+        products="float64",
+        progress=progress,
+    )
 
 
-def featcal(base, experts, calibration, *, ridge=0.05, anchor=0.66, blocks=None, progress=False) -> Merge:
-    """FeatCal (arXiv:2605.13030): in forward order, a ridge regression of each layer to a quarter own and three quarters propagated targets.
+def featcal(
+    base, experts, calibration, *, ridge=0.05, anchor=0.66, blocks=None, progress=False
+) -> Merge:
+    """FeatCal (arXiv:2605.13030): in forward order, a ridge regression of each layer to a quarter
+    own and three quarters propagated targets.
 
-    The authors' constants: ridge 0.05, anchor ``2.2 · 0.3`` times the sum of the updates. Their reduced weight of all but the class
-    token in the last block is not applied here, biases are folded into their layers, and what no layer covers is averaged.
+    The authors' constants: ridge 0.05, anchor ``2.2 · 0.3`` times the sum of the updates. Their
+    reduced weight of all but the class token in the last block is not applied here, biases are
+    folded into their layers, and what no layer covers is averaged.
     """
     recipe = _featcal_recipe(ridge=ridge, anchor=anchor)
-    return merge_together(base, experts, calibration, {"merge": recipe}, blocks=blocks, progress=progress)["merge"]
+    return merge_together(
+        base, experts, calibration, {"merge": recipe}, blocks=blocks, progress=progress
+    )["merge"]
 
 
 def _featcal_recipe(*, ridge=0.05, anchor=0.66) -> Recipe:
     return Recipe(FeatCal(ridge, anchor), targets=0.25, scope="dense", folds=1)
 
 
-def sketched(base, experts, calibration, *, inputs="merged", targets="own", scope="all", blocks=None, progress=False, **solver) -> Merge:
-    """The unrestricted programme through all layers from sketches of what they read; ``solver`` takes the fields of :class:`Sketched`."""
-    return merge_sequentially(base, experts, calibration, _made(Sketched, solver), inputs=inputs, targets=targets, folds=1, scope=scope,
-                              blocks=blocks, progress=progress)
+def sketched(
+    base,
+    experts,
+    calibration,
+    *,
+    inputs="merged",
+    targets="own",
+    scope="all",
+    blocks=None,
+    progress=False,
+    **solver,
+) -> Merge:
+    """The unrestricted programme through all layers from sketches of what they read; ``solver``
+    takes the fields of :class:`Sketched`."""
+    return merge_sequentially(
+        base,
+        experts,
+        calibration,
+        _made(Sketched, solver),
+        inputs=inputs,
+        targets=targets,
+        folds=1,
+        scope=scope,
+        blocks=blocks,
+        progress=progress,
+    )
 
 
-RECIPES = {qp: _qp_recipe, regmean: _regmean_recipe, regmean_plus_plus: _regmean_plus_plus_recipe, featcal: _featcal_recipe}
-TOGETHER = 4  # merges in one pass, each with forwards of its own; any number on the experts' own inputs
+RECIPES = {
+    qp: _qp_recipe,
+    regmean: _regmean_recipe,
+    regmean_plus_plus: _regmean_plus_plus_recipe,
+    featcal: _featcal_recipe,
+}
+TOGETHER = (
+    4  # merges in one pass, each with forwards of its own; any number on the experts' own inputs
+)
 
 
-def many(method: Callable[..., Merge], grid: Iterable[dict], base, experts, calibration=None) -> Iterator[Merge]:
-    """Merges of one method with several sets of options, in their order; those of a pass share the experts' forwards.
+def many(
+    method: Callable[..., Merge], grid: Iterable[dict], base, experts, calibration=None
+) -> Iterator[Merge]:
+    """Merges of one method with several sets of options, in their order; those of a pass share the
+    experts' forwards.
 
     Args:
         method: any of this package's, or one that is called like them.
@@ -127,7 +220,9 @@ def _grid(method, grid) -> list[dict]:
     function("method", method)
     kind = type(grid).__name__
     if isinstance(grid, (str, bytes, Mapping, Tensor)) or not isinstance(grid, Iterable):
-        raise MergeError(f"grid: expected a list of options such as [{{'scale': 0.3}}], found {kind} {grid!r}")
+        raise MergeError(
+            f"grid: expected a list of options such as [{{'scale': 0.3}}], found {kind} {grid!r}"
+        )
     grid = list(grid)
     for options in grid:
         if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
@@ -139,9 +234,17 @@ def _grid(method, grid) -> list[dict]:
     return grid
 
 
-def tune(method: Callable[..., Merge], grid: Iterable[dict], score: Callable[[dict], float], base, experts, calibration=None,
-         note: Callable[[Merge], None] | None = None) -> tuple[Merge, dict, list[float]]:
-    """The merge with the highest ``score`` of its state dict over a grid of options, those options, and all scores.
+def tune(
+    method: Callable[..., Merge],
+    grid: Iterable[dict],
+    score: Callable[[dict], float],
+    base,
+    experts,
+    calibration=None,
+    note: Callable[[Merge], None] | None = None,
+) -> tuple[Merge, dict, list[float]]:
+    """The merge with the highest ``score`` of its state dict over a grid of options, those options,
+    and all scores.
 
     Args:
         method, grid: as of :func:`many`.

@@ -1,12 +1,16 @@
-r"""Second moments of one layer, by task and fold: all the merge programme needs to know about its data.
+r"""Second moments of one layer, by task and fold: all the merge programme needs to know about its
+data.
 
-A layer is ``g`` independent copies of ``y = W x`` with ``x`` in R^n and ``y`` in R^m: ``g = 1`` for a dense layer, one
-copy per channel for the gain and bias of a norm. With residual outputs ``r_t = y_t - W0 x_t`` the sums
+A layer is ``g`` independent copies of ``y = W x`` with ``x`` in R^n and ``y`` in R^m: ``g = 1`` for
+a dense layer, one copy per channel for the gain and bias of a norm. With residual outputs
+``r_t = y_t - W0 x_t`` the sums
 
     C_t = Σ x xᵀ      A_t = Σ r xᵀ      M_t = Σ r rᵀ      N_t
 
-stream over batches and add over shards. Everything here is a sum; division by ``N_t`` happens once, in :meth:`Moments.pool`.
+stream over batches and add over shards. Everything here is a sum; division by ``N_t`` happens once,
+in :meth:`Moments.pool`.
 """
+
 from __future__ import annotations
 
 import json
@@ -22,11 +26,13 @@ from .errors import EmptyCalibration, MergeError, NonFinite, ShapeMismatch, is_f
 
 WEIGHTS = ("tokens", "energy")
 
+
 @dataclass(frozen=True)
 class Pooled:
-    r"""Task-weighted moments ``C = Σ_t ω_t C_t`` (g, n, n), ``A`` (g, m, n), ``M`` (g, m, m), all float64, and
-    ``energy = E = ½ Σ_t ω_t ‖R_t‖²`` (output units squared, per token when ω_t = 1/N_t). M is None where only E was kept. Where the
-    copies have one output axis in common (``shared``), M is (1, m, m)."""
+    r"""Task-weighted moments ``C = Σ_t ω_t C_t`` (g, n, n), ``A`` (g, m, n), ``M`` (g, m, m), all
+    float64, and ``energy = E = ½ Σ_t ω_t ‖R_t‖²`` (output units squared, per token when ω_t =
+    1/N_t). M is None where only E was kept. Where the copies have one output axis in common
+    (``shared``), M is (1, m, m)."""
 
     C: Tensor
     A: Tensor
@@ -36,7 +42,8 @@ class Pooled:
     rtol: float = 1e-10
 
     def loss(self, update: Tensor) -> float:
-        """``L(W) = ½ tr(D C Dᵀ) - tr(D Aᵀ) + E`` of any merge, ``D = W - W0`` of shape (g, m, n)."""
+        """``L(W) = ½ tr(D C Dᵀ) - tr(D Aᵀ) + E`` of any merge, ``D = W - W0`` of shape (g, m,
+        n)."""
         return float(self.loss_tensor(update))
 
     def loss_tensor(self, update: Tensor) -> Tensor:
@@ -49,12 +56,17 @@ class Pooled:
     def captured(self, update: Tensor) -> float:
         """``1 - L(W)/E``: at most 1, negative if the merge is worse than the base.
 
-        With nothing to capture (E = 0) it is 1 if, to rounding, nothing was added either, and else minus infinity: a number to
-        choose by. Tables of merges and audits, which are read, have None there.
+        With nothing to capture (E = 0) it is 1 if, to rounding, nothing was added either, and else
+        minus infinity: a number to choose by. Tables of merges and audits, which are read, have
+        None there.
         """
         loss = self.loss(update)
         if self.energy == 0:
-            return 1.0 if loss <= 1e-18 * float(self.C.diagonal(dim1=-2, dim2=-1).sum()) else float("-inf")
+            return (
+                1.0
+                if loss <= 1e-18 * float(self.C.diagonal(dim1=-2, dim2=-1).sum())
+                else float("-inf")
+            )
         return 1 - loss / self.energy
 
 
@@ -62,10 +74,11 @@ class Pooled:
 class Moments:
     r"""Sums over calibration samples of one layer.
 
-    ``C`` (T, F, g, n, n), ``A`` (T, F, g, m, n), ``M`` (T, F, g, m, m), ``count`` (T, F): float64, T tasks, F folds of
-    sequences. M may be kept as its diagonal (T, F, g, m), the energy of every output row, which is all that bases other than
-    rotated rows need. Copies that share their output axis, the tokens of an embedding, have one M for all, g = 1 in its shape.
-    Immutable in shape; :meth:`update` adds in place, ``+`` returns a new object.
+    ``C`` (T, F, g, n, n), ``A`` (T, F, g, m, n), ``M`` (T, F, g, m, m), ``count`` (T, F): float64,
+    T tasks, F folds of sequences. M may be kept as its diagonal (T, F, g, m), the energy of every
+    output row, which is all that bases other than rotated rows need. Copies that share their output
+    axis, the tokens of an embedding, have one M for all, g = 1 in its shape. Immutable in shape;
+    :meth:`update` adds in place, ``+`` returns a new object.
     """
 
     layer: str
@@ -77,12 +90,33 @@ class Moments:
     rtol: float = 1e-10
 
     @classmethod
-    def zeros(cls, tasks, n: int, m: int, *, g: int = 1, folds: int = 1, layer: str = "layer", device=None, full_energy: bool = True,
-              shared: bool = False) -> Moments:
-        """Empty sums for ``tasks`` and a layer of shape (g, m, n); ``full_energy`` keeps all of M, not only its diagonal."""
+    def zeros(
+        cls,
+        tasks,
+        n: int,
+        m: int,
+        *,
+        g: int = 1,
+        folds: int = 1,
+        layer: str = "layer",
+        device=None,
+        full_energy: bool = True,
+        shared: bool = False,
+    ) -> Moments:
+        """Empty sums for ``tasks`` and a layer of shape (g, m, n); ``full_energy`` keeps all of M,
+        not only its diagonal."""
         outputs = 1 if shared else g
-        new = lambda *shape: torch.zeros(len(tasks), folds, *shape, dtype=torch.float64, device=device)
-        return cls(layer, tuple(tasks), new(g, n, n), new(g, m, n), new(outputs, m, m) if full_energy else new(outputs, m), new())
+        new = lambda *shape: torch.zeros(
+            len(tasks), folds, *shape, dtype=torch.float64, device=device
+        )
+        return cls(
+            layer,
+            tuple(tasks),
+            new(g, n, n),
+            new(g, m, n),
+            new(outputs, m, m) if full_energy else new(outputs, m),
+            new(),
+        )
 
     @property
     def folds(self) -> int:
@@ -106,15 +140,19 @@ class Moments:
         """Add N samples of one task.
 
         Args:
-            inputs: (N, n) or (N, g, n), any floating dtype; the layer's inputs, constant 1 appended where a bias is folded in.
+            inputs: (N, n) or (N, g, n), any floating dtype; the layer's inputs, constant 1 appended
+                where a bias is folded in.
             residuals: (N, m) or (N, g, m); expert output minus base output on these inputs.
             fold: the fold of every sample, or one per sample (N,).
-        Raises: ShapeMismatch, NonFinite, MergeError for an unknown task or fold, naming layer and task. Cost: N (n + m)² g flops in float64.
+        Raises: ShapeMismatch, NonFinite, MergeError for an unknown task or fold, naming layer and
+            task. Cost: N (n + m)² g flops in float64.
         """
         t, x, r = self._checked(task, inputs, residuals)
         fold = torch.as_tensor(fold, device=x.device).expand(len(x))
         if ((fold < 0) | (fold >= self.folds)).any():
-            raise MergeError(f"layer {self.layer}, task {task}: folds are 0 to {self.folds - 1}, found {fold.unique().tolist()}")
+            raise MergeError(
+                f"layer {self.layer}, task {task}: folds are 0 to {self.folds - 1}, found {fold.unique().tolist()}"
+            )
         order, counts = fold.argsort(stable=True), fold.bincount(minlength=self.folds).tolist()
         for f, parts in enumerate(zip(*(z[order].split(counts) for z in (x, r)))):
             xf, rf = (z.transpose(0, 1) for z in parts)  # (g, N_f, ·)
@@ -124,40 +162,65 @@ class Moments:
             self.count[t, f] += counts[f]
 
     def count_copies(self, task: str, counts: Tensor, update: Tensor) -> None:
-        """Add samples of copies with a constant input (n = 1) that share their outputs, given how often each copy occurs.
+        """Add samples of copies with a constant input (n = 1) that share their outputs, given how
+        often each copy occurs.
 
         Args:
-            counts: (F, g) occurrences. update: (g, m, 1), the expert's residual update, which is its residual output.
+            counts: (F, g) occurrences. update: (g, m, 1), the expert's residual update, which is
+                its residual output.
         """
         t, c, d = self.tasks.index(task), counts.to(self.C), update.to(self.C)[..., 0]
         self.C[t, :, :, 0, 0] += c
         self.A[t, ..., 0] += c[..., None] * d
-        self.M[t, :, 0] += torch.stack([(d.mT * f) @ d for f in c]) if self.full_energy else c @ d.square()
+        self.M[t, :, 0] += (
+            torch.stack([(d.mT * f) @ d for f in c]) if self.full_energy else c @ d.square()
+        )
         self.count[t] += c.sum(1)
 
     def _checked(self, task, inputs, residuals):
         if task not in self.tasks:
-            raise MergeError(f"layer {self.layer}: unknown task {task!r}; the moments were opened for {list(self.tasks)}")
-        shapes = {"inputs": (inputs, self.C.shape[2:4]), "residuals": (residuals, self.A.shape[2:4])}
+            raise MergeError(
+                f"layer {self.layer}: unknown task {task!r}; the moments were opened for {list(self.tasks)}"
+            )
+        shapes = {
+            "inputs": (inputs, self.C.shape[2:4]),
+            "residuals": (residuals, self.A.shape[2:4]),
+        }
         out = []
         for name, (z, (g, width)) in shapes.items():
             z = z.unsqueeze(1) if z.dim() == 2 and g == 1 else z
             if z.shape != (len(inputs), g, width):
-                raise ShapeMismatch(f"layer {self.layer}, task {task}, {name}", (len(inputs), g, width), z.shape,
-                                    "rows are samples, all of them for both arguments")
+                raise ShapeMismatch(
+                    f"layer {self.layer}, task {task}, {name}",
+                    (len(inputs), g, width),
+                    z.shape,
+                    "rows are samples, all of them for both arguments",
+                )
             if not is_finite(z):
-                raise NonFinite(f"layer {self.layer}, task {task}, {name}", z, "check this task's calibration data and weights")
+                raise NonFinite(
+                    f"layer {self.layer}, task {task}, {name}",
+                    z,
+                    "check this task's calibration data and weights",
+                )
             out.append(z.to(self.C))
         return self.tasks.index(task), *out
 
     def __add__(self, other: Moments) -> Moments:
         """Moments of both sample sets together; either may be an empty shard."""
         if (self.tasks, self.layer) != (other.tasks, other.layer):
-            raise MergeError(f"moments of different things: {self.layer} {self.tasks} and {other.layer} {other.tasks}")
+            raise MergeError(
+                f"moments of different things: {self.layer} {self.tasks} and {other.layer} {other.tasks}"
+            )
         for mine, theirs in ((self.A, other.A), (self.M, other.M)):
             if mine.shape != theirs.shape:
                 raise ShapeMismatch(f"layer {self.layer}: moments to add", mine.shape, theirs.shape)
-        return replace(self, C=self.C + other.C, A=self.A + other.A, M=self.M + other.M, count=self.count + other.count)
+        return replace(
+            self,
+            C=self.C + other.C,
+            A=self.A + other.A,
+            M=self.M + other.M,
+            count=self.count + other.count,
+        )
 
     def all_reduce(self, group=None) -> None:
         """Add up the sums of all processes of a ``torch.distributed`` group, in place."""
@@ -167,15 +230,24 @@ class Moments:
     def rows(self, start: int, stop: int) -> Moments:
         """Moments of the outputs ``start:stop`` of layers stacked over one input."""
         part = slice(start, stop)
-        return replace(self, A=self.A[..., part, :], M=self.M[..., part, part] if self.full_energy else self.M[..., part])
+        return replace(
+            self,
+            A=self.A[..., part, :],
+            M=self.M[..., part, part] if self.full_energy else self.M[..., part],
+        )
 
     def only(self, tasks) -> Moments:
         """Moments of some of the tasks, in the order given."""
         places = [self.tasks.index(t) for t in tasks]
-        return replace(self, tasks=tuple(tasks), **{k: getattr(self, k)[places] for k in ("C", "A", "M", "count")})
+        return replace(
+            self,
+            tasks=tuple(tasks),
+            **{k: getattr(self, k)[places] for k in ("C", "A", "M", "count")},
+        )
 
     def shrink(self, updates: Tensor, alpha: float) -> Moments:
-        """RegMean's ``C' = α C + (1 - α) diag C`` per task, with propagated targets ``A' = Δ_t C'_t`` for updates (T, g, m, n)."""
+        """RegMean's ``C' = α C + (1 - α) diag C`` per task, with propagated targets
+        ``A' = Δ_t C'_t`` for updates (T, g, m, n)."""
         C = alpha * self.C + (1 - alpha) * torch.diag_embed(self.C.diagonal(dim1=-2, dim2=-1))
         D = updates.to(C).unsqueeze(1)
         A = D @ C
@@ -186,7 +258,8 @@ class Moments:
 
         Args:
             folds: indices, all by default.
-            weights: ``tokens`` ω_t = 1/N_t, or ``energy`` ω_t = 1/‖R_t‖² (0 for a task with no residual).
+            weights: ``tokens`` ω_t = 1/N_t, or ``energy`` ω_t = 1/‖R_t‖² (0 for a task with no
+                residual).
         Raises: EmptyCalibration naming the tasks without a sample in these folds.
         """
         if weights not in WEIGHTS:
@@ -195,27 +268,38 @@ class Moments:
         count = self.count[:, chosen].sum(1)
         empty = [t for t, c in zip(self.tasks, count.tolist()) if c == 0]
         if empty:
-            raise EmptyCalibration(f"layer {self.layer}: no calibration tokens for {empty} in folds {chosen} of "
-                                   f"{self.folds}; give at least one sequence per task and fold, or use fewer folds")
+            raise EmptyCalibration(
+                f"layer {self.layer}: no calibration tokens for {empty} in folds {chosen} of "
+                f"{self.folds}; give at least one sequence per task and fold, or use fewer folds"
+            )
         pooled = self.pooled(chosen, weights)
         return replace(pooled, energy=float(pooled.energy))
 
     def pooled(self, folds=None, weights: str = "tokens") -> Pooled:
-        """:meth:`pool` without a look at the values: nothing waits for the device, E is a tensor, and every task must have samples."""
+        """:meth:`pool` without a look at the values: nothing waits for the device, E is a tensor,
+        and every task must have samples."""
         inside = torch.zeros(self.folds, dtype=torch.float64)
         inside[list(range(self.folds) if folds is None else folds)] = 1.0
         inside = inside.to(self.C.device)
         count = self.count @ inside
         energy = self.energies @ inside
         omega = 1 / count if weights == "tokens" else torch.where(energy > 0, 1 / energy, 0.0)
-        C, A, M = (torch.tensordot(omega[:, None] * inside, z, 2) for z in (self.C, self.A, self.M))  # one pass, no copies
-        return Pooled(C, A, M if self.full_energy else None, omega @ energy / 2, self.shared, self.rtol)
+        C, A, M = (
+            torch.tensordot(omega[:, None] * inside, z, 2) for z in (self.C, self.A, self.M)
+        )  # one pass, no copies
+        return Pooled(
+            C, A, M if self.full_energy else None, omega @ energy / 2, self.shared, self.rtol
+        )
 
     def save(self, path) -> None:
         """Write safetensors to ``path`` through a temporary name."""
         temporary = f"{path}.partial"
         meta = {"layer": self.layer, "tasks": json.dumps(self.tasks)}
-        save_file({k: getattr(self, k).contiguous() for k in ("C", "A", "M", "count")}, temporary, metadata=meta)
+        save_file(
+            {k: getattr(self, k).contiguous() for k in ("C", "A", "M", "count")},
+            temporary,
+            metadata=meta,
+        )
         os.replace(temporary, path)
 
     @classmethod
@@ -223,4 +307,8 @@ class Moments:
         """Read what :meth:`save` wrote."""
         with safe_open(path, framework="pt", device=str(device)) as f:
             meta = f.metadata()
-            return cls(meta["layer"], tuple(json.loads(meta["tasks"])), *(f.get_tensor(k) for k in ("C", "A", "M", "count")))
+            return cls(
+                meta["layer"],
+                tuple(json.loads(meta["tasks"])),
+                *(f.get_tensor(k) for k in ("C", "A", "M", "count")),
+            )

@@ -1,4 +1,5 @@
 """Checks of what methods are given besides models and inputs; every refusal names the option."""
+
 from __future__ import annotations
 
 import math
@@ -87,7 +88,9 @@ def words(name: str, values) -> list[str]:
     """One word or several as a list, or a MergeError."""
     if isinstance(values, str):
         return [values]
-    found = list(values) if isinstance(values, Iterable) and not isinstance(values, Tensor) else None
+    found = (
+        list(values) if isinstance(values, Iterable) and not isinstance(values, Tensor) else None
+    )
     if found is None or not all(isinstance(word, str) for word in found):
         kind = type(values).__name__
         raise MergeError(f"{name}: expected names (a list of strings), found {kind} {values!r}")

@@ -1,4 +1,6 @@
-r"""The merge programme ``L(d) = ½ dᵀHd + fᵀd + E`` of one layer, in the independent blocks of its basis."""
+r"""The merge programme ``L(d) = ½ dᵀHd + fᵀd + E`` of one layer, in the independent blocks of its
+basis."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -12,12 +14,15 @@ from .moments import Pooled
 
 @dataclass(frozen=True)
 class Programme:
-    r"""``H`` (b, q, q) PSD, ``f`` (b, s, q), both float64, and ``energy = E``; coefficients ``d`` have the shape of ``f``.
+    r"""``H`` (b, q, q) PSD, ``f`` (b, s, q), both float64, and ``energy = E``; coefficients ``d``
+    have the shape of ``f``.
 
-    ``rtol``: eigenvalues below it, relative to the largest, are rounding noise of the products that the moments were made of.
+    ``rtol``: eigenvalues below it, relative to the largest, are rounding noise of the products that
+    the moments were made of.
 
-    ``f`` lies in the range of ``H``: if Hw = 0 then Σ_j w_j B_j vanishes on every calibration input of positive weight,
-    so fᵀw = -Σ_t ω_t tr(R_tᵀ (Σ_j w_j B_j) X_t) = 0. Hence a minimiser always exists.
+    ``f`` lies in the range of ``H``: if Hw = 0 then Σ_j w_j B_j vanishes on every calibration input
+    of positive weight, so fᵀw = -Σ_t ω_t tr(R_tᵀ (Σ_j w_j B_j) X_t) = 0. Hence a minimiser always
+    exists.
     """
 
     basis: Basis
@@ -41,7 +46,10 @@ class Programme:
 
 
 def programme(pooled: Pooled, basis: Basis) -> Programme:
-    """The programme of a basis under given moments; the moments may come from other data than the basis."""
+    """The programme of a basis under given moments; the moments may come from other data than the
+    basis."""
     H = basis.quadratic(pooled.C)
-    H = H if H is pooled.C and H.shape[-1] > 384 else (H + H.mT) / 2  # wide C is symmetric as it is, see sums.gram
+    H = (
+        H if H is pooled.C and H.shape[-1] > 384 else (H + H.mT) / 2
+    )  # wide C is symmetric as it is, see sums.gram
     return Programme(basis, H, -basis.linear(pooled.A), pooled.energy, pooled.rtol)

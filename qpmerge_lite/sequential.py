@@ -1,7 +1,9 @@
-r"""The forward-order pass: layers are solved one after another on what the already merged part produces.
+r"""The forward-order pass: layers are solved one after another on what the already merged part
+produces.
 
-Several merges go through in one pass and share the experts' forwards. Every layer is visited once, when all forwards
-that read it wait there (``lockstep``); what is done there is the business of each merge's :class:`Recipe`.
+Several merges go through in one pass and share the experts' forwards. Every layer is visited once,
+when all forwards that read it wait there (``lockstep``); what is done there is the business of each
+merge's :class:`Recipe`.
 """
 
 from __future__ import annotations
@@ -42,44 +44,77 @@ class Pass:
         base: the common initialisation, whose device is where everything runs; the same afterwards.
         experts: task -> state dict. calibration: task -> batches.
         recipes: name -> how that merge is made.
-        blocks: paths of the lists whose members are blocks, for ``inputs="block"``; all outermost lists by default.
-        products: precision of products of activations: that of the ``activations``, at least float32, or ``float64``.
-        activations: bytes that paused forwards may hold. Where they would hold more, some wait in front of blocks only and
-            run these again for every layer: the same merge, bit for bit. By default half a GiB, or what the layers of one
+        blocks: paths of the lists whose members are blocks, for ``inputs="block"``; all outermost
+            lists by default.
+        products: precision of products of activations: that of the ``activations``, at least
+            float32, or ``float64``.
+        activations: bytes that paused forwards may hold. Where they would hold more, some wait in
+            front of blocks only and
+            run these again for every layer: the same merge, bit for bit. By default half a GiB, or
+                what the layers of one
             block read together, if that is more.
     """
 
-    def __init__(self, base: nn.Module, experts, calibration, recipes: Mapping[str, Recipe], blocks=None,
-                 products="activations", activations: int | None = None):
+    def __init__(
+        self,
+        base: nn.Module,
+        experts,
+        calibration,
+        recipes: Mapping[str, Recipe],
+        blocks=None,
+        products="activations",
+        activations: int | None = None,
+    ):
         refuse_what_cannot_run(base)
         one_of("products", products, PRODUCTS)
         if activations is not None:
             number("activations", activations, low=0)
         check_recipes(recipes)
-        self.model, self.recipes, self.products, self.activations = base, dict(recipes), products, activations
+        self.model, self.recipes, self.products, self.activations = (
+            base,
+            dict(recipes),
+            products,
+            activations,
+        )
         self.experts = check_experts(base, experts, cast=True)
         self.base = {k: v.detach() for k, v in base.state_dict().items()}
         self.tied = tied(base)
         device = next(iter(self.base.values())).device
-        by_task = check_calibration(calibration, list(self.experts), device, is_encoder_decoder(base))
+        by_task = check_calibration(
+            calibration, list(self.experts), device, is_encoder_decoder(base)
+        )
         self.batches = [batch for batches in by_task.values() for batch in batches]
         self.tasks = list(by_task)
         check_folds(by_task, max(recipe.folds for recipe in self.recipes.values()))
         self.blocks = block_paths(base, blocks)
-        self.bordering = self.blocks if any(r.inputs == "block" for r in self.recipes.values()) else []
-        self.reruns, self.orders = True, []  # whether blocks may be run again; orders in which batches came to layers
+        self.bordering = (
+            self.blocks if any(r.inputs == "block" for r in self.recipes.values()) else []
+        )
+        self.reruns, self.orders = (
+            True,
+            [],
+        )  # whether blocks may be run again; orders in which batches came to layers
         with evaluating(base):
             self.known = survey(base, self.batches, self.blocks, self.base)
-        self.recipes = {name: self._with_known_layers(recipe) for name, recipe in self.recipes.items()}
-        self.gatherer = Gatherer(self.known, self.tasks, self.batches, self.base, self.experts, products)
+        self.recipes = {
+            name: self._with_known_layers(recipe) for name, recipe in self.recipes.items()
+        }
+        self.gatherer = Gatherer(
+            self.known, self.tasks, self.batches, self.base, self.experts, products
+        )
 
     def _with_known_layers(self, recipe: Recipe) -> Recipe:
-        """The recipe, naming layers as the survey does. Raises: MissingLayer; MergeError for one that cannot be solved on these batches."""
+        """The recipe, naming layers as the survey does. Raises: MissingLayer; MergeError for one
+        that cannot be solved on these batches."""
         views = self.known.views_in(recipe.scope)
         if recipe.layers is not None:
-            recipe = replace(recipe, layers=tuple(self.known.paths.get(name, name) for name in recipe.layers))
+            recipe = replace(
+                recipe, layers=tuple(self.known.paths.get(name, name) for name in recipe.layers)
+            )
         for name in sorted(set(recipe.layers or ()) - views.keys()):
-            raise MissingLayer(f"layer {name!r}: not among the layers of scope {recipe.scope!r}, which are {sorted(views)}")
+            raise MissingLayer(
+                f"layer {name!r}: not among the layers of scope {recipe.scope!r}, which are {sorted(views)}"
+            )
         for name, message in self.known.refusals.items():
             if name in views and (recipe.layers is None or name in recipe.layers):
                 raise MergeError(message)
@@ -91,7 +126,8 @@ class Pass:
 
     @torch.no_grad()
     def makings(self, progress: bool = False) -> list[Making]:
-        """Visit every layer. One that turns out not to be one that can be solved is left out, and the pass made again."""
+        """Visit every layer. One that turns out not to be one that can be solved is left out, and
+        the pass made again."""
         stage = Stage(self.model)
         stage.keep(self.known.traces)
         with evaluating(self.model):
@@ -108,7 +144,8 @@ class Pass:
                     stage.restore()
 
     def _settle_order(self, stage: Stage, orders: list[list[Point]]) -> None:
-        """Leave out layers to which batches come in different orders, or visit them as all batches do.
+        """Leave out layers to which batches come in different orders, or visit them as all batches
+        do.
 
         Blocks that are run again hide the order: then first without them.
         """
@@ -159,9 +196,17 @@ class Pass:
         anchor = None
         if recipe.anchor is not None:
             anchor = check_experts(self.model, {"anchor": recipe.anchor})["anchor"]
-        state = average(self.model, self.experts) if anchor is None else {k: v.clone() for k, v in anchor.items()}
+        state = (
+            average(self.model, self.experts)
+            if anchor is None
+            else {k: v.clone() for k, v in anchor.items()}
+        )
         state = {key: state[self.tied[key][0]] for key in state}
-        views = {k: v for k, v in self.known.views_in(recipe.scope).items() if k not in self.known.left_out}
+        views = {
+            k: v
+            for k, v in self.known.views_in(recipe.scope).items()
+            if k not in self.known.left_out
+        }
         if recipe.layers is not None:
             views = {k: v for k, v in views.items() if k in recipe.layers}
         return Making(name, recipe, views, state, anchor)
@@ -176,9 +221,21 @@ class Pass:
                 streams.append((making.stream, None))
             if making.recipe.inputs != "expert":
                 streams.append((("merged", making.name), making.state))
-        wanted = [(kind, state or self.experts[b.task], b) for kind, state in streams for b in self.batches]
+        wanted = [
+            (kind, state or self.experts[b.task], b)
+            for kind, state in streams
+            for b in self.batches
+        ]
         blocks = self.blocks if self.reruns and not self.bordering else []
-        room = Room(stage, self.known, list(self.groups), blocks, self.batches, len(streams), self.activations)
+        room = Room(
+            stage,
+            self.known,
+            list(self.groups),
+            blocks,
+            self.batches,
+            len(streams),
+            self.activations,
+        )
         return [room.forward(stage, state, batch, kind) for kind, state, batch in wanted]
 
     def _visit(self, group: list[str], reads: Reads, makings: list[Making]) -> None:
@@ -219,7 +276,9 @@ class Pass:
         """Set the weights of a solved layer, for all forwards in flight."""
         for name, value in v.parts(W, making.state).items():
             if self.gatherer.looks:
-                value = stored(f"layer {v.name!r}, merged parameter {name!r}", value, self.base[name])
+                value = stored(
+                    f"layer {v.name!r}, merged parameter {name!r}", value, self.base[name]
+                )
             making.state[name].copy_(value)
             making.solved.update(self.tied[name])
 
@@ -236,43 +295,81 @@ class Pass:
         return Merge(making.state, [plain(row) for row in making.table], averaged)
 
 
-def merge_together(base: nn.Module, experts, calibration, recipes: Mapping[str, Recipe], *, blocks=None,
-                   products: str = "activations", activations: int | None = None, progress: bool = False) -> dict[str, Merge]:
-    """Several merges in one pass, sharing the experts' forwards: name -> merge, the same as each by itself.
+def merge_together(
+    base: nn.Module,
+    experts,
+    calibration,
+    recipes: Mapping[str, Recipe],
+    *,
+    blocks=None,
+    products: str = "activations",
+    activations: int | None = None,
+    progress: bool = False,
+) -> dict[str, Merge]:
+    """Several merges in one pass, sharing the experts' forwards: name -> merge, the same as each by
+    itself.
 
     Args:
         base, experts, calibration, blocks, products: as in :func:`merge_sequentially`.
-        recipes: name -> :class:`Recipe`. Merges on the experts' own inputs share all their sums too.
-    Cost: one forward of every expert batch where a recipe needs it, one of the merged model per recipe with merged inputs.
+        recipes: name -> :class:`Recipe`. Merges on the experts' own inputs share all their sums
+            too.
+    Cost: one forward of every expert batch where a recipe needs it, one of the merged model per
+        recipe with merged inputs.
     """
     making = Pass(base, experts, calibration, recipes, blocks, products, activations)
     for name, recipe in recipes.items():
         if recipe.solver is None:
-            raise MergeError(f"recipes: {name!r}: expected a solver, found None; layer_moments keeps moments without one")
+            raise MergeError(
+                f"recipes: {name!r}: expected a solver, found None; layer_moments keeps moments without one"
+            )
     return making.run(progress)
 
 
-def merge_sequentially(base: nn.Module, experts, calibration, solver: Solver, *, inputs: str = "merged", targets: str | float = "own",
-                       scope: str = "all", folds: int = 4, blocks: str | Iterable[str] | None = None, layers: Iterable[str] | None = None,
-                       anchor: Mapping[str, Tensor] | None = None, products: str = "activations",
-                       activations: int | None = None, progress: bool = True) -> Merge:
+def merge_sequentially(
+    base: nn.Module,
+    experts,
+    calibration,
+    solver: Solver,
+    *,
+    inputs: str = "merged",
+    targets: str | float = "own",
+    scope: str = "all",
+    folds: int = 4,
+    blocks: str | Iterable[str] | None = None,
+    layers: Iterable[str] | None = None,
+    anchor: Mapping[str, Tensor] | None = None,
+    products: str = "activations",
+    activations: int | None = None,
+    progress: bool = True,
+) -> Merge:
     """Merge experts into one model, layer by layer in forward order.
 
     Args:
         base: the common initialisation; not changed. Its device is where everything runs.
         experts: state dicts of the same architecture by task.
-        calibration: for every task, batches of unlabelled inputs: keyword arguments of ``base.forward``. Tokens under a zero
-            ``attention_mask`` or ``decoder_attention_mask`` are not counted, nor is what a decoder reads of labels of -100.
+        calibration: for every task, batches of unlabelled inputs: keyword arguments of
+            ``base.forward``. Tokens under a zero ``attention_mask`` or ``decoder_attention_mask``
+            are not counted, nor is what a decoder reads of labels of -100.
         solver, inputs, targets, scope, folds, layers, anchor: of :class:`Recipe`.
         blocks: paths of the lists whose members are blocks, for ``inputs="block"``.
-        products: precision of products of activations: that of the ``activations``, at least float32 (relative error of
-            second moments 1e-6), or ``float64`` (1e-14).
+        products: precision of products of activations: that of the ``activations``, at least
+            float32 (relative error of second moments 1e-6), or ``float64`` (1e-14).
         activations: bytes that paused forwards may hold; see :class:`Pass`.
-    Returns: Merge; rows in forward order. Cost: one forward of every expert batch and one of the merged model.
-    Raises: MissingLayer, ShapeMismatch, NonFinite, EmptyCalibration; MergeError for an unknown option, a batch that the model
-        does not take, or a mask that cannot be matched to what a layer reads.
+    Returns: Merge; rows in forward order. Cost: one forward of every expert batch and one of the
+        merged model.
+    Raises: MissingLayer, ShapeMismatch, NonFinite, EmptyCalibration; MergeError for an unknown
+        option, a batch that the model does not take, or a mask that cannot be matched to what a
+        layer reads.
     """
     named = None if layers is None else tuple(words("layers", layers))
     recipe = Recipe(solver, inputs, targets, scope, folds, named, anchor)
-    return merge_together(base, experts, calibration, {"merge": recipe}, blocks=blocks, products=products, activations=activations,
-                          progress=progress)["merge"]
+    return merge_together(
+        base,
+        experts,
+        calibration,
+        {"merge": recipe},
+        blocks=blocks,
+        products=products,
+        activations=activations,
+        progress=progress,
+    )["merge"]

@@ -5,6 +5,7 @@ r"""Minimisers of the merge programme: closed forms, and constraints through Cla
 to d0: ``-H⁺f`` of least norm for d0 = 0. One ridge takes a Cholesky factorisation, or an
 eigendecomposition where the programme may be singular; many ridges share one of the latter.
 """
+
 from __future__ import annotations
 
 import math
@@ -117,7 +118,8 @@ class Factored:
     Args:
         penalty: Γ of the ridge term, see :func:`penalty_weights`.
         rtol: eigenvalues below ``rtol`` times the largest of their block (of all blocks, where
-            these are eigenvectors) are taken for noise: nothing moves along their directions. By default what the programme says of its moments.
+            these are eigenvectors) are taken for noise: nothing moves along their directions. By
+            default what the programme says of its moments.
         dtype: precision of the eigendecomposition; float32 takes half the time, and is good enough
             to choose a ridge by.
 
@@ -146,7 +148,8 @@ class Factored:
         self.values = torch.where(self.kept, values, 0.0)
 
     def _largest(self, values: Tensor) -> Tensor | float:
-        """What noise is relative to: the largest eigenvalue of all, or of each block, if not lost beside all."""
+        """What noise is relative to: the largest eigenvalue of all, or of each block, if not lost
+        beside all."""
         if values.numel() == 0:
             return 0.0  # experts equal the base
         largest = values.max().clamp(min=0)
@@ -195,7 +198,8 @@ def check_ridge(ridge: Ridge) -> None:
 
 
 def is_definite(programme: Programme, ridge: Ridge) -> bool:
-    """Whether a ridge is known to outweigh the noise of a wide programme, for Cholesky to take it."""
+    """Whether a ridge is known to outweigh the noise of a wide programme, for Cholesky to take
+    it."""
     b, _, q = programme.f.shape
     wide_and_known = q >= CHOLESKY_WIDTH and not isinstance(ridge, Tensor)
     return wide_and_known and least_definite(programme.rtol, b, q) <= ridge < math.inf

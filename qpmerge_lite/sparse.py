@@ -1,4 +1,5 @@
 r"""Methods that drop entries of the task vectors ``τ_k = θ_k - θ_0``, or elect their signs."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,15 +1,21 @@
 """What must hold, as assertions with a name."""
+
 import torch
 
 
 def assert_relative(actual, expected, rtol=1e-10, scale=0.0):
-    """``|actual - expected| ≤ rtol · max(|expected|, scale)``, the maximum over all entries; equal shapes, any device."""
+    """``|actual - expected| ≤ rtol · max(|expected|, scale)``, the maximum over all entries; equal
+    shapes, any device."""
     actual, expected = (torch.as_tensor(z, dtype=torch.float64).cpu() for z in (actual, expected))
-    assert actual.shape == expected.shape, f"shapes {tuple(actual.shape)} and {tuple(expected.shape)}"
+    assert actual.shape == expected.shape, (
+        f"shapes {tuple(actual.shape)} and {tuple(expected.shape)}"
+    )
     if actual.numel() == 0:
         return
     error, size = float((actual - expected).abs().max()), max(float(expected.abs().max()), scale)
-    assert error <= rtol * size, f"error {error:.3g} against {size:.3g}: relative {error / (size or 1):.3g}, allowed {rtol:g}"
+    assert error <= rtol * size, (
+        f"error {error:.3g} against {size:.3g}: relative {error / (size or 1):.3g}, allowed {rtol:g}"
+    )
 
 
 def assert_same_moments(actual, expected, rtol=1e-12):
@@ -27,18 +33,23 @@ def assert_psd(S, rtol=1e-12):
 
 
 def assert_in_range(H, f, rtol=1e-7):
-    """``f ∈ Range(H)`` for stacked blocks (b, q, q) and (b, s, q): f has no part in the numerical kernel of H."""
+    """``f ∈ Range(H)`` for stacked blocks (b, q, q) and (b, s, q): f has no part in the numerical
+    kernel of H."""
     values, vectors = torch.linalg.eigh(H)
     outside = (f @ vectors) * (values <= 1e-12 * values.amax())[:, None, :]
     assert outside.norm() <= rtol * f.norm()
 
 
-def assert_kkt(prog, d, *, ridge=0.0, gamma=None, prior=None, nonnegative=False, sum_to_one=False, tol=1e-8):
-    r"""Optimality of ``min L(d) + ½ λ (d - d0)ᵀ Γ (d - d0)`` subject to ``d ≥ 0`` and/or ``Σ_k d_k = 1`` in every block.
+def assert_kkt(
+    prog, d, *, ridge=0.0, gamma=None, prior=None, nonnegative=False, sum_to_one=False, tol=1e-8
+):
+    r"""Optimality of ``min L(d) + ½ λ (d - d0)ᵀ Γ (d - d0)`` subject to ``d ≥ 0`` and/or
+    ``Σ_k d_k = 1`` in every block.
 
-    With the gradient ``v = Hd + f + λΓ(d - d0)`` and multipliers μ (of the sum) and z ≥ 0 (of the signs):
-    stationarity ``v = z + μ1``; feasibility of d; complementarity ``z_k d_k = 0``. Without sign constraints z = 0;
-    without the sum μ = 0; with both, complementarity and Σd = 1 give ``μ = Σ_k d_k v_k``.
+    With the gradient ``v = Hd + f + λΓ(d - d0)`` and multipliers μ (of the sum) and z ≥ 0 (of the
+    signs): stationarity ``v = z + μ1``; feasibility of d; complementarity ``z_k d_k = 0``. Without
+    sign constraints z = 0; without the sum μ = 0; with both, complementarity and Σd = 1 give
+    ``μ = Σ_k d_k v_k``.
     """
     v = prog.gradient(d)
     if ridge:

@@ -1,11 +1,13 @@
-"""A Hub on this machine, for the real clients: repositories in memory, files over HTTP, and the ways in which it can fail.
+"""A Hub on this machine, for the real clients: repositories in memory, files over HTTP, and the
+ways in which it can fail.
 
     with Hub() as hub:
-        commit = hub.add("ours/toy", {"config.json": b"{}", "model.safetensors": weights}, kind="model")
-        ...  # HF_ENDPOINT=hub.url
+        commit = hub.add("ours/toy", {"config.json": b"{}", "model.safetensors": weights},
+        kind="model") ...  # HF_ENDPOINT=hub.url
 
-It speaks what ``huggingface_hub`` and ``datasets`` ask of the Hub: files of a revision with ETag and commit, large ones by way of a
-redirect, ranges; information, trees and paths of a repository. ``requests`` holds (method, path, range) of all that was asked.
+It speaks what ``huggingface_hub`` and ``datasets`` ask of the Hub: files of a revision with ETag
+and commit, large ones by way of a redirect, ranges; information, trees and paths of a repository.
+``requests`` holds (method, path, range) of all that was asked.
 """
 
 import contextlib
@@ -20,7 +22,8 @@ LARGE = (".safetensors", ".parquet", ".npz")
 
 
 class Hub:
-    """Context manager; ``url`` is the endpoint. Change its faults at any time, by path of the file or name of the repository.
+    """Context manager; ``url`` is the endpoint. Change its faults at any time, by path of the file
+    or name of the repository.
 
     gated: repository -> the token that opens it.
     cut: path -> how many of the next answers break off halfway, as when a connection is lost.
@@ -35,8 +38,12 @@ class Hub:
     def __enter__(self):
         server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{server.server_port}"
-        self.store = f"http://localhost:{server.server_port}"  # another host to the client, as the Hub's store of large files is
-        self._server, self._thread = server, threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        # another host to the client, as the Hub's store of large files is
+        self.store = f"http://localhost:{server.server_port}"
+        self._server, self._thread = (
+            server,
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True),
+        )
         self._thread.start()
         return self
 
@@ -45,8 +52,11 @@ class Hub:
         self._server.server_close()
         self._thread.join()
 
-    def add(self, repo: str, files: dict[str, bytes], kind: str = "model", revision: str = "main") -> str:
-        """Put a repository's files at a branch, in place of those there; returns the commit, which serves them from now on."""
+    def add(
+        self, repo: str, files: dict[str, bytes], kind: str = "model", revision: str = "main"
+    ) -> str:
+        """Put a repository's files at a branch, in place of those there; returns the commit, which
+        serves them from now on."""
         commit = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
         revisions = self.repositories.setdefault((f"{kind}s", repo), {})
         revisions[revision] = revisions[commit] = (commit, dict(files))
@@ -56,9 +66,17 @@ class Hub:
 def entries(files):
     """What the Hub says of files, and of the folders they are in."""
     folders = {path[:at] for path in files for at in range(len(path)) if path[at] == "/"}
-    known = [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in sorted(folders)]
+    known = [
+        {"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in sorted(folders)
+    ]
     return known + [
-        {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()} for path, content in sorted(files.items())
+        {
+            "type": "file",
+            "path": path,
+            "size": len(content),
+            "oid": hashlib.sha1(content).hexdigest(),
+        }
+        for path, content in sorted(files.items())
     ]
 
 
@@ -77,7 +95,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):  # noqa: N802
         """Also HEAD and POST: whatever the method, the path says what is asked."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        path, query = (unquote(part) for part in (urlsplit(self.path).path, urlsplit(self.path).query))
+        path, query = (
+            unquote(part) for part in (urlsplit(self.path).path, urlsplit(self.path).query)
+        )
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
         try:
             self.answer(path, query, body)
@@ -90,9 +110,14 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, path, query, body):
         if match := re.fullmatch("/large/([0-9a-f]{64})/(.*)", path):
             return self.content(match[2], self.hub.blobs[match[1]], {"ETag": f'"{match[1]}"'})
-        if match := re.fullmatch("/(datasets/)?([^/]+/[^/]+|[^/]+)/resolve/((?:refs/convert/|refs/pr/)?[^/]+)/(.+)", path):
+        if match := re.fullmatch(
+            "/(datasets/)?([^/]+/[^/]+|[^/]+)/resolve/((?:refs/convert/|refs/pr/)?[^/]+)/(.+)", path
+        ):
             return self.resolve((match[1] or "models/")[:-1], *match.group(2, 3, 4))
-        if match := re.fullmatch("/api/(models|datasets)/(.+?)(?:/(revision|tree|paths-info)/((?:refs/convert/|refs/pr/)?[^/]+)(/.*)?)?", path):
+        if match := re.fullmatch(
+            "/api/(models|datasets)/(.+?)(?:/(revision|tree|paths-info)/((?:refs/convert/|refs/pr/)?[^/]+)(/.*)?)?",
+            path,
+        ):
             return self.api(*match.groups(), query, body)
         raise Refusal(404, "NotFound")
 
@@ -116,7 +141,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.content(path, content, headers)
         self.hub.blobs[digest] = content
         linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
-        self.reply(302, b"", {**headers, **linked, "Location": f"{self.hub.store}/large/{digest}/{path}"})
+        self.reply(
+            302, b"", {**headers, **linked, "Location": f"{self.hub.store}/large/{digest}/{path}"}
+        )
 
     def content(self, path, content, headers):
         content = self.hub.wrong.get(path, content)
@@ -129,7 +156,12 @@ class Handler(BaseHTTPRequestHandler):
         broken = self.command == "GET" and self.hub.cut.get(path, 0) > 0
         if broken:
             self.hub.cut[path] -= 1
-        self.reply(status, part, {**headers, "Accept-Ranges": "bytes"}, sent=len(part) // 2 if broken else None)
+        self.reply(
+            status,
+            part,
+            {**headers, "Accept-Ranges": "bytes"},
+            sent=len(part) // 2 if broken else None,
+        )
 
     def api(self, kind, repo, verb, revision, below, query, body):
         commit, files = self.find(kind, repo, revision or "main")
@@ -140,11 +172,23 @@ class Handler(BaseHTTPRequestHandler):
             if "recursive=true" not in query.lower():
                 found = [entry for entry in found if "/" not in entry["path"].removeprefix(folder)]
         elif verb == "paths-info":
-            asked = json.loads(body)["paths"] if body.startswith(b"{") else re.findall("paths=([^&]+)", unquote(body.decode()))
+            asked = (
+                json.loads(body)["paths"]
+                if body.startswith(b"{")
+                else re.findall("paths=([^&]+)", unquote(body.decode()))
+            )
             found = [entry for entry in found if entry["path"] in asked]
         else:
             names = [{"rfilename": path} for path in sorted(files)]
-            found = {"id": repo, "sha": commit, "private": False, "gated": repo in self.hub.gated, "disabled": False, "tags": [], "siblings": names}
+            found = {
+                "id": repo,
+                "sha": commit,
+                "private": False,
+                "gated": repo in self.hub.gated,
+                "disabled": False,
+                "tags": [],
+                "siblings": names,
+            }
         self.reply(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
 
     def reply(self, status, body, headers, sent=None):

@@ -1,4 +1,5 @@
 """Wrong and odd arguments, batches and state dicts, each under a name that says what it is."""
+
 from collections.abc import Mapping
 from pathlib import Path
 

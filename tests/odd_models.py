@@ -1,4 +1,5 @@
 """Small models with experts and inputs, and odd models to take their place, by name."""
+
 import copy
 import functools
 

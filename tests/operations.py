@@ -1,4 +1,5 @@
 """What a piece of code asks of torch, operation by operation."""
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 

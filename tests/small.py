@@ -1,4 +1,5 @@
 """Small models with random experts in any precision, and the methods that look at weights only."""
+
 import copy
 
 import torch
@@ -17,7 +18,14 @@ def greedy(base, experts):
 
 WITHOUT_BASE = [q.soup, greedy, q.slerp]
 ON_THE_BASE = [
-    q.task_arithmetic, q.dare, q.breadcrumbs, q.ties, q.della, q.model_stock, q.tsv_merge, q.iso_c,
+    q.task_arithmetic,
+    q.dare,
+    q.breadcrumbs,
+    q.ties,
+    q.della,
+    q.model_stock,
+    q.tsv_merge,
+    q.iso_c,
     q.wudi,
 ]
 METHODS = [*WITHOUT_BASE, *ON_THE_BASE]

@@ -1,4 +1,6 @@
-"""Bases: every family's blocks against its listed elements, and what follows from one span lying in another."""
+"""Bases: every family's blocks against its listed elements, and what follows from one span lying in
+another."""
+
 import itertools
 from dataclasses import replace
 
@@ -15,27 +17,50 @@ from qpmerge_lite.errors import MergeError, NonFinite, ShapeMismatch
 from qpmerge_lite.programme import programme
 from qpmerge_lite.solve import minimise
 
-INCLUSIONS = [("layer", "groups"), ("groups", "rows"), ("rows", "elements"), ("layer", "rotated_rows"), ("layer", "columns"),
-              ("layer", "rotated_columns"), ("rotated_rows", "elements"), ("columns", "elements"), ("rotated_columns", "elements"),
-              ("layer", "singular"), ("singular", "elements"), ("layer", "explicit")]
+INCLUSIONS = [
+    ("layer", "groups"),
+    ("groups", "rows"),
+    ("rows", "elements"),
+    ("layer", "rotated_rows"),
+    ("layer", "columns"),
+    ("layer", "rotated_columns"),
+    ("rotated_rows", "elements"),
+    ("columns", "elements"),
+    ("rotated_columns", "elements"),
+    ("layer", "singular"),
+    ("singular", "elements"),
+    ("layer", "explicit"),
+]
 PROGRAMMES = [*FAMILIES, "truncated"]  # rotated_rows that keep one direction
 
 
 def basis_of(layer, family, pooled):
-    return build("rotated_rows", layer.updates, pooled, keep=1) if family == "truncated" else layer.basis(family, pooled)
+    return (
+        build("rotated_rows", layer.updates, pooled, keep=1)
+        if family == "truncated"
+        else layer.basis(family, pooled)
+    )
 
 
 def listed(layer, family, pooled):
     """The elements of a family written out from its definition, one by one: list of (g, m, n)."""
     D, (g, m, n) = layer.updates, layer.updates.shape[1:]
 
-    def inner(copy, width, matrix):  # block diagonal over copies: ``matrix`` in one, zero in the others
+    def inner(
+        copy, width, matrix
+    ):  # block diagonal over copies: ``matrix`` in one, zero in the others
         out = torch.zeros(g, width, width, dtype=torch.float64)
         out[copy] = matrix
         return out
 
-    axes = lambda width: [(c, torch.outer(e, e)) for c in range(g) for e in torch.eye(width, dtype=torch.float64)]
-    eigen = lambda S: [(c, torch.outer(v, v)) for c in range(g) for v in torch.linalg.eigh(S[c]).eigenvectors.mT.flip(0)]
+    axes = lambda width: [
+        (c, torch.outer(e, e)) for c in range(g) for e in torch.eye(width, dtype=torch.float64)
+    ]
+    eigen = lambda S: [
+        (c, torch.outer(v, v))
+        for c in range(g)
+        for v in torch.linalg.eigh(S[c]).eigenvectors.mT.flip(0)
+    ]
     if family in ("layer", "explicit"):
         return list(D)
     if family == "groups":
@@ -56,7 +81,10 @@ def listed(layer, family, pooled):
         for c, d in itertools.product(range(g), D):
             rank = max(int(torch.linalg.matrix_rank(d[k], rtol=1e-10)) for k in range(g))
             U, _, Vh = torch.linalg.svd(d[c], full_matrices=False)
-            out += [inner(c, m, torch.eye(m, dtype=torch.float64)) @ torch.outer(U[:, i], Vh[i]) for i in range(rank)]
+            out += [
+                inner(c, m, torch.eye(m, dtype=torch.float64)) @ torch.outer(U[:, i], Vh[i])
+                for i in range(rank)
+            ]
         return out
     raise AssertionError(family)
 
@@ -64,8 +92,9 @@ def listed(layer, family, pooled):
 @pytest.mark.parametrize("family", PROGRAMMES)
 @given(layer=layers(), seed=st.integers(0, 99))
 def test_blocks_equal_the_dense_formula(device, family, layer, seed):
-    """Oracle: the elements are the listed ones, ``H_ij = tr(B_i C B_jᵀ)`` and ``f_j = -tr(B_j Aᵀ)`` entry by entry, H is
-    PSD, f in its range, and ``combine`` is the weighted sum of the elements."""
+    """Oracle: the elements are the listed ones, ``H_ij = tr(B_i C B_jᵀ)`` and ``f_j = -tr(B_j Aᵀ)``
+    entry by entry, H is PSD, f in its range, and ``combine`` is the weighted sum of the
+    elements."""
     here, pooled = layer.to(device), layer.moments().pool()
     B = listed(layer, family, pooled)
     prog = programme(here.moments().pool(), basis_of(here, family, here.moments().pool()))
@@ -76,13 +105,19 @@ def test_blocks_equal_the_dense_formula(device, family, layer, seed):
         assert_relative(prog.basis.elements(), torch.stack(B), 1e-9)
     B = list(prog.basis.elements().cpu())
     H, f = prog.dense()
-    assert_relative(H, [[float(((Bi @ pooled.C) * Bj).sum()) for Bj in B] for Bi in B], 1e-9, scale=1e-12)
-    assert_relative(f, [-float((Bj * pooled.A).sum()) for Bj in B], 1e-9, scale=float(pooled.A.abs().max()))
+    assert_relative(
+        H, [[float(((Bi @ pooled.C) * Bj).sum()) for Bj in B] for Bi in B], 1e-9, scale=1e-12
+    )
+    assert_relative(
+        f, [-float((Bj * pooled.A).sum()) for Bj in B], 1e-9, scale=float(pooled.A.abs().max())
+    )
     assert_psd(H)
     assert_psd(prog.H)
     assert_in_range(prog.H, prog.f)
     d = normal(seed, *prog.basis.size).to(device)
-    assert_relative(prog.basis.combine(d), sum(float(w) * Bj for w, Bj in zip(d.flatten(), B)), 1e-9)
+    assert_relative(
+        prog.basis.combine(d), sum(float(w) * Bj for w, Bj in zip(d.flatten(), B)), 1e-9
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,15 +141,23 @@ def test_a_larger_span_captures_no_less(inner, outer, layer, weights):
 
 @given(layer=layers(experts=("random", "duplicate", "zero")), seed=st.integers(0, 99))
 def test_equal_spans_capture_equally(layer, seed):
-    """Other elements of one span, other groupings of one partition, doubled and scaled experts: the same energy and merge outputs."""
+    """Other elements of one span, other groupings of one partition, doubled and scaled experts: the
+    same energy and merge outputs."""
     pooled, K = layer.moments().pool(), len(layer.updates)
-    energy = lambda family, updates=layer.updates, **kw: captured_energy(programme(pooled, build(family, updates, pooled, **kw)))
+    energy = lambda family, updates=layer.updates, **kw: captured_energy(
+        programme(pooled, build(family, updates, pooled, **kw))
+    )
     mix = torch.eye(K, dtype=torch.float64) + 0.3 * torch.linalg.qr(normal(seed, K, K)).Q
     mixed = torch.einsum("kl,lgmn->kgmn", mix, layer.updates)
     directions = torch.arange(layer.updates[0, ..., 0].numel())
     for family in ("layer", "rows", "rotated_rows", "columns", "rotated_columns"):
         reference = energy(family)
-        for same in (mixed, layer.updates.flip(0), 3 * layer.updates, torch.cat([layer.updates, 2 * layer.updates])):
+        for same in (
+            mixed,
+            layer.updates.flip(0),
+            3 * layer.updates,
+            torch.cat([layer.updates, 2 * layer.updates]),
+        ):
             assert_relative(energy(family, same), reference, 1e-8, scale=1)
     assert_relative(energy("groups", groups=directions.flip(0)), energy("rows"), 1e-9, scale=1)
     assert_relative(energy("groups", groups=0 * directions), energy("layer"), 1e-9, scale=1)
@@ -128,7 +171,9 @@ def test_experts_in_any_order(family, layer, seed):
     """Permuting the experts permutes their coefficients and leaves the merge alone."""
     order = torch.randperm(len(layer.updates), generator=torch.Generator().manual_seed(seed))
     pooled = layer.moments().pool()
-    a, b = (programme(pooled, build(family, u, pooled)) for u in (layer.updates, layer.updates[order]))
+    a, b = (
+        programme(pooled, build(family, u, pooled)) for u in (layer.updates, layer.updates[order])
+    )
     x, y = minimise(a), minimise(b)
     assert_relative(b.basis.combine(y.d), a.basis.combine(x.d), 1e-6)
     if a.basis.by_expert:
@@ -138,14 +183,17 @@ def test_experts_in_any_order(family, layer, seed):
 @pytest.mark.parametrize("family", FREE)
 @given(layer=layers(), scale=st.floats(1e-3, 1e3))
 def test_units_do_not_matter(family, layer, scale):
-    """Outputs in other units, or inputs in other units with weights to match: ρ stays; with the updates rescaled, so does d."""
+    """Outputs in other units, or inputs in other units with weights to match: ρ stays; with the
+    updates rescaled, so does d."""
     reference = captured_energy(layer.programme(family))
     outputs = replace(layer, updates=scale * layer.updates, R=tuple(scale * r for r in layer.R))
     inputs = replace(layer, updates=layer.updates / scale, X=tuple(scale * x for x in layer.X))
     for other in (outputs, inputs):
         assert_relative(captured_energy(other.programme(family)), reference, 1e-8, scale=1)
         if family in ("layer", "rows"):
-            assert_relative(minimise(other.programme(family)).d, minimise(layer.programme(family)).d, 1e-5)
+            assert_relative(
+                minimise(other.programme(family)).d, minimise(layer.programme(family)).d, 1e-5
+            )
 
 
 def test_singular_pairs_are_orthonormal_and_rebuild_their_expert():
@@ -176,7 +224,8 @@ def test_experts_equal_to_the_base():
 
 
 def test_identical_experts():
-    """K copies of Δ with their own outputs as targets: any Σ d = 1 is optimal, H has rank 1, the least-norm answer is the soup."""
+    """K copies of Δ with their own outputs as targets: any Σ d = 1 is optimal, H has rank 1, the
+    least-norm answer is the soup."""
     layer = make_layer(3, K=3, targets="propagated")
     same = replace(layer, updates=layer.updates[:1].repeat(3, 1, 1, 1))
     same = replace(same, R=tuple(torch.einsum("gmi,ngi->ngm", same.updates[0], x) for x in layer.X))
@@ -192,19 +241,28 @@ def test_identical_experts():
 def test_bad_input_is_named():
     layer = make_layer(0)
     pooled = layer.moments().pool()
-    with pytest.raises(MergeError, match=r"basis family: expected one of \['columns', .* found 'diagonal'"):
+    with pytest.raises(
+        MergeError, match=r"basis family: expected one of \['columns', .* found 'diagonal'"
+    ):
         build("diagonal", layer.updates, pooled)
     with pytest.raises(MergeError, match="group labels are required"):
         build("groups", layer.updates, pooled)
     with pytest.raises(MergeError, match="group labels are only used by groups"):
         build("rows", layer.updates, pooled, groups=torch.arange(3))
-    with pytest.raises(ShapeMismatch, match="group labels: expected shape .* one label per output row"):
+    with pytest.raises(
+        ShapeMismatch, match="group labels: expected shape .* one label per output row"
+    ):
         build("groups", layer.updates, pooled, groups=torch.arange(2))
     with pytest.raises(MergeError, match="only rotated_rows takes keep, found keep=2"):
         build("rows", layer.updates, pooled, keep=2)
-    with pytest.raises(ShapeMismatch, match=r"basis layer, residual updates: expected shape \(1, 3, 4\), found \(1, 3, 3\)"):
+    with pytest.raises(
+        ShapeMismatch,
+        match=r"basis layer, residual updates: expected shape \(1, 3, 4\), found \(1, 3, 3\)",
+    ):
         build("layer", layer.updates[..., :3], pooled)
-    with pytest.raises(MergeError, match="keeps 1 of 3 directions: task arithmetic is outside its span"):
+    with pytest.raises(
+        MergeError, match="keeps 1 of 3 directions: task arithmetic is outside its span"
+    ):
         build("rotated_rows", layer.updates, pooled, keep=1).arithmetic(1.0)
     with pytest.raises(MergeError, match="rotated for other moments"):
         programme(make_layer(1).moments().pool(), build("rotated_columns", layer.updates, pooled))
@@ -212,5 +270,7 @@ def test_bad_input_is_named():
         with pytest.raises(MergeError, match=f"expected to keep 1 to 3 directions, found {keep}"):
             build("rotated_rows", layer.updates, pooled, keep=keep)
     spoilt = torch.full_like(layer.updates, float("nan"))
-    with pytest.raises(NonFinite, match="basis layer, residual updates: .* check the checkpoints they come from"):
+    with pytest.raises(
+        NonFinite, match="basis layer, residual updates: .* check the checkpoints they come from"
+    ):
         build("layer", spoilt, pooled)

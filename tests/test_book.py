@@ -1,7 +1,9 @@
-"""The built book: every chapter there, executed without error, readable with no network, its numbers from records.
+"""The built book: every chapter there, executed without error, readable with no network, its
+numbers from records.
 
 `make test` runs the notebooks and builds the pages once, before these tests look at them.
 """
+
 import json
 import re
 from pathlib import Path
@@ -33,7 +35,9 @@ def pages():
 
 
 def test_the_contents_list_exactly_the_notebooks():
-    assert [entry for entry in toc() if entry.startswith("chapters/")] == [f"chapters/{path.stem}" for path in NOTEBOOKS]
+    assert [entry for entry in toc() if entry.startswith("chapters/")] == [
+        f"chapters/{path.stem}" for path in NOTEBOOKS
+    ]
 
 
 def test_every_page_of_the_contents_was_built():
@@ -43,7 +47,9 @@ def test_every_page_of_the_contents_was_built():
 @every_chapter
 def test_a_chapter_was_executed_from_the_present_sources(name):
     stamp = chapter(name)["metadata"]["qpmerge"]
-    assert stamp["fingerprint"] == run.fingerprint(ROOT / "notebooks" / f"{name}.ipynb", stamp["parameters"])
+    assert stamp["fingerprint"] == run.fingerprint(
+        ROOT / "notebooks" / f"{name}.ipynb", stamp["parameters"]
+    )
     assert stamp["parameters"] == {}, "executed with other parameters than its own: run `make book`"
 
 
@@ -58,16 +64,23 @@ def test_a_chapter_has_no_error_and_no_warning(name):
 @every_chapter
 def test_a_chapter_shows_what_it_computed(name):
     cells = chapter(name)["cells"]
-    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
+    assert any(
+        "image/png" in output.get("data", {})
+        for cell in cells
+        for output in cell.get("outputs", [])
+    )
     assert all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code")
 
 
 def test_the_pages_need_no_network():
-    """No script, style, image, frame or font comes from elsewhere; MathJax may where there was no npm to install it."""
+    """No script, style, image, frame or font comes from elsewhere; MathJax may where there was no
+    npm to install it."""
     allowed = set() if (BOOK / "_static" / "mathjax").is_dir() else {"mathjax"}
     loads = r"<(?:script|img|iframe|source|link)\b[^>]*?\b(?:src|href)=[\"'](?:https?:)?//[^\"']+"
     for name, html in pages().items():
-        assert [tag for tag in re.findall(loads, html) if not any(word in tag for word in allowed)] == [], name
+        assert [
+            tag for tag in re.findall(loads, html) if not any(word in tag for word in allowed)
+        ] == [], name
         assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", html), name
     for style in HTML.rglob("*.css"):
         text = re.sub(r"/\*.*?\*/", "", style.read_text(encoding="utf-8"), flags=re.S)
@@ -75,27 +88,40 @@ def test_the_pages_need_no_network():
 
 
 def test_the_pages_and_the_notebooks_to_download_name_no_machine():
-    downloads = {path.name: path.read_text(encoding="utf-8") for path in (HTML / "_sources").rglob("*.ipynb")}
+    downloads = {
+        path.name: path.read_text(encoding="utf-8") for path in (HTML / "_sources").rglob("*.ipynb")
+    }
     assert len(downloads) == len(NOTEBOOKS)
     for name, text in (pages() | downloads).items():
-        assert not re.search(rf"{re.escape(str(ROOT))}\b|(?<![\w.])/(?:home|root|tmp|Users)/|site-packages", text), name
+        assert not re.search(
+            rf"{re.escape(str(ROOT))}\b|(?<![\w.])/(?:home|root|tmp|Users)/|site-packages", text
+        ), name
 
 
 def test_the_pages_show_no_markup():
     """No raw role, directive, citation or docutils message reaches the reader."""
     for name, html in pages().items():
         visible = re.sub(r"<(script|style|pre)\b.*?</\1>", "", html, flags=re.S)
-        assert not re.search(r"\{(res|cite\S*|doc|ref|eq|claims-table)\}|class=\"system-message|np\.float64\(", visible), name
+        assert not re.search(
+            r"\{(res|cite\S*|doc|ref|eq|claims-table)\}|class=\"system-message|np\.float64\(",
+            visible,
+        ), name
 
 
 def test_there_is_one_search_box():
-    assert all(len(re.findall(r"class=\"[^\"]*\bsearch-button-field\b", html)) <= 1 for html in pages().values())
+    assert all(
+        len(re.findall(r"class=\"[^\"]*\bsearch-button-field\b", html)) <= 1
+        for html in pages().values()
+    )
 
 
 def test_measured_numbers_say_where_they_come_from():
     for name, html in pages().items():
         for title in re.findall(r"<abbr class=\"record\" title=\"([^\"]*)\"", html):
-            assert re.match(r"[a-z0-9_.]+ · .*tier (smoke|full|standard|paper)", title), (name, title)
+            assert re.match(r"[a-z0-9_.]+ · .*tier (smoke|full|standard|paper)", title), (
+                name,
+                title,
+            )
     assert any('<abbr class="record"' in html for html in pages().values())
 
 

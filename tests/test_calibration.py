@@ -1,4 +1,5 @@
 """What calibration batches may hold, how large they are, and how models are made to run on them."""
+
 import re
 import warnings
 from collections import OrderedDict, UserDict

@@ -1,4 +1,5 @@
 """One ridge by one Cholesky factorisation; nothing is computed, or read from a device, unasked."""
+
 from dataclasses import replace
 
 import pytest

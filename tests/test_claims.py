@@ -1,11 +1,23 @@
-"""Claims: predicates over intervals are three-valued and evaluate nothing but what they may; verdicts follow from records."""
+"""Claims: predicates over intervals are three-valued and evaluate nothing but what they may;
+verdicts follow from records."""
+
 import re
 from pathlib import Path
 
 import pytest
 
 from qpmerge_lite.companion.book import claims
-from qpmerge_lite.companion.book.claims import BEGIN, END, Claim, ClaimError, evaluate, format_record, judge, load_claims, markdown_table
+from qpmerge_lite.companion.book.claims import (
+    BEGIN,
+    END,
+    Claim,
+    ClaimError,
+    evaluate,
+    format_record,
+    judge,
+    load_claims,
+    markdown_table,
+)
 from qpmerge_lite.companion.records import Record, RecordError
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +67,11 @@ def test_nothing_else_is_evaluated(predicate):
 
 
 def test_an_id_inside_another_is_not_mistaken():
-    records = {"a.b": Record("a.b", 1.0), "a.b.c": Record("a.b.c", 2.0), "aa.b": Record("aa.b", 3.0)}
+    records = {
+        "a.b": Record("a.b", 1.0),
+        "a.b.c": Record("a.b.c", 2.0),
+        "aa.b": Record("aa.b", 3.0),
+    }
     assert evaluate("a.b < a.b.c and a.b.c < aa.b and a.b == 1", records) is True
 
 
@@ -79,10 +95,15 @@ def test_the_unit_is_shown_on_request():
 
 
 def test_zero_has_no_sign():
-    assert format_record(Record("a.b", -0.0), ".2f") == "0.00" and format_record(Record("a.b", -0.001), ".2f") == "-0.00"
+    assert (
+        format_record(Record("a.b", -0.0), ".2f") == "0.00"
+        and format_record(Record("a.b", -0.001), ".2f") == "-0.00"
+    )
 
 
-@pytest.mark.parametrize(("id", "spec"), [("a.lambda", "ci"), ("a.low", ".3f .2f"), ("a.low", ".3q")])
+@pytest.mark.parametrize(
+    ("id", "spec"), [("a.lambda", "ci"), ("a.low", ".3f .2f"), ("a.low", ".3q")]
+)
 def test_a_format_that_cannot_be_is_an_error(id, spec):
     with pytest.raises(ClaimError, match=id):
         format_record(RECORDS[id], spec)
@@ -98,12 +119,23 @@ def claim(**fields):
     ("a.low > a.high", "fails"),
 ])  # fmt: skip
 def test_the_verdict_is_put_in_words(predicate, words):
-    row = judge(claim(chapter="05_vision", records=("a.low", "a.wide", "a.high"), predicate=predicate, measured="{a.low .1f}"), RECORDS)
+    row = judge(
+        claim(
+            chapter="05_vision",
+            records=("a.low", "a.wide", "a.high"),
+            predicate=predicate,
+            measured="{a.low .1f}",
+        ),
+        RECORDS,
+    )
     assert (row.measured, row.words) == ("0.2", words)
 
 
 def test_a_claim_may_bring_its_own_words():
-    row = judge(claim(records=("a.yes",), predicate="a.yes", measured="{a.yes}", words={"holds": "proved"}), RECORDS)
+    row = judge(
+        claim(records=("a.yes",), predicate="a.yes", measured="{a.yes}", words={"holds": "proved"}),
+        RECORDS,
+    )
     assert row.words == "proved"
 
 
@@ -147,7 +179,8 @@ def test_only_what_is_between_the_markers_is_replaced():
 
 
 def test_every_claim_of_the_book_can_be_judged_and_the_readme_says_the_same():
-    """Verdicts in README.md are those of the records of this build; `qpmerge book claims` rewrites them."""
+    """Verdicts in README.md are those of the records of this build; `qpmerge book claims` rewrites
+    them."""
     rows = claims.rows(ROOT)
     between = (ROOT / "README.md").read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
     shown = [re.split(r"(?<!\\)\|", line)[1:5:2] for line in between.strip().splitlines()[2:]]

@@ -1,4 +1,5 @@
 """Comparisons: chosen on validation, test touched once, results kept."""
+
 import numpy as np
 import pytest
 from toys import TASKS
@@ -17,18 +18,34 @@ def test_every_entry_reports_every_task(suite, name):
     assert found["options"] in benchmark.ENTRIES[name].grid(3, 0)
 
 
-def test_choices_look_at_validation_and_test_is_scored_for_the_chosen_merge_only(suite, monkeypatch):
+def test_choices_look_at_validation_and_test_is_scored_for_the_chosen_merge_only(
+    suite, monkeypatch
+):
     seen = []
     evaluate = Suite.evaluate
-    monkeypatch.setattr(Suite, "evaluate", lambda self, state, split="test", tasks=None: seen.append((split, state)) or evaluate(self, state, split, tasks))
+    monkeypatch.setattr(
+        Suite,
+        "evaluate",
+        lambda self, state, split="test", tasks=None: (
+            seen.append((split, state)) or evaluate(self, state, split, tasks)
+        ),
+    )
     found = benchmark.result(suite, "task_arithmetic", 8)
     experts = [id(e) for e in suite.experts.values()]
     on_test = {id(state) for split, state in seen if split == "test"} - set(experts)
     on_validation = {id(state) for split, state in seen if split == "validation"} - set(experts)
-    assert len(on_test) == 1 and len(on_validation) == len(benchmark.ENTRIES["task_arithmetic"].grid(3, 0))
-    scores = [suite.normalised(datafree.task_arithmetic(suite.base, suite.experts, **o).state_dict, "validation")["mean"]
-              for o in benchmark.ENTRIES["task_arithmetic"].grid(3, 0)]
-    assert found["options"] == benchmark.ENTRIES["task_arithmetic"].grid(3, 0)[int(np.argmax(scores))]
+    assert len(on_test) == 1 and len(on_validation) == len(
+        benchmark.ENTRIES["task_arithmetic"].grid(3, 0)
+    )
+    scores = [
+        suite.normalised(
+            datafree.task_arithmetic(suite.base, suite.experts, **o).state_dict, "validation"
+        )["mean"]
+        for o in benchmark.ENTRIES["task_arithmetic"].grid(3, 0)
+    ]
+    assert (
+        found["options"] == benchmark.ENTRIES["task_arithmetic"].grid(3, 0)[int(np.argmax(scores))]
+    )
     assert found["validation"] == max(scores)
 
 
@@ -53,51 +70,102 @@ def test_results_belong_to_the_images_they_are_judged_on(suite, split):
     assert benchmark._fingerprint(suite) != before
 
 
-@pytest.mark.parametrize("name, options, edge", [
-    ("ties", {"density": 0.2, "scale": 0.2}, ["scale"]), ("ties", {"density": 0.05, "scale": 1.0}, ["density", "scale"]),
-    ("task_arithmetic", {"scale": 0.2}, []), ("regmean", {"alpha": 1.0}, []), ("regmean", {"alpha": 0.5}, ["alpha"]),
-    ("qp_rows", {"basis": "rows", "targets": "own", "prior": 0.125}, []),
-    ("dare", {"drop": 0.3, "scale": 0.2, "seed": 0}, []), ("qp_rows", {"basis": "rows", "targets": "own"}, []),
-])
+@pytest.mark.parametrize(
+    "name, options, edge",
+    [
+        ("ties", {"density": 0.2, "scale": 0.2}, ["scale"]),
+        ("ties", {"density": 0.05, "scale": 1.0}, ["density", "scale"]),
+        ("task_arithmetic", {"scale": 0.2}, []),
+        ("regmean", {"alpha": 1.0}, []),
+        ("regmean", {"alpha": 0.5}, ["alpha"]),
+        ("qp_rows", {"basis": "rows", "targets": "own", "prior": 0.125}, []),
+        ("dare", {"drop": 0.3, "scale": 0.2, "seed": 0}, []),
+        ("qp_rows", {"basis": "rows", "targets": "own"}, []),
+    ],
+)
 def test_choices_at_an_end_of_their_grid_are_marked(name, options, edge):
-    found = {"method": name, "label": name, "seed": 0, "options": options, "accuracy": dict.fromkeys("abcdefgh", 1.0)}
+    found = {
+        "method": name,
+        "label": name,
+        "seed": 0,
+        "options": options,
+        "accuracy": dict.fromkeys("abcdefgh", 1.0),
+    }
     assert benchmark.at_grid_edge(found) == edge
     assert benchmark.choices([found]).loc[name, "seed 0"].count("*") == len(edge)
 
 
 def test_choices_are_named():
-    found = {"method": "fisher", "label": "Fisher", "seed": 0, "options": {"normalise": False, "seed": 0}, "accuracy": dict.fromkeys("ab", 1.0)}
+    found = {
+        "method": "fisher",
+        "label": "Fisher",
+        "seed": 0,
+        "options": {"normalise": False, "seed": 0},
+        "accuracy": dict.fromkeys("ab", 1.0),
+    }
     assert benchmark.choices([found]).loc["Fisher", "seed 0"] == "not normalise"
 
 
 def test_seed_interval_is_students():
     mean, (low, high) = benchmark.seed_interval([1.0, 2.0, 3.0])
-    assert mean == 2 and high - mean == pytest.approx(4.302653 / 3**0.5, rel=1e-6) and mean - low == pytest.approx(high - mean)
+    assert (
+        mean == 2
+        and high - mean == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+        and mean - low == pytest.approx(high - mean)
+    )
 
 
 def row(method, seed, *values):
     """A result on tasks a, b, …"""
     by_task = dict(zip("ab", values))
-    return {"method": method, "label": method, "seed": seed, "validation": 1.0, "accuracy": by_task,
-            "normalised": by_task | {"mean": sum(values) / len(values)}}
+    return {
+        "method": method,
+        "label": method,
+        "seed": seed,
+        "validation": 1.0,
+        "accuracy": by_task,
+        "normalised": by_task | {"mean": sum(values) / len(values)},
+    }
 
 
 def test_ranks_are_places_among_the_merges_of_a_seed():
-    places = benchmark.ranks([row("experts", 0, 1.0), row("multitask", 0, 0.99), row("x", 0, 0.8), row("y", 0, 0.9), row("z", 0, 0.8), row("x", 1, 0.5)])
+    places = benchmark.ranks(
+        [
+            row("experts", 0, 1.0),
+            row("multitask", 0, 0.99),
+            row("x", 0, 0.8),
+            row("y", 0, 0.9),
+            row("z", 0, 0.8),
+            row("x", 1, 0.5),
+        ]
+    )
     assert places.loc[0].to_dict() == {"x": 2.5, "y": 1.0, "z": 2.5}
 
 
 def test_intervals_of_one_seed_are_taken_over_tasks(tmp_path):
     results = [row("experts", 0, 0.9, 0.8), row("base", 0, 0.5, 0.7), row("soup", 0, 0.7, 0.8)]
     _, means, _ = benchmark.summarise(Records("05_toy", "smoke", root=tmp_path), "toy", results)
-    assert list(means.index) == ["a", "b"] and benchmark.ranks(results).loc["a"].to_dict() == {"base": 2.0, "soup": 1.0}
+    assert list(means.index) == ["a", "b"] and benchmark.ranks(results).loc["a"].to_dict() == {
+        "base": 2.0,
+        "soup": 1.0,
+    }
     kept = load_records("smoke", tmp_path)
     gain = kept["toy.soup.minus_base"]
     mean, interval = benchmark.seed_interval([0.2, 0.1])
-    assert gain.value == pytest.approx(mean) and gain.interval == pytest.approx(interval) and (gain.n, gain.note) == (2, "over tasks")
-    assert "toy.regmean.minus_soup" not in kept and "toy.best_qp.label" not in kept and kept["toy.best_heuristic.label"].value == "soup"
+    assert (
+        gain.value == pytest.approx(mean)
+        and gain.interval == pytest.approx(interval)
+        and (gain.n, gain.note) == (2, "over tasks")
+    )
+    assert (
+        "toy.regmean.minus_soup" not in kept
+        and "toy.best_qp.label" not in kept
+        and kept["toy.best_heuristic.label"].value == "soup"
+    )
 
 
 def test_a_plan_spreads_its_options_over_a_grid():
-    assert suites.Plan(options=4).spread(list(range(10))) == [0, 2, 5, 7] and suites.Plan(options=4).spread([1, 2]) == [1, 2]
+    assert suites.Plan(options=4).spread(list(range(10))) == [0, 2, 5, 7] and suites.Plan(
+        options=4
+    ).spread([1, 2]) == [1, 2]
     assert suites.Plan().spread(list(range(10))) == list(range(10))

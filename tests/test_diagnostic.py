@@ -1,4 +1,5 @@
 """Captured energy in sample and out of sample, and its spectral ceiling."""
+
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,15 @@ from hypothesis import strategies as st
 from strategies import FAMILIES, FREE, Layer, layers, make_layer, normal, outputs
 
 from qpmerge_lite.bases import build
-from qpmerge_lite.diagnostic import OPTIMISM, RIDGES, captured_energy, cross_fitted, disjoint, optimism, spectral_capture
+from qpmerge_lite.diagnostic import (
+    OPTIMISM,
+    RIDGES,
+    captured_energy,
+    cross_fitted,
+    disjoint,
+    optimism,
+    spectral_capture,
+)
 from qpmerge_lite.errors import EmptyCalibration, MergeError
 from qpmerge_lite.moments import Moments
 from qpmerge_lite.programme import programme

@@ -1,4 +1,5 @@
 """One set of pins, said three times: lock, conda environment and package requirements agree."""
+
 import os
 import re
 import shutil
@@ -22,7 +23,9 @@ def pins(lines):
     return {re.sub(r"[-_.]+", "-", m[1]).lower(): m[2] for m in found if m}
 
 
-LOCK = pins(text("requirements.lock").splitlines()) | pins(text("requirements-torch.txt").splitlines())
+LOCK = pins(text("requirements.lock").splitlines()) | pins(
+    text("requirements-torch.txt").splitlines()
+)
 HUB = pins(text("requirements-hub.lock").splitlines())
 PROJECT = tomllib.loads(text("pyproject.toml"))
 
@@ -54,7 +57,9 @@ def test_what_is_asked_for_by_name_is_locked_as_asked():
 
 
 def test_what_reads_checkpoints_adds_to_the_pins_and_changes_none():
-    assert {name: version for name, version in HUB.items() if LOCK.get(name, version) != version} == {}
+    assert {
+        name: version for name, version in HUB.items() if LOCK.get(name, version) != version
+    } == {}
     assert {"transformers", "tokenizers"} <= HUB.keys() - LOCK.keys()
     assert "pip install --require-hashes -r requirements-hub.lock" in text("environment.yml")
 
@@ -62,23 +67,41 @@ def test_what_reads_checkpoints_adds_to_the_pins_and_changes_none():
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make on this machine")
 def test_whatever_runs_chapters_or_tests_installs_it():
     """As ``make`` itself sees it: what would be run, from an environment that is not there."""
-    own = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "TIER", "VENV")}
+    own = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "TIER", "VENV")
+    }
 
     def planned(*words):
         words = ["make", "-n", "VENV=/nowhere", "PYTHON=python3", *words]
         done = subprocess.run(words, cwd=ROOT, env=own, capture_output=True, text=True, check=True)
         return "-r requirements-hub.lock" in done.stdout
 
-    assert [planned(*words) for words in (["book"], ["check", "TIER=paper"], ["test"], ["html"])] == [True, True, True, False]
+    assert [
+        planned(*words) for words in (["book"], ["check", "TIER=paper"], ["test"], ["html"])
+    ] == [True, True, True, False]
 
 
 def test_everything_the_package_needs_is_locked_within_its_bounds():
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    extras = {name: group for name, group in PROJECT["project"]["optional-dependencies"].items() if name != "oracles"}
-    wanted = [Requirement(r) for group in (PROJECT["project"]["dependencies"], *extras.values()) for r in group]
-    outside = [str(r) for r in wanted if not r.specifier.contains((HUB | LOCK).get(canonicalize_name(r.name), "0"))]
+    extras = {
+        name: group
+        for name, group in PROJECT["project"]["optional-dependencies"].items()
+        if name != "oracles"
+    }
+    wanted = [
+        Requirement(r)
+        for group in (PROJECT["project"]["dependencies"], *extras.values())
+        for r in group
+    ]
+    outside = [
+        str(r)
+        for r in wanted
+        if not r.specifier.contains((HUB | LOCK).get(canonicalize_name(r.name), "0"))
+    ]
     assert outside == []
 
 

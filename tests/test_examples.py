@@ -1,4 +1,5 @@
 """The small layers of the first chapters, and the figures drawn from them."""
+
 import re
 from pathlib import Path
 
@@ -26,12 +27,21 @@ def layer():
 
 
 def test_a_drawn_layer_is_a_function_of_its_seed():
-    first, again, other = (synthetic.draw(3, alignment=0.5, overlap=0.5, seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(first[1], again[1]) and torch.equal(first[0].A, again[0].A) and not torch.equal(first[1], other[1])
+    first, again, other = (
+        synthetic.draw(3, alignment=0.5, overlap=0.5, seed=seed) for seed in (1, 1, 2)
+    )
+    assert (
+        torch.equal(first[1], again[1])
+        and torch.equal(first[0].A, again[0].A)
+        and not torch.equal(first[1], other[1])
+    )
 
 
 def test_more_samples_of_a_seed_leave_its_updates_alone():
-    few, many = (synthetic.draw(2, alignment=0.3, overlap=0.5, seed=0, tokens=tokens)[1] for tokens in (8, 64))
+    few, many = (
+        synthetic.draw(2, alignment=0.3, overlap=0.5, seed=0, tokens=tokens)[1]
+        for tokens in (8, 64)
+    )
     assert torch.equal(few, many)
 
 
@@ -50,7 +60,9 @@ def test_a_rotation_is_orthogonal_and_full_alignment_is_none(alignment):
 
 
 def test_alignment_moves_the_energy_onto_the_diagonal():
-    across, along = (synthetic.draw(3, alignment=a, overlap=0.5, seed=0)[0].pool() for a in (0.0, 1.0))
+    across, along = (
+        synthetic.draw(3, alignment=a, overlap=0.5, seed=0)[0].pool() for a in (0.0, 1.0)
+    )
     assert synthetic.off_diagonal(along) < 0.1 < 0.5 < synthetic.off_diagonal(across) < 1
 
 
@@ -61,7 +73,9 @@ def test_full_overlap_spends_one_set_of_directions():
 
 
 def test_too_many_directions_are_refused():
-    with pytest.raises(MergeError, match="5 tasks of rank 6 with 0 shared directions need size ≥ 30, found 20"):
+    with pytest.raises(
+        MergeError, match="5 tasks of rank 6 with 0 shared directions need size ≥ 30, found 20"
+    ):
         synthetic.draw(5, alignment=0.5, overlap=0.0, seed=0, size=20)
 
 
@@ -75,7 +89,10 @@ def test_all_top_rows_are_the_rows():
 
 def test_a_comparison_holds_its_predictors_in_range():
     found = synthetic.compare(3, 0.2, 0.5, seed=0, keep=6, few=16)
-    assert 0 <= found["reach"] <= found["promise"] <= found["off_diagonal"] < 1 and 0 <= found["capture"] <= 1
+    assert (
+        0 <= found["reach"] <= found["promise"] <= found["off_diagonal"] < 1
+        and 0 <= found["capture"] <= 1
+    )
     assert found["truncated"] > found["full"]
 
 
@@ -87,9 +104,13 @@ def test_digits_moments_price_an_update_as_its_outputs_do(layer):
 
 def test_digits_tasks_share_no_image_between_splits(layer):
     for task in layer.tasks:
-        train, test = ({tuple(x.tolist()) for x in layer.data[task][split][0]} for split in ("train", "test"))
+        train, test = (
+            {tuple(x.tolist()) for x in layer.data[task][split][0]} for split in ("train", "test")
+        )
         assert not train & test
-    assert sum(len(labels) for splits in layer.data.values() for _, labels in splits.values()) == 1797
+    assert (
+        sum(len(labels) for splits in layer.data.values() for _, labels in splits.values()) == 1797
+    )
 
 
 def test_digits_experts_know_their_digits(layer):
@@ -100,20 +121,28 @@ def test_digits_experts_know_their_digits(layer):
 
 
 def test_digits_are_counted_over_all_tasks(layer):
-    right = sum(int((layer.heads[task](torch.relu(X @ layer.W0.mT)).argmax(1) == labels).sum())
-                for task in layer.tasks for X, labels in [layer.data[task]["test"]])
+    right = sum(
+        int((layer.heads[task](torch.relu(X @ layer.W0.mT)).argmax(1) == labels).sum())
+        for task in layer.tasks
+        for X, labels in [layer.data[task]["test"]]
+    )
     assert layer.correct(torch.zeros_like(layer.W0)) == right > 0
 
 
 @pytest.mark.parametrize("tier", ["standard", "paper"])
 def test_digits_have_no_larger_tier(tier):
-    with pytest.raises(MergeError, match=f"suite digits: expected tier 'smoke', .* found '{tier}'; run this chapter with"):
+    with pytest.raises(
+        MergeError,
+        match=f"suite digits: expected tier 'smoke', .* found '{tier}'; run this chapter with",
+    ):
         digits.load(tier=tier)
 
 
 def test_the_unrestricted_optimum_of_a_drawn_layer_is_regmean():
     moments, updates = synthetic.draw(3, alignment=0.5, overlap=0.5, seed=0, tokens=512)
-    base = torch.randn(updates.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    base = torch.randn(
+        updates.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     grams = moments.C.sum(1)[:, 0] / moments.count.sum(1)[:, None, None]
     regmean = torch.linalg.solve(grams.sum(0), (grams @ (base + updates).mT).sum(0)).mT
     pooled = moments.pool()
@@ -126,26 +155,66 @@ def test_the_examples_of_the_readme_run():
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     scope: dict = {"__name__": "readme"}
     exec(compile("\n".join(blocks), "README.md", "exec"), scope)
-    assert len(blocks) == 3 and scope["merge"].state_dict.keys() == scope["base"].state_dict().keys() == scope["liked"].keys()
+    assert (
+        len(blocks) == 3
+        and scope["merge"].state_dict.keys()
+        == scope["base"].state_dict().keys()
+        == scope["liked"].keys()
+    )
     assert not scope["merged"].averaged
-    assert all(found["gap"] > 0 for found in scope["q"].certify(scope["layers"], scope["base"], scope["liked"]).values())
+    assert all(
+        found["gap"] > 0
+        for found in scope["q"].certify(scope["layers"], scope["base"], scope["liked"]).values()
+    )
 
 
 def drawn():
     grid, values = [0.0, 0.5, 1.0], np.add.outer([0.0, 1.0, 2.0], [0.0, 1.0, 2.0])
-    yield figures.plane({"left": (grid, values, [1, 2, 3]), "right": (grid, values, [1, 2])}, {"a": (0, 0), "b": (1, 1)}, {"way": [(0, 0), (1, 1)]})
-    yield figures.ridge_path([1e-3, 1, 1e3], [[1, 0], [0.7, 0.3], [0.5, 0.5]], 0.5, {"in sample": [3, 2, 1], "cross-fitted": [1, 2, 1]})
-    yield figures.nesting({"layer": (2, 0.4, 0.4), "rotated_rows": (8, 0.6, 0.5)}, [("layer", "rotated_rows")])
+    yield figures.plane(
+        {"left": (grid, values, [1, 2, 3]), "right": (grid, values, [1, 2])},
+        {"a": (0, 0), "b": (1, 1)},
+        {"way": [(0, 0), (1, 1)]},
+    )
+    yield figures.ridge_path(
+        [1e-3, 1, 1e3],
+        [[1, 0], [0.7, 0.3], [0.5, 0.5]],
+        0.5,
+        {"in sample": [3, 2, 1], "cross-fitted": [1, 2, 1]},
+    )
+    yield figures.nesting(
+        {"layer": (2, 0.4, 0.4), "rotated_rows": (8, 0.6, 0.5)}, [("layer", "rotated_rows")]
+    )
     yield figures.projection({"layer": 0.4, "elements": 1.0}, {"soup": (0.3, 0.9)})
     yield figures.cumulative({"a": [0.2, 0.6, 1.0], "b": [0.1, 0.2, 0.3]}, "x", "y")
-    yield figures.phases([0, 1, 2], [0, 1, 2], {"wins": np.stack([values, values]), "loses": np.stack([values - 2, -values])}, ["K = 2", "K = 4"], "x", "y")
+    yield figures.phases(
+        [0, 1, 2],
+        [0, 1, 2],
+        {"wins": np.stack([values, values]), "loses": np.stack([values - 2, -values])},
+        ["K = 2", "K = 4"],
+        "x",
+        "y",
+    )
     yield figures.bands([1, 2, 3], {"a": values, "b": -values}, "x", "y")
-    yield figures.agreement({"a": ([1, 2], [1, 2], "x", "y"), "b": ([1, 2], [2, 1], "x", "y")}, ["p", "q"])
+    yield figures.agreement(
+        {"a": ([1, 2], [1, 2], "x", "y"), "b": ([1, 2], [2, 1], "x", "y")}, ["p", "q"]
+    )
     frame = pd.DataFrame({"x": [1, 2, 3], "y": [1, 2, 3], "kind": ["p", "q", "p"]})
     yield figures.correlations({"a": frame, "b": frame, "c": frame}, "x", "y", "x", "y")
-    yield figures.depth(["one", "a longer name"], {"a": {"p": [1, 2], "q": [2, 1]}, "b": {"p": [1, 2], "q": [1, 1]}}, "layer")
-    yield figures.bars(["one", "two"], {"a": {"p": [1, 2], "q": [2, 1]}, "b": {"p": [1, 2], "q": [0, 1]}, "c": {"p": [1, 1]}}, "y")
-    yield figures.scatter({"a": ([1, 2, 3], [1, 2, 3], "x", "y"), "b": ([3, 2, 1], [1, 2, 3], "x", "")}, [2, 2, 4], "K = ")
+    yield figures.depth(
+        ["one", "a longer name"],
+        {"a": {"p": [1, 2], "q": [2, 1]}, "b": {"p": [1, 2], "q": [1, 1]}},
+        "layer",
+    )
+    yield figures.bars(
+        ["one", "two"],
+        {"a": {"p": [1, 2], "q": [2, 1]}, "b": {"p": [1, 2], "q": [0, 1]}, "c": {"p": [1, 1]}},
+        "y",
+    )
+    yield figures.scatter(
+        {"a": ([1, 2, 3], [1, 2, 3], "x", "y"), "b": ([3, 2, 1], [1, 2, 3], "x", "")},
+        [2, 2, 4],
+        "K = ",
+    )
 
 
 def test_figures_fit_the_page_and_can_be_read():
@@ -153,6 +222,10 @@ def test_figures_fit_the_page_and_can_be_read():
     for figure in drawn():
         figure.canvas.draw()
         assert figure.get_size_inches()[0] == figures.WIDTH
-        words = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text().strip() and text.get_visible()]
+        words = [
+            text
+            for text in figure.findobj(matplotlib.text.Text)
+            if text.get_text().strip() and text.get_visible()
+        ]
         assert words and min(text.get_fontsize() for text in words) >= 9
         assert all(axis.get_legend() is None for axis in figure.axes)  # keys lie outside the data

@@ -1,4 +1,5 @@
 """What base and experts may be, and how everything else is refused."""
+
 import copy
 import math
 from collections.abc import Mapping

@@ -1,4 +1,6 @@
-"""The book's own Sphinx extension: a record becomes text, a missing one stops the build; MathJax is verified or replaced."""
+"""The book's own Sphinx extension: a record becomes text, a missing one stops the build; MathJax is
+verified or replaced."""
+
 import os
 import re
 import subprocess
@@ -16,7 +18,9 @@ EXTENSIONS = Path(__file__).parents[1] / "book" / "_ext"
 @pytest.fixture
 def pages(tmp_path):
     """A tiny Sphinx project with one record, and a function that builds a page of it."""
-    Records("01_a", "smoke", tmp_path / "_records").record("a.b", 0.125, n=8, seed=0, interval=(0.1, 0.15))
+    Records("01_a", "smoke", tmp_path / "_records").record(
+        "a.b", 0.125, n=8, seed=0, interval=(0.1, 0.15)
+    )
     Records("01_a", "standard", tmp_path / "recorded").record("a.b", 0.5)
     (tmp_path / "conf.py").write_text(
         f"import sys\nsys.path.insert(0, {str(EXTENSIONS)!r})\nextensions = ['myst_parser', 'results']\nhtml_theme = 'basic'\n"
@@ -24,17 +28,35 @@ def pages(tmp_path):
 
     def build(text):
         (tmp_path / "index.md").write_text(f"# Page\n\n{text}\n", encoding="utf-8")
-        command = [sys.executable, "-m", "sphinx", "-q", "-W", "-b", "html", str(tmp_path), str(tmp_path / "out")]
+        command = [
+            sys.executable,
+            "-m",
+            "sphinx",
+            "-q",
+            "-W",
+            "-b",
+            "html",
+            str(tmp_path),
+            str(tmp_path / "out"),
+        ]
         tier = os.environ | {"QPMERGE_TIER": "smoke"}  # whatever `make` was told
-        done = subprocess.run(command, capture_output=True, text=True, cwd=EXTENSIONS.parents[1], env=tier)
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=EXTENSIONS.parents[1], env=tier
+        )
         html = tmp_path / "out" / "index.html"
-        return done.returncode, done.stderr, html.read_text(encoding="utf-8") if html.is_file() else ""
+        return (
+            done.returncode,
+            done.stderr,
+            html.read_text(encoding="utf-8") if html.is_file() else "",
+        )
 
     return build
 
 
 def test_a_record_becomes_text_with_its_origin(pages):
-    status, problems, html = pages("{res}`a.b .3f ci` and {res}`a.b|pct` and {res}`standard:a.b .2f`")
+    status, problems, html = pages(
+        "{res}`a.b .3f ci` and {res}`a.b|pct` and {res}`standard:a.b .2f`"
+    )
     assert (status, problems) == (0, "")
     origin = "a.b · tier smoke · n = 8 · seed = 0 · interval [0.1, 0.15]"
     assert f'title="{origin}">0.125 [0.100, 0.150]</abbr>' in html
@@ -65,16 +87,26 @@ def test_the_claims_table_is_generated(pages, tmp_path):
     assert 'href="chapters/x.html"' in html and "Not asked." not in html
     (tmp_path / "chapters" / "y.md").write_text("---\norphan: true\n---\n# Another\n")
     status, problems, html = pages("```{claims-table}\n:chapter: y\n```")
-    assert (status, problems) == (0, "") and "b 0.50 (tier standard, recorded)" in html and "<strong>holds</strong>" in html and "It is so." not in html
+    assert (
+        (status, problems) == (0, "")
+        and "b 0.50 (tier standard, recorded)" in html
+        and "<strong>holds</strong>" in html
+        and "It is so." not in html
+    )
 
 
 def test_tiers_stand_side_by_side_and_a_missing_one_is_said_to_be(pages, tmp_path):
-    status, problems, html = pages("```{tiers} *.b\n```\n\n```{tiers} a.*\n:beside: paper standard\n:format: .2f\n```")
+    status, problems, html = pages(
+        "```{tiers} *.b\n```\n\n```{tiers} a.*\n:beside: paper standard\n:format: .2f\n```"
+    )
     assert (status, problems) == (0, "")
     text = re.sub(r"<[^>]+>|\s+", " ", html)
     assert re.search(r"smoke +standard +a +0\.125 \[0\.100, 0\.150\] +0\.500 ", text), text
     assert re.search(r"standard +: cpu, \d{4}-\d\d-\d\d, torch ", text)
-    assert re.search(r"smoke +paper +standard +b +0\.12 +not recorded +0\.50 +paper +: not recorded; +standard +: cpu,", text)
+    assert re.search(
+        r"smoke +paper +standard +b +0\.12 +not recorded +0\.50 +paper +: not recorded; +standard +: cpu,",
+        text,
+    )
 
 
 def test_tiers_need_the_built_one(pages, tmp_path):

@@ -1,4 +1,5 @@
 """Whatever is passed, a method returns a sound result or a MergeError that names what is wrong."""
+
 import copy
 import dataclasses
 import inspect
@@ -30,8 +31,21 @@ ON_INPUTS = (
 )  # fmt: skip
 TAKES_LONG = ("steps", "batch")  # whose large values are no mistakes, but hours
 ORDER = (
-    "base", "entry", "state", "experts", "input", "batch", "batches", "calibration", "head",
-    "score", "solver", "grid", "recipes", "option", "argument",
+    "base",
+    "entry",
+    "state",
+    "experts",
+    "input",
+    "batch",
+    "batches",
+    "calibration",
+    "head",
+    "score",
+    "solver",
+    "grid",
+    "recipes",
+    "option",
+    "argument",
 )  # in which changes are made, those of the parts before those of the whole; fmt: skip
 NOT_OPTIONS = ("base", "experts", "calibration", "state", "solver", "options", "progress")
 

@@ -1,4 +1,5 @@
 """Fisher averaging and AdaMerging on inputs, models and heads of every kind that merges meet."""
+
 import copy
 import math
 

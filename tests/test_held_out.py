@@ -1,4 +1,5 @@
 """Every ridge and every prior for the price of one: the scores are those of the merges."""
+
 from dataclasses import replace
 
 import pytest

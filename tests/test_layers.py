@@ -1,4 +1,5 @@
 """Views: parameters to W and back, activations to samples, and y = W x."""
+
 import pytest
 import torch
 from torch import nn
@@ -31,7 +32,12 @@ def test_the_module_is_its_matrix_times_its_samples(name):
     v = view("x", module)
     state = {f"x.{k}": p.detach() for k, p in module.named_parameters()}
     W, z = v.matrix(state), torch.randn(7, 5, dtype=torch.float64)
-    torch.testing.assert_close(torch.einsum("gmn,Ngn->Ngm", W, v.inputs(z)), outputs(v, z, module(z).detach()), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.einsum("gmn,Ngn->Ngm", W, v.inputs(z)),
+        outputs(v, z, module(z).detach()),
+        rtol=1e-12,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -50,13 +56,18 @@ def test_scope_weights_leaves_bias_and_norms_out():
     assert view("x", nn.Linear(4, 2)).parameters == ("x.weight", "x.bias")
 
 
-@pytest.mark.parametrize("module", [nn.LayerNorm((4, 4)), nn.LayerNorm(4, elementwise_affine=False), nn.GELU(), nn.Dropout(0.1)])
+@pytest.mark.parametrize(
+    "module",
+    [nn.LayerNorm((4, 4)), nn.LayerNorm(4, elementwise_affine=False), nn.GELU(), nn.Dropout(0.1)],
+)
 def test_what_is_not_linear_in_parameters_has_no_view(module):
     assert view("x", module) is None
 
 
 def test_an_unknown_scope_is_named():
-    with pytest.raises(MergeError, match=r"scope: expected one of \('all', 'dense', 'weights'\), found 'norms'"):
+    with pytest.raises(
+        MergeError, match=r"scope: expected one of \('all', 'dense', 'weights'\), found 'norms'"
+    ):
         view("x", nn.Linear(4, 2), "norms")
 
 
@@ -66,11 +77,15 @@ def test_norms_that_normalise_differently_do_not_share_samples():
 
 
 class AnyLayerNorm(nn.Module):
-    """A norm whose name says nothing of the mean, of what the gain counts from or of the epsilon."""
+    """A norm whose name says nothing of the mean, of what the gain counts from or of the
+    epsilon."""
 
     def __init__(self, subtracts_mean, offset, gain=1.0):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(gain + 0.1 * torch.randn(5)), nn.Parameter(0.1 * torch.randn(5))
+        self.weight, self.bias = (
+            nn.Parameter(gain + 0.1 * torch.randn(5)),
+            nn.Parameter(0.1 * torch.randn(5)),
+        )
         self.subtracts_mean, self.offset = subtracts_mean, offset
 
     def forward(self, x):
@@ -96,12 +111,20 @@ def test_a_norm_is_read_as_what_it_computes(subtracts_mean, offset, gain, dtype)
 
 
 def test_of_readings_that_agree_on_what_is_seen_the_name_decides():
-    model = nn.Sequential(nn.LayerNorm(5, elementwise_affine=False), nn.RMSNorm(5), nn.LayerNorm(5, elementwise_affine=False), nn.LayerNorm(5))
+    model = nn.Sequential(
+        nn.LayerNorm(5, elementwise_affine=False),
+        nn.RMSNorm(5),
+        nn.LayerNorm(5, elementwise_affine=False),
+        nn.LayerNorm(5),
+    )
     found = surveyed(model, torch.randn(9, 5))
     assert {name: v.subtracts_mean for name, v in found.views.items()} == {"1": False, "3": True}
 
 
-@pytest.mark.parametrize("module", [nn.BatchNorm1d(5), nn.GroupNorm(1, 5), nn.InstanceNorm1d(5, affine=True), nn.SyncBatchNorm(5)])
+@pytest.mark.parametrize(
+    "module",
+    [nn.BatchNorm1d(5), nn.GroupNorm(1, 5), nn.InstanceNorm1d(5, affine=True), nn.SyncBatchNorm(5)],
+)
 def test_norms_over_other_axes_have_no_view(module):
     assert view("x", module) is None
 
@@ -112,8 +135,15 @@ def test_a_table_may_multiply_what_it_looks_up_by_one_number_only(dtype):
     module, ids = nn.Embedding(7, 4).to(dtype), torch.randint(0, 7, (3, 5))
     v, rows = view("x", module), module(ids).detach()
     state = {"x.weight": module.weight.detach()}
-    assert {v.misfit(state, ids, scale * rows) for scale in (1, -0.1, *torch.linspace(0.3, 60, 500).tolist())} == {0}
-    shifted, by_column, by_token = rows + 0.1, rows * torch.tensor([1, 1, 1, 1.1], dtype=dtype), rows * (1 + (ids == 2).to(dtype))[..., None]
+    assert {
+        v.misfit(state, ids, scale * rows)
+        for scale in (1, -0.1, *torch.linspace(0.3, 60, 500).tolist())
+    } == {0}
+    shifted, by_column, by_token = (
+        rows + 0.1,
+        rows * torch.tensor([1, 1, 1, 1.1], dtype=dtype),
+        rows * (1 + (ids == 2).to(dtype))[..., None],
+    )
     for y in (shifted, by_column, by_token, 0 * rows, rows.flip(0), torch.nan * rows):
         assert v.misfit(state, ids, y) == float("inf")
 
@@ -122,7 +152,10 @@ CONVOLUTIONS = {
     "along time": (nn.Conv1d(3, 4, 5, stride=2, padding=3, dilation=2), (6, 3, 17)),
     "along time, without bias": (nn.Conv1d(3, 4, 2, padding="valid", bias=False), (6, 3, 9)),
     "along time, one sequence": (nn.Conv1d(3, 4, 3, padding=1), (3, 9)),
-    "of pictures": (nn.Conv2d(3, 4, (2, 3), stride=(2, 1), padding=(0, 1), dilation=2), (6, 3, 9, 8)),
+    "of pictures": (
+        nn.Conv2d(3, 4, (2, 3), stride=(2, 1), padding=(0, 1), dilation=2),
+        (6, 3, 9, 8),
+    ),
 }
 
 
@@ -136,6 +169,13 @@ def test_a_convolution_is_a_dense_layer_of_patches(name):
     assert all(torch.equal(part, state[key]) for key, part in v.parts(v.matrix(state)).items())
 
 
-@pytest.mark.parametrize("module", [nn.Conv1d(4, 4, 3, groups=4), nn.Conv1d(4, 4, 3, padding_mode="circular", padding=1), nn.Conv1d(4, 4, 2, padding="same")])
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv1d(4, 4, 3, groups=4),
+        nn.Conv1d(4, 4, 3, padding_mode="circular", padding=1),
+        nn.Conv1d(4, 4, 2, padding="same"),
+    ],
+)
 def test_other_convolutions_along_time_have_no_view(module):
     assert view("x", module) is None

@@ -49,7 +49,8 @@ BEYOND_THE_SCHEMA = {
 
 @pytest.mark.parametrize("path", BROKEN, ids=lambda path: path.stem)
 def test_a_broken_manifest_is_refused_by_field(path):
-    """The first line of each file of ``broken_manifests`` is the message that the rest of it is refused with."""
+    """The first line of each file of ``broken_manifests`` is the message that the rest of it is
+    refused with."""
     with pytest.raises(ManifestError) as caught:
         load_manifest(path)
     assert path.read_text().partition("\n")[0] == f"# {caught.value}"
@@ -58,21 +59,29 @@ def test_a_broken_manifest_is_refused_by_field(path):
 def test_the_schema_alone_refuses_what_other_validators_can_see():
     schema = jsonschema.Draft202012Validator(json.loads(manifests.SCHEMA.read_text()))
     schema.check_schema(schema.schema)
-    assert {path.stem for path in BROKEN if schema.is_valid(yaml.safe_load(path.read_text()))} == BEYOND_THE_SCHEMA
+    assert {
+        path.stem for path in BROKEN if schema.is_valid(yaml.safe_load(path.read_text()))
+    } == BEYOND_THE_SCHEMA
     for path in manifests.FOLDER.glob("*.yaml"):
         schema.validate(yaml.safe_load(path.read_text()))
 
 
 def test_every_field_of_the_schema_is_described():
     said = (manifests.FOLDER / "README.md").read_text()
-    fields = {name for part in walk(json.loads(manifests.SCHEMA.read_text())) for name in part.get("properties", ())}
+    fields = {
+        name
+        for part in walk(json.loads(manifests.SCHEMA.read_text()))
+        for name in part.get("properties", ())
+    }
     assert {name for name in fields if f"`{name}`" not in said} == set()
 
 
 def walk(schema):
     if isinstance(schema, dict):
         yield schema
-    for value in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+    for value in (
+        schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
+    ):
         yield from walk(value)
 
 
@@ -100,7 +109,9 @@ def test_a_sound_manifest_is_read(write):
 
 
 def test_an_unknown_manifest_and_broken_yaml_are_refused(tmp_path):
-    with pytest.raises(ManifestError, match="nowhere.yaml: no such manifest; known: .*smoke-vision"):
+    with pytest.raises(
+        ManifestError, match="nowhere.yaml: no such manifest; known: .*smoke-vision"
+    ):
         load_manifest("nowhere")
     (tmp_path / "bad.yaml").write_text("a: [1")
     with pytest.raises(ManifestError, match="bad.yaml: expected YAML"):
@@ -124,26 +135,40 @@ def test_a_wrong_byte_is_refused_with_its_cure(write, tmp_path, content, expecte
     (tmp_path / "a.bin").unlink()
     if content is not None:
         (tmp_path / "a.bin").write_bytes(content)
-    with pytest.raises(ManifestError, match=f"toy: weights: a.bin: {expected}; restore the file.*: make weights"):
+    with pytest.raises(
+        ManifestError, match=f"toy: weights: a.bin: {expected}; restore the file.*: make weights"
+    ):
         verify(manifest)
 
 
 def test_a_package_that_lacks_or_changes_the_file_is_named(write, tmp_path):
     manifest = load_manifest(write(sources=slice(1, 2)))
     version = metadata.version("numpy")
-    with pytest.raises(ManifestError, match=f"library: b.bin: expected a file .* found in numpy {version}; install"):
+    with pytest.raises(
+        ManifestError, match=f"library: b.bin: expected a file .* found in numpy {version}; install"
+    ):
         verify(manifest)
 
 
 @pytest.mark.parametrize(
     ("package", "versions", "message"),
     [
-        ("no-such-package", ">=1", "library: package no-such-package is not installed; run: pip install"),
+        (
+            "no-such-package",
+            ">=1",
+            "library: package no-such-package is not installed; run: pip install",
+        ),
         ("numpy", "<1", r"library: expected numpy<1, found numpy \S+; run: pip install 'numpy<1'"),
-        ("numpy", "about two", r"versions: expected a version range such as '>=3.10,<4', found 'about two'"),
+        (
+            "numpy",
+            "about two",
+            r"versions: expected a version range such as '>=3.10,<4', found 'about two'",
+        ),
     ],
 )
-def test_a_package_that_is_missing_or_of_another_version_is_refused(write, package, versions, message):
+def test_a_package_that_is_missing_or_of_another_version_is_refused(
+    write, package, versions, message
+):
     path = write(lambda m: m["sources"][0].update(package=package, versions=versions), slice(1, 2))
     with pytest.raises(ManifestError, match=message):
         verify(load_manifest(path))

@@ -63,20 +63,25 @@ def test_choices_are_counted_as_the_same_texts_one_by_one():
     base = model("BertForMultipleChoice", PLACED)
     experts, ids, mask = tuned(base), tokens(6), beginnings(6)
     calibration = {
-        task: [{"input_ids": ids.view(3, 2, 7), "attention_mask": mask.view(3, 2, 7)}] for task in TASKS
+        task: [{"input_ids": ids.view(3, 2, 7), "attention_mask": mask.view(3, 2, 7)}]
+        for task in TASKS
     }
     single = {
         task: [{"input_ids": i.view(1, 2, 7), "attention_mask": m.view(1, 2, 7)} for i, m in zip(ids.view(3, 2, 7), mask.view(3, 2, 7))]
         for task in TASKS
     }  # fmt: skip
-    merges = [q.qp(base, experts, batches, **ELEMENTS).state_dict for batches in (calibration, single)]
+    merges = [
+        q.qp(base, experts, batches, **ELEMENTS).state_dict for batches in (calibration, single)
+    ]
     assert distance(*merges) < 1e-9
 
 
 def test_a_mask_of_pairs_of_tokens_is_named_with_the_shapes_that_are_taken():
     base = model("BertModel", PLACED)
     batch = {"input_ids": tokens(3), "attention_mask": torch.ones(3, 7, 7, dtype=torch.long)}
-    with pytest.raises(MergeError, match=r"'attention_mask': expected shape \(B, S\), or .*choices"):
+    with pytest.raises(
+        MergeError, match=r"'attention_mask': expected shape \(B, S\), or .*choices"
+    ):
         q.qp(base, tuned(base), dict.fromkeys(TASKS, [batch]))
 
 
@@ -85,7 +90,15 @@ def test_a_mask_of_pairs_of_tokens_is_named_with_the_shapes_that_are_taken():
 
 @pytest.mark.parametrize("kind", ["BartForConditionalGeneration", "T5ForConditionalGeneration"])
 def test_padded_labels_are_not_counted_in_a_decoder(kind):
-    small = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2, "vocab_size": 40, "decoder_start_token_id": 0}
+    small = {
+        "d_model": 8,
+        "d_kv": 4,
+        "d_ff": 12,
+        "num_layers": 1,
+        "num_heads": 2,
+        "vocab_size": 40,
+        "decoder_start_token_id": 0,
+    }
     base = model(kind, PAIR | {"decoder_start_token_id": 2} if kind.startswith("Bart") else small)
     texts, longer = {}, {}
     for task in TASKS:
@@ -105,16 +118,25 @@ def test_padded_labels_are_not_counted_in_a_decoder(kind):
 def test_labels_of_a_model_without_an_encoder_mask_nothing():
     base = model("LlamaForCausalLM", SIZE)
     texts = {task: tokens(6) for task in TASKS}
-    with_labels = {t: [{"input_ids": i, "labels": torch.where(beginnings(6) == 1, -100, i)}] for t, i in texts.items()}
+    with_labels = {
+        t: [{"input_ids": i, "labels": torch.where(beginnings(6) == 1, -100, i)}]
+        for t, i in texts.items()
+    }
     without = {t: [{"input_ids": i}] for t, i in texts.items()}
     assert_same_merge(base, with_labels, without)
 
 
 def test_labels_of_the_encoders_tokens_are_no_mask_of_a_decoder():
     """A classifier of tokens whose configuration is that of an encoder-decoder."""
-    base = model("T5ForTokenClassification", {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2, "vocab_size": 40})
+    base = model(
+        "T5ForTokenClassification",
+        {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2, "vocab_size": 40},
+    )
     texts = {task: tokens(6) for task in TASKS}
-    labels = {t: [{"input_ids": i, "labels": torch.where(beginnings(6) == 1, i % 2, -100)}] for t, i in texts.items()}
+    labels = {
+        t: [{"input_ids": i, "labels": torch.where(beginnings(6) == 1, i % 2, -100)}]
+        for t, i in texts.items()
+    }
     without = {t: [{"input_ids": i}] for t, i in texts.items()}
     assert_same_merge(base, labels, without)
 
@@ -152,7 +174,9 @@ def test_a_vector_for_all_inputs_that_is_as_long_as_the_batch_is_not_cut(sizes):
     features = torch.rand(6, dtype=torch.float64)
     inputs = {task: [rows(size) for size in sizes] for task in TASKS}
     as_vector = {t: [{"inputs": x, "features": features} for x in xs] for t, xs in inputs.items()}
-    as_row = {t: [{"inputs": x, "features": features[None]} for x in xs] for t, xs in inputs.items()}
+    as_row = {
+        t: [{"inputs": x, "features": features[None]} for x in xs] for t, xs in inputs.items()
+    }
     assert_like(as_vector, as_row)
     base = Weighted().double()
     experts = tuned(base)
@@ -162,18 +186,29 @@ def test_a_vector_for_all_inputs_that_is_as_long_as_the_batch_is_not_cut(sizes):
 
 @pytest.mark.parametrize("sizes", [(6, 6), (6, 4)], ids=["other values", "other sizes"])
 def test_a_number_for_every_input_is_cut(sizes):
-    inputs = {t: [(rows(size), torch.rand(size, dtype=torch.float64)) for size in sizes] for t in TASKS}
+    inputs = {
+        t: [(rows(size), torch.rand(size, dtype=torch.float64)) for size in sizes] for t in TASKS
+    }
     vectors = {t: [{"inputs": x, "amount": a} for x, a in parts] for t, parts in inputs.items()}
-    columns = {t: [{"inputs": x, "amount": a[:, None]} for x, a in parts] for t, parts in inputs.items()}
+    columns = {
+        t: [{"inputs": x, "amount": a[:, None]} for x, a in parts] for t, parts in inputs.items()
+    }
     assert_like(vectors, columns)
 
 
-@pytest.mark.parametrize("features", [torch.rand(6, dtype=torch.float64), torch.arange(6)], ids=["floats", "integers"])
+@pytest.mark.parametrize(
+    "features", [torch.rand(6, dtype=torch.float64), torch.arange(6)], ids=["floats", "integers"]
+)
 def test_numbers_of_which_nothing_can_be_told_are_named(features):
     base, x = Weighted().double(), rows(6)
     batches = dict.fromkeys(TASKS, [{"inputs": x, "features": features}])
-    for merge in (lambda: q.qp(base, tuned(base), batches), lambda: q.fisher(base, tuned(base), batches, heads=HEADS)):
-        with pytest.raises(MergeError, match=r"task 'a', batch 0, key 'features': .*shape \(6, 1\)"):
+    for merge in (
+        lambda: q.qp(base, tuned(base), batches),
+        lambda: q.fisher(base, tuned(base), batches, heads=HEADS),
+    ):
+        with pytest.raises(
+            MergeError, match=r"task 'a', batch 0, key 'features': .*shape \(6, 1\)"
+        ):
             merge()
 
 
@@ -191,7 +226,8 @@ def test_a_vector_that_is_all_there_is_holds_one_number_per_input():
     assert len(q.qp(base, tuned(base), batches, **ELEMENTS).table) == 1
 
 
-# ------------------------------------------------------------- rows that cannot be told from padding
+# ------------------------------------------------------------- rows that cannot be told from
+# padding
 
 
 def padded_inside(kind):
@@ -216,7 +252,10 @@ def test_layers_of_texts_that_a_model_pads_further_are_told_whatever_they_are_pa
         audits.append(q.audit(base, soup, experts, calibration))
     one, two = audits
     assert one["layers"] and one["layers"].keys() == two["layers"].keys()
-    assert not any(name.endswith(("query", "layernorm_embedding")) and "decoder" not in name for name in one["layers"])
+    assert not any(
+        name.endswith(("query", "layernorm_embedding")) and "decoder" not in name
+        for name in one["layers"]
+    )
     for name, energy in one["layers"].items():
         assert energy == pytest.approx(two["layers"][name], abs=1e-9)
     assert one["drift"][:2] == two["drift"][:2] == [None, None]
@@ -238,7 +277,12 @@ def test_an_output_whose_rows_cannot_be_told_from_padding_has_no_energy():
     base, ids = Longer().double(), tokens(5)
     experts = tuned(base)
     soup = q.soup(base, experts).state_dict
-    padded, full = ({"input_ids": ids, "attention_mask": mask} for mask in (beginnings(5), torch.ones_like(ids)))
-    audits = [q.audit(base, soup, experts, dict.fromkeys(TASKS, batches)) for batches in ([padded], [full], [full, padded])]
+    padded, full = (
+        {"input_ids": ids, "attention_mask": mask} for mask in (beginnings(5), torch.ones_like(ids))
+    )
+    audits = [
+        q.audit(base, soup, experts, dict.fromkeys(TASKS, batches))
+        for batches in ([padded], [full], [full, padded])
+    ]
     assert [audit["output"] is None for audit in audits] == [True, False, True]
     assert all(None not in audit["layers"].values() for audit in audits)

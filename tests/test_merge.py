@@ -1,4 +1,5 @@
 """What becomes of parameters, buffers, codes, counters and ties; options of data-free methods."""
+
 import copy
 import math
 
@@ -147,7 +148,9 @@ def views(seed=0):
     """(base, experts) of parameters that see one memory."""
     torch.manual_seed(seed)
     base = Views()
-    return base, {t: Views(base.encoder.weight.detach() + 0.1 * torch.randn(4, 6)).state_dict() for t in "ab"}
+    return base, {
+        t: Views(base.encoder.weight.detach() + 0.1 * torch.randn(4, 6)).state_dict() for t in "ab"
+    }
 
 
 def assert_one_memory(state):
@@ -161,31 +164,42 @@ def test_views_of_one_memory_get_one_value(method):
     merged = method(base, experts)
     assert_one_memory(merged.state_dict)
     base.load_state_dict(merged.state_dict)
-    assert all(torch.equal(value, merged.state_dict[name]) for name, value in base.state_dict().items())
+    assert all(
+        torch.equal(value, merged.state_dict[name]) for name, value in base.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("solver", ["qp", "regmean"])
 def test_views_of_one_memory_are_averaged_by_solvers(solver):
     base, experts = views()
-    merged = getattr(qpmerge_lite, solver)(base, experts, {t: [{"x": torch.randn(9, 6)}] for t in experts})
+    merged = getattr(qpmerge_lite, solver)(
+        base, experts, {t: [{"x": torch.randn(9, 6)}] for t in experts}
+    )
     assert_one_memory(merged.state_dict)
     assert not merged.table
     assert "tied to decoder.weight, head.weight" in merged.averaged["encoder.weight"]
-    torch.testing.assert_close(merged.state_dict["encoder.weight"], sum(e["encoder.weight"] for e in experts.values()) / 2)
+    torch.testing.assert_close(
+        merged.state_dict["encoder.weight"], sum(e["encoder.weight"] for e in experts.values()) / 2
+    )
 
 
 def test_parameters_that_lie_side_by_side_in_memory_are_not_tied():
     memory = torch.randn(40)
     base = Views()
     base.encoder.weight, base.decoder.weight, base.head.weight = (
-        nn.Parameter(memory[:24].view(4, 6)), nn.Parameter(memory[24:36].view(6, 2)), nn.Parameter(memory[36:].view(2, 2)))
+        nn.Parameter(memory[:24].view(4, 6)),
+        nn.Parameter(memory[24:36].view(6, 2)),
+        nn.Parameter(memory[36:].view(2, 2)),
+    )
     assert sharing(base) == []
 
 
 def test_experts_that_disagree_about_one_memory_are_refused():
     base, experts = views()
     experts["b"]["decoder.weight"] = experts["b"]["decoder.weight"] + 1
-    with pytest.raises(MergeError, match="'b': entry 'decoder.weight' is not what other entries say"):
+    with pytest.raises(
+        MergeError, match="'b': entry 'decoder.weight' is not what other entries say"
+    ):
         q.soup(base, experts)
 
 

@@ -1,4 +1,6 @@
-"""Data-free methods against slow readable forms, and every method's certificate against a direct measurement."""
+"""Data-free methods against slow readable forms, and every method's certificate against a direct
+measurement."""
+
 import pytest
 import torch
 from asserts import assert_relative
@@ -19,10 +21,16 @@ def problem():
 def test_soup_and_task_arithmetic(problem):
     base, experts, _ = problem
     uniform, weighted = q.soup(base, experts), q.soup(base, experts, weights=[0.5, 0.3, 0.2])
-    third, negated = q.task_arithmetic(base, experts, scale=1 / 3), q.task_arithmetic(base, {"a": experts["a"]}, scale=-1.0)
+    third, negated = (
+        q.task_arithmetic(base, experts, scale=1 / 3),
+        q.task_arithmetic(base, {"a": experts["a"]}, scale=-1.0),
+    )
     for k, v in base.state_dict().items():
         torch.testing.assert_close(uniform.state_dict[k], sum(e[k] for e in experts.values()) / 3)
-        torch.testing.assert_close(weighted.state_dict[k], 0.5 * experts["a"][k] + 0.3 * experts["b"][k] + 0.2 * experts["c"][k])
+        torch.testing.assert_close(
+            weighted.state_dict[k],
+            0.5 * experts["a"][k] + 0.3 * experts["b"][k] + 0.2 * experts["c"][k],
+        )
         torch.testing.assert_close(third.state_dict[k], uniform.state_dict[k])
         torch.testing.assert_close(negated.state_dict[k], 2 * v - experts["a"][k])
 
@@ -57,7 +65,9 @@ def test_ties_is_the_authors(problem, density):
     origin = flat(base.state_dict())
     expected = slow_ties([(flat(experts[t]) - origin).tolist() for t in TASKS], density)
     merged = flat(q.ties(base, experts, density=density, scale=0.7).state_dict) - origin
-    torch.testing.assert_close(merged, 0.7 * torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        merged, 0.7 * torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12
+    )
 
 
 def test_ties_elects_the_majority_where_signs_cancel():
@@ -67,7 +77,9 @@ def test_ties_elects_the_majority_where_signs_cancel():
     base.load_state_dict(one)
     down["cls"] -= 1.0
     merged = q.ties(base, {"a": up, "b": down}, density=1.0).state_dict
-    assert torch.equal(merged["cls"], torch.ones_like(merged["cls"])) and torch.equal(merged["position"], torch.ones_like(merged["position"]))
+    assert torch.equal(merged["cls"], torch.ones_like(merged["cls"])) and torch.equal(
+        merged["position"], torch.ones_like(merged["position"])
+    )
 
 
 def test_dare_without_dropping_is_task_arithmetic_and_is_unbiased(problem):
@@ -75,22 +87,42 @@ def test_dare_without_dropping_is_task_arithmetic_and_is_unbiased(problem):
     plain = q.task_arithmetic(base, experts, scale=0.4).state_dict
     for k, v in q.dare(base, experts, drop=0.0, scale=0.4).state_dict.items():
         torch.testing.assert_close(v, plain[k])
-    draws = [q.dare(base, experts, drop=0.5, scale=0.4, seed=s).state_dict["blocks.0.up.weight"] for s in range(200)]
+    draws = [
+        q.dare(base, experts, drop=0.5, scale=0.4, seed=s).state_dict["blocks.0.up.weight"]
+        for s in range(200)
+    ]
     assert not torch.equal(draws[0], draws[1])
     error = (torch.stack(draws).mean(0) - plain["blocks.0.up.weight"]).abs()
     spread = torch.stack(draws).std(0) / len(draws) ** 0.5
     assert (error < 5 * spread + 1e-12).all()
 
 
-@pytest.mark.parametrize("call", [lambda p: q.dare(*p[:2], drop=1.0), lambda p: q.ties(*p[:2], density=0.0), lambda p: q.regmean(*p, alpha=3.0)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda p: q.dare(*p[:2], drop=1.0),
+        lambda p: q.ties(*p[:2], density=0.0),
+        lambda p: q.regmean(*p, alpha=3.0),
+    ],
+)
 def test_bad_fractions_are_refused(problem, call):
     with pytest.raises(MergeError, match="expected a (probability|fraction|number) in"):
         call(problem)
 
 
-@pytest.mark.parametrize("method, options", [(q.soup, {}), (q.task_arithmetic, {"scale": 0.8}), (q.ties, {}), (q.dare, {"drop": 0.9}), (q.regmean, {})])
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        (q.soup, {}),
+        (q.task_arithmetic, {"scale": 0.8}),
+        (q.ties, {}),
+        (q.dare, {"drop": 0.9}),
+        (q.regmean, {}),
+    ],
+)
 def test_certificate_of_any_merge_is_the_measured_loss_difference(problem, method, options):
-    """L(W) - L(W_full), measured on outputs of expert streams, against the certificate from moments: 1e-9 relative."""
+    """L(W) - L(W_full), measured on outputs of expert streams, against the certificate from
+    moments: 1e-9 relative."""
     base, experts, calibration = problem
     merge = method(base, experts, calibration, **options)
     layer = "blocks.1.up"
@@ -102,7 +134,10 @@ def test_certificate_of_any_merge_is_the_measured_loss_difference(problem, metho
     for t, (X, Y) in samples.items():
         moments.update(t, X, Y - torch.einsum("gmn,Ngn->Ngm", W0, X))
     pooled = moments.pool()
-    full = torch.cat([X[:, 0] / len(X) ** 0.5 for X, _ in samples.values()]), torch.cat([Y[:, 0] / len(Y) ** 0.5 for _, Y in samples.values()])
+    full = (
+        torch.cat([X[:, 0] / len(X) ** 0.5 for X, _ in samples.values()]),
+        torch.cat([Y[:, 0] / len(Y) ** 0.5 for _, Y in samples.values()]),
+    )
     best = torch.linalg.lstsq(*full, driver="gelsd").solution.mT
     loss = lambda W: float((full[1] - full[0] @ W.mT).square().sum()) / 2
     assert q.gap(pooled, W - W0) == pytest.approx(loss(W[0]) - loss(best), rel=1e-9)
@@ -134,7 +169,8 @@ def test_a_sketch_of_full_rank_is_the_ridge_solution(g):
 
 
 def test_a_sketch_never_beats_the_optimum_and_improves_with_rank():
-    """Loss plus ridge never falls below its minimum, at full rank it is there; what is left falls with rank on average over sketches."""
+    """Loss plus ridge never falls below its minimum, at full rank it is there; what is left falls
+    with rank on average over sketches."""
     layer = make_layer(2, K=2, m=4, n=16, N=60)
     moments, ridge = layer.moments(), 0.02
     pooled, prior = moments.pool(), layer.updates.mean(0)
@@ -143,14 +179,20 @@ def test_a_sketch_never_beats_the_optimum_and_improves_with_rank():
     best = penalised(QP("elements", ridge=ridge)(moments, layer.updates)[0])
     left = []
     for rank in (0, 2, 4, 8, 12, 16):
-        values = [penalised(Sketched(rank, ridge, seed=s)(moments, layer.updates)[0]) - best for s in range(20)]
+        values = [
+            penalised(Sketched(rank, ridge, seed=s)(moments, layer.updates)[0]) - best
+            for s in range(20)
+        ]
         assert min(values) >= -1e-9 * best
         left.append(sum(values))
     assert all(a > b for a, b in zip(left, left[1:])) and left[-1] < 1e-9 * best
 
 
 def test_a_sketched_merge_of_full_rank_is_the_programme(problem):
-    exact, sketch = q.qp(*problem, basis="elements", ridge=0.1, folds=1), q.methods.sketched(*problem, rank=10_000, ridge=0.1)
+    exact, sketch = (
+        q.qp(*problem, basis="elements", ridge=0.1, folds=1),
+        q.methods.sketched(*problem, rank=10_000, ridge=0.1),
+    )
     for k, v in exact.state_dict.items():
         torch.testing.assert_close(sketch.state_dict[k], v, rtol=1e-6, atol=1e-8)
 
@@ -171,14 +213,35 @@ def test_a_grid_in_one_pass_is_its_merges_one_by_one(method, grid):
     assert len(together) == len(grid)
     for options, merge in zip(grid, together):
         alone = method(base, experts, calibration, **options)
-        assert all(torch.equal(merge.state_dict[k], v) for k, v in alone.state_dict.items()), options
+        assert all(torch.equal(merge.state_dict[k], v) for k, v in alone.state_dict.items()), (
+            options
+        )
     noted = []
-    best, options, scores = q.tune(method, grid, lambda state: float(state["norm.weight"].sum()), base, experts, calibration, noted.append)
+    best, options, scores = q.tune(
+        method,
+        grid,
+        lambda state: float(state["norm.weight"].sum()),
+        base,
+        experts,
+        calibration,
+        noted.append,
+    )
     assert options == grid[scores.index(max(scores))] and len(noted) == len(grid)
-    assert torch.equal(best.state_dict["norm.weight"], together[scores.index(max(scores))].state_dict["norm.weight"])
+    assert torch.equal(
+        best.state_dict["norm.weight"],
+        together[scores.index(max(scores))].state_dict["norm.weight"],
+    )
 
 
-@pytest.mark.parametrize("solver", [QP("elements", ridge=0.1), QP("elements", ridge=0.1, penalty="diagonal", prior=0.0), q.RegMean(0.9), q.RegMean(0.0)])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        QP("elements", ridge=0.1),
+        QP("elements", ridge=0.1, penalty="diagonal", prior=0.0),
+        q.RegMean(0.9),
+        q.RegMean(0.0),
+    ],
+)
 def test_the_captured_energy_of_a_wide_layer_is_that_of_its_update(solver):
     """Wide layers take it from the equation that their update solves, not from another product."""
     layer = make_layer(1, K=3, g=1, m=4, n=80, N=200)

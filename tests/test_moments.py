@@ -1,4 +1,5 @@
 """Moments are sums: an accumulator is a monoid, and what it pools to is the loss on the samples."""
+
 import itertools
 import os
 import subprocess
@@ -29,7 +30,8 @@ def empty(layer):
 
 @given(layer=layers(folds=2))
 def test_sums_equal_the_loops_over_samples(device, layer):
-    """Oracle: ``C = Σ x xᵀ``, ``A = Σ r xᵀ``, ``M = Σ r rᵀ``, one sample, copy and fold at a time."""
+    """Oracle: ``C = Σ x xᵀ``, ``A = Σ r xᵀ``, ``M = Σ r rᵀ``, one sample, copy and fold at a
+    time."""
     moments, slow = layer.to(device).moments(), empty(layer)
     for t, f in itertools.product(range(len(layer.X)), range(2)):
         for x, r in zip(layer.X[t][layer.fold[t] == f], layer.R[t][layer.fold[t] == f]):
@@ -44,12 +46,24 @@ def test_sums_equal_the_loops_over_samples(device, layer):
     assert_psd(pooled.M)
 
 
-@given(layer=layers(folds=2), weights=st.sampled_from(["tokens", "energy"]), seed=st.integers(0, 99))
+@given(
+    layer=layers(folds=2), weights=st.sampled_from(["tokens", "energy"]), seed=st.integers(0, 99)
+)
 def test_pooled_loss_is_the_loss_on_the_samples(layer, weights, seed):
-    """``½ tr(DCDᵀ) - tr(DAᵀ) + E = ½ Σ_t ω_t ‖R_t - D X_t‖²`` for any merge D, on all folds and on each one."""
+    """``½ tr(DCDᵀ) - tr(DAᵀ) + E = ½ Σ_t ω_t ‖R_t - D X_t‖²`` for any merge D, on all folds and on
+    each one."""
     update, moments = normal(seed + 20_000, *layer.updates.shape[1:]), layer.moments()
-    parts = [(None, layer)] + [([f], replace(layer, X=tuple(x[i == f] for x, i in zip(layer.X, layer.fold)),
-                                             R=tuple(r[i == f] for r, i in zip(layer.R, layer.fold)))) for f in range(2)]
+    parts = [(None, layer)] + [
+        (
+            [f],
+            replace(
+                layer,
+                X=tuple(x[i == f] for x, i in zip(layer.X, layer.fold)),
+                R=tuple(r[i == f] for r, i in zip(layer.R, layer.fold)),
+            ),
+        )
+        for f in range(2)
+    ]
     for folds, part in parts:
         pooled = moments.pool(folds, weights)
         assert_relative(pooled.loss(update), part.loss(update, weights), 1e-10, pooled.energy)
@@ -58,7 +72,8 @@ def test_pooled_loss_is_the_loss_on_the_samples(layer, weights, seed):
 
 @given(layer=layers(folds=2), seed=st.integers(0, 99))
 def test_a_monoid(layer, seed):
-    """Batches of one in any order, shards merged in any order, an empty shard, reading in between: always the same sums."""
+    """Batches of one in any order, shards merged in any order, an empty shard, reading in between:
+    always the same sums."""
     whole, ones, shards = layer.moments(), empty(layer), [empty(layer), empty(layer)]
     samples = [(t, i) for t, x in enumerate(layer.X) for i in range(len(x))]
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -68,9 +83,18 @@ def test_a_monoid(layer, seed):
         shards[i % 2].update(*one)
         (ones + empty(layer)).C.sum()  # reading a result half-way leaves the accumulator alone
     before = [z.clone() for s in shards for z in (s.C, s.A, s.M, s.count)]
-    for merged in (ones, shards[0] + shards[1], shards[1] + shards[0], whole + empty(layer), empty(layer) + whole):
+    for merged in (
+        ones,
+        shards[0] + shards[1],
+        shards[1] + shards[0],
+        whole + empty(layer),
+        empty(layer) + whole,
+    ):
         assert_same_moments(merged, whole)
-    assert all(torch.equal(a, b) for a, b in zip(before, (z for s in shards for z in (s.C, s.A, s.M, s.count))))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before, (z for s in shards for z in (s.C, s.A, s.M, s.count)))
+    )
     ones.update(layer.tasks[0], layer.X[0][:0], layer.R[0][:0])  # no sample changes nothing
     assert_same_moments(ones, whole)
 
@@ -87,20 +111,31 @@ def test_dense_layers_take_two_dimensional_samples():
 def test_folds_add_up_and_tasks_may_be_reordered(layer):
     moments = layer.moments()
     joint = replace(layer, folds=1, fold=tuple(0 * f for f in layer.fold)).moments()
-    assert_same_moments(replace(moments, **{k: getattr(moments, k).sum(1, keepdim=True) for k in ("C", "A", "M", "count")}), joint)
+    assert_same_moments(
+        replace(
+            moments,
+            **{k: getattr(moments, k).sum(1, keepdim=True) for k in ("C", "A", "M", "count")},
+        ),
+        joint,
+    )
     turned = replace(layer, X=layer.X[::-1], R=layer.R[::-1], fold=layer.fold[::-1]).moments()
     for weights in ("tokens", "energy"):
         a, b = moments.pool(weights=weights), turned.pool(weights=weights)
-        assert_relative(torch.cat([a.C.flatten(), a.A.flatten()]), torch.cat([b.C.flatten(), b.A.flatten()]))
+        assert_relative(
+            torch.cat([a.C.flatten(), a.A.flatten()]), torch.cat([b.C.flatten(), b.A.flatten()])
+        )
         assert_relative(a.energy, b.energy)
 
 
 @given(layer=layers(folds=2), times=st.integers(2, 4), scale=st.floats(0.1, 10))
 def test_what_the_task_weights_ignore(layer, times, scale):
-    """Repeating a task's samples changes nothing under either weighting; rescaling its inputs and outputs nothing under ``energy``."""
+    """Repeating a task's samples changes nothing under either weighting; rescaling its inputs and
+    outputs nothing under ``energy``."""
     repeat = lambda zs: (zs[0].repeat(times, *[1] * (zs[0].dim() - 1)), *zs[1:])
     repeated = replace(layer, X=repeat(layer.X), R=repeat(layer.R), fold=repeat(layer.fold))
-    louder = replace(layer, X=(scale * layer.X[0], *layer.X[1:]), R=(scale * layer.R[0], *layer.R[1:]))
+    louder = replace(
+        layer, X=(scale * layer.X[0], *layer.X[1:]), R=(scale * layer.R[0], *layer.R[1:])
+    )
     for other, weights in ((repeated, "tokens"), (repeated, "energy"), (louder, "energy")):
         a, b = other.moments().pool(weights=weights), layer.moments().pool(weights=weights)
         silent = (layer.R[0] ** 2).sum() == 0
@@ -110,13 +145,21 @@ def test_what_the_task_weights_ignore(layer, times, scale):
         assert_relative(a.energy, b.energy)
 
 
-@pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)])
+@pytest.mark.parametrize(
+    ("dtype", "unit"),
+    [(torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)],
+)
 def test_half_and_single_precision_activations(device, dtype, unit):
-    """Rounding the samples with unit roundoff u moves no entry of a sum by more than ``(2u + u²) Σ|x||y|``; the sums are float64."""
+    """Rounding the samples with unit roundoff u moves no entry of a sum by more than
+    ``(2u + u²) Σ|x||y|``; the sums are float64."""
     layer = make_layer(3, K=3, m=6, n=8, N=200).to(device)
     exact = layer.moments()
-    rounded = replace(layer, X=tuple(x.to(dtype) for x in layer.X), R=tuple(r.to(dtype) for r in layer.R)).moments()
-    bound = replace(layer, X=tuple(x.abs() for x in layer.X), R=tuple(r.abs() for r in layer.R)).moments()
+    rounded = replace(
+        layer, X=tuple(x.to(dtype) for x in layer.X), R=tuple(r.to(dtype) for r in layer.R)
+    ).moments()
+    bound = replace(
+        layer, X=tuple(x.abs() for x in layer.X), R=tuple(r.abs() for r in layer.R)
+    ).moments()
     for name in ("C", "A", "M"):
         error = (getattr(rounded, name) - getattr(exact, name)).abs()
         assert getattr(rounded, name).dtype == torch.float64
@@ -174,15 +217,22 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
+)
 def test_all_reduce_over_two_processes(tmp_path):
-    """Each process of a gloo group reads its shard; afterwards both hold the moments of all samples."""
+    """Each process of a gloo group reads its shard; afterwards both hold the moments of all
+    samples."""
     layer = make_layer(5, K=3, folds=2)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     workers = []
     for rank in range(2):
         shard(layer, rank).save(tmp_path / f"shard{rank}")
-        workers.append(subprocess.Popen([sys.executable, "-c", REDUCE, str(rank), str(tmp_path)], env=environment))
+        workers.append(
+            subprocess.Popen(
+                [sys.executable, "-c", REDUCE, str(rank), str(tmp_path)], env=environment
+            )
+        )
     try:
         assert [w.wait(timeout=60) for w in workers] == [0, 0]
     finally:
@@ -194,9 +244,14 @@ def test_all_reduce_over_two_processes(tmp_path):
 
 @given(layer=layers(experts=("random",)))
 def test_rows_of_stacked_layers(layer):
-    """Layers reading one input are solved from one set of moments: rows ``start:stop`` are the moments of that output slice."""
+    """Layers reading one input are solved from one set of moments: rows ``start:stop`` are the
+    moments of that output slice."""
     m = layer.updates.shape[2]
-    part = replace(layer, updates=layer.updates[:, :, : (m + 1) // 2], R=tuple(r[..., : (m + 1) // 2] for r in layer.R))
+    part = replace(
+        layer,
+        updates=layer.updates[:, :, : (m + 1) // 2],
+        R=tuple(r[..., : (m + 1) // 2] for r in layer.R),
+    )
     assert_same_moments(layer.moments().rows(0, (m + 1) // 2), part.moments())
 
 
@@ -213,11 +268,14 @@ def test_moments_of_some_tasks_are_those_of_their_samples(layer):
 
 @given(layer=layers(targets=("propagated",), folds=2), alpha=st.floats(0, 1))
 def test_shrink_keeps_the_diagonal_and_the_propagated_targets(layer, alpha):
-    """``C' = αC + (1-α) diag C``, ``A' = Δ C'``, ``M' = Δ C' Δᵀ``; α = 1 is the identity on propagated targets."""
+    """``C' = αC + (1-α) diag C``, ``A' = Δ C'``, ``M' = Δ C' Δᵀ``; α = 1 is the identity on
+    propagated targets."""
     moments = layer.moments()
     shrunk = moments.shrink(layer.updates, alpha)
     off = ~torch.eye(moments.C.shape[-1], dtype=torch.bool)
-    assert_relative(shrunk.C.diagonal(dim1=-2, dim2=-1), moments.C.diagonal(dim1=-2, dim2=-1), 1e-14)
+    assert_relative(
+        shrunk.C.diagonal(dim1=-2, dim2=-1), moments.C.diagonal(dim1=-2, dim2=-1), 1e-14
+    )
     assert_relative(shrunk.C[..., off], alpha * moments.C[..., off], 1e-12)
     assert_relative(shrunk.A, torch.einsum("tgmi,tfgij->tfgmj", layer.updates, shrunk.C))
     assert_relative(shrunk.M, torch.einsum("tfgmj,tgkj->tfgmk", shrunk.A, layer.updates))
@@ -230,13 +288,22 @@ def test_bad_input_is_named():
     for value in (float("nan"), float("inf")):
         bad = x.clone()
         bad[0, 0, 1] = value
-        with pytest.raises(NonFinite, match=r"layer head, task task1, inputs: 1 of 24 values .* check this task's calibration"):
+        with pytest.raises(
+            NonFinite,
+            match=r"layer head, task task1, inputs: 1 of 24 values .* check this task's calibration",
+        ):
             moments.update("task1", bad, r)
         with pytest.raises(NonFinite, match="task task0, residuals: 1 of"):
-            moments.update("task0", x, torch.where(torch.arange(18).reshape(r.shape) == 4, value, r))
-    with pytest.raises(ShapeMismatch, match=r"task0, inputs: expected shape \(6, 1, 4\), found \(6, 1, 3\)"):
+            moments.update(
+                "task0", x, torch.where(torch.arange(18).reshape(r.shape) == 4, value, r)
+            )
+    with pytest.raises(
+        ShapeMismatch, match=r"task0, inputs: expected shape \(6, 1, 4\), found \(6, 1, 3\)"
+    ):
         moments.update("task0", x[..., :3], r)
-    with pytest.raises(ShapeMismatch, match=r"residuals: expected shape \(6, 1, 3\), found \(5, 1, 3\)"):
+    with pytest.raises(
+        ShapeMismatch, match=r"residuals: expected shape \(6, 1, 3\), found \(5, 1, 3\)"
+    ):
         moments.update("task0", x, r[:5])
     with pytest.raises(MergeError, match=r"unknown task 'other'.*\['task0', 'task1'\]"):
         moments.update("other", x, r)
@@ -244,7 +311,9 @@ def test_bad_input_is_named():
         with pytest.raises(MergeError, match="folds are 0 to 1, found"):
             moments.update("task0", x, r, fold)
     assert_same_moments(moments, layer.moments("head"), 0)  # a refused batch leaves no trace
-    with pytest.raises(EmptyCalibration, match=r"layer layer: no calibration tokens for \['task0', 'task1'\]"):
+    with pytest.raises(
+        EmptyCalibration, match=r"layer layer: no calibration tokens for \['task0', 'task1'\]"
+    ):
         empty(layer).pool()
     with pytest.raises(EmptyCalibration, match=r"no calibration tokens for .* in folds \[\]"):
         moments.pool([])
@@ -264,7 +333,8 @@ def test_bad_input_is_named():
 
 
 def test_nothing_to_capture_is_captured():
-    """Zero residual: energy 0, captured 1 for the base itself and -inf for anything that moves; the programme returns the base."""
+    """Zero residual: energy 0, captured 1 for the base itself and -inf for anything that moves; the
+    programme returns the base."""
     layer = make_layer(4)
     silent = replace(layer, R=tuple(0 * r for r in layer.R)).moments()
     for weights in ("tokens", "energy"):

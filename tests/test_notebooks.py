@@ -1,4 +1,7 @@
-"""The notebooks as git keeps them: functions of one parameters cell, stripped, short, and free of typed results."""
+"""The notebooks as git keeps them: functions of one parameters cell, stripped, short, and free of
+typed results."""
+
+import ast
 import json
 import re
 import statistics
@@ -14,7 +17,11 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 
 
 def cells(path, kind):
-    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+    return [
+        cell
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == kind
+    ]
 
 
 def source(cell):
@@ -43,9 +50,14 @@ def test_an_unknown_parameter_is_an_error(path):
         overrides(path, {"sead": 1})
 
 
+def statements(cell):
+    """How many statements a cell holds."""
+    return sum(isinstance(node, ast.stmt) for node in ast.walk(ast.parse(source(cell))))
+
+
 @every_notebook
 def test_it_is_short(path):
-    lengths = [sum(bool(line.strip()) for line in source(cell).splitlines()) for cell in cells(path, "code")]
+    lengths = [statements(cell) for cell in cells(path, "code")]
     assert 8 <= len(lengths) <= 15 and statistics.median(lengths) < 8, lengths
 
 
@@ -57,7 +69,8 @@ def test_its_records_carry_its_name(path):
 
 @every_notebook
 def test_no_measured_number_is_typed_in_its_prose(path):
-    """Numbers with decimals or a percent sign come from records, outside code, formulae and links."""
+    """Numbers with decimals or a percent sign come from records, outside code, formulae and
+    links."""
     for cell in cells(path, "markdown"):
         prose = re.sub(r"`[^`]*`|\$[^$]*\$|\[[^\]]*\]\([^)]*\)|arXiv:\d+\.\d+", " ", source(cell))
         assert not re.findall(r"(?<![\w.{])(?:\d+\.\d{2,}|\d+(?:\.\d+)?\s?%)", prose)
@@ -77,13 +90,18 @@ def test_it_names_no_machine_and_installs_nothing(path):
     ("a = b = 1", "line 1 .* is not `name = literal`"),
 ])  # fmt: skip
 def test_parameters_have_to_be_independent_literals(tmp_path, cell, problem):
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell, metadata={"tags": ["parameters"]})])
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(cell, metadata={"tags": ["parameters"]})]
+    )
     nbformat.write(notebook, tmp_path / "01_a.ipynb")
     with pytest.raises(BookError, match=f"01_a.ipynb: {problem}"):
         declared(tmp_path / "01_a.ipynb")
 
 
 def test_there_is_exactly_one_parameters_cell(tmp_path):
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("a = 1")]), tmp_path / "01_a.ipynb")
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("a = 1")]),
+        tmp_path / "01_a.ipynb",
+    )
     with pytest.raises(BookError, match="0 cells tagged 'parameters', expected 1"):
         declared(tmp_path / "01_a.ipynb")

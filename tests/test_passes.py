@@ -1,4 +1,5 @@
 """A pass: its precision, what it holds, what it reads of the device, and what it leaves behind."""
+
 import copy
 
 import pytest
@@ -15,7 +16,12 @@ from qpmerge_lite.engine.views import Dense
 from qpmerge_lite.errors import MergeError, NonFinite
 
 PROBLEMS = {"vision": vision, "tokens": tokens}
-OPTIONS = [{}, {"targets": "propagated"}, {"inputs": "expert"}, {"basis": "elements", "ridge": 0.01, "folds": 1}]
+OPTIONS = [
+    {},
+    {"targets": "propagated"},
+    {"inputs": "expert"},
+    {"basis": "elements", "ridge": 0.01, "folds": 1},
+]
 
 
 def single(problem):
@@ -26,12 +32,18 @@ def single(problem):
     def cast(value):
         return value.float() if value.is_floating_point() else value
 
-    return base.float(), experts, {t: [{k: cast(v) for k, v in b.items()} for b in c] for t, c in calibration.items()}
+    return (
+        base.float(),
+        experts,
+        {t: [{k: cast(v) for k, v in b.items()} for b in c] for t, c in calibration.items()},
+    )
 
 
 def sums_of(Z, r):
     """C and B of samples of a layer, by the engine's sums."""
-    sums = Sums(["a"], (1, r.shape[1], Z.shape[1]), Buffers("cpu"), folds=1, drift=True, full_energy=True)
+    sums = Sums(
+        ["a"], (1, r.shape[1], Z.shape[1]), Buffers("cpu"), folds=1, drift=True, full_energy=True
+    )
     sums.add(Dense("layer", nn.Linear(1, 1), False), "a", Z, r, [len(Z)])
     mirror(sums.C)
     return sums
@@ -39,11 +51,15 @@ def sums_of(Z, r):
 
 @pytest.mark.parametrize("n", [40, 700])
 def test_products_in_single_precision_are_right_to_1e_6_and_in_double_to_1e_14(n):
-    """The errors that the documentation states, over a thousand samples with a mean far from zero."""
+    """The errors that the documentation states, over a thousand samples with a mean far from
+    zero."""
     torch.manual_seed(0)
     Z, r = torch.randn(1000, n) + 3, torch.randn(1000, 5)
     exact = Z.double().mT @ Z.double(), r.double().mT @ Z.double(), r.double().mT @ r.double()
-    for samples, answers, bound, noise in ((Z, r, 1e-6, 1e-6), (Z.double(), r.double(), 1e-14, 1e-10)):
+    for samples, answers, bound, noise in (
+        (Z, r, 1e-6, 1e-6),
+        (Z.double(), r.double(), 1e-14, 1e-10),
+    ):
         sums = sums_of(samples, answers)
         for found, wanted in zip((sums.C, sums.B, sums.R), exact):
             assert found.dtype == torch.float64
@@ -65,7 +81,10 @@ def test_merges_in_single_precision_are_near_those_of_double_products(problem):
     base, experts, calibration = single(PROBLEMS[problem]())
     for basis in ("rows", "elements"):
         options = {"basis": basis, "ridge": 1e-2, "folds": 1}
-        quick, exact = (q.qp(base, experts, calibration, products=p, **options).state_dict for p in ("activations", "float64"))
+        quick, exact = (
+            q.qp(base, experts, calibration, products=p, **options).state_dict
+            for p in ("activations", "float64")
+        )
         for name, value in exact.items():
             assert (quick[name] - value).norm() <= 1e-4 * value.norm(), (basis, name)
 
@@ -103,7 +122,9 @@ def test_a_budget_of_memory_is_kept_by_running_blocks_again(monkeypatch):
         counts[allowed] = len(calls), {type(forward) for forward in made}
     hook.remove()
     assert counts[None][1] == {rerun.Forward} and counts[1][1] == {rerun.Rerun}
-    assert counts[None][0] == counts[1][0]  # the last layer of the last block runs in the final run alone
+    assert (
+        counts[None][0] == counts[1][0]
+    )  # the last layer of the last block runs in the final run alone
 
 
 def test_a_block_that_works_in_place_may_be_run_again():
@@ -123,18 +144,27 @@ def test_a_block_that_works_in_place_may_be_run_again():
     inputs = {t: c[0]["input"].clone() for t, c in calibration.items()}
     for options in ({"activations": 1}, {}):
         given = {t: [{"input": x.clone()}] for t, x in inputs.items()}
-        merge = q.qp(base, dict.fromkeys(TASKS, experts["a"]), given, basis="elements", ridge=0.0, **options)
+        merge = q.qp(
+            base, dict.fromkeys(TASKS, experts["a"]), given, basis="elements", ridge=0.0, **options
+        )
         assert len(merge.table) == 4
         for name, value in experts["a"].items():
             torch.testing.assert_close(merge.state_dict[name], value, rtol=1e-9, atol=1e-9)
 
 
-SOLVERS = {"elements": q.QP("elements"), "rows": q.QP("rows", ridge=0.1), "regmean": q.RegMean(), "featcal": q.FeatCal(), "sketched": q.Sketched(rank=4)}
+SOLVERS = {
+    "elements": q.QP("elements"),
+    "rows": q.QP("rows", ridge=0.1),
+    "regmean": q.RegMean(),
+    "featcal": q.FeatCal(),
+    "sketched": q.Sketched(rank=4),
+}
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_host_waits_for_no_value_between_the_first_layer_and_the_last(solver, monkeypatch):
-    """As on a device: nothing is looked at before all layers are solved, and what was not looked at is checked then."""
+    """As on a device: nothing is looked at before all layers are solved, and what was not looked at
+    is checked then."""
     base, experts, calibration = vision()
     recipe = q.Recipe(SOLVERS[solver], inputs="expert" if solver == "regmean" else "merged")
     expected = q.merge_together(base, experts, calibration, {"merge": recipe})["merge"]
@@ -162,12 +192,15 @@ def test_the_host_waits_for_no_value_between_the_first_layer_and_the_last(solver
 
 
 def test_unknown_precisions_are_named():
-    with pytest.raises(MergeError, match="products: expected one of activations, float64, found 'float16'"):
+    with pytest.raises(
+        MergeError, match="products: expected one of activations, float64, found 'float16'"
+    ):
         q.qp(*vision(), products="float16")
 
 
 def test_recurrent_layers_run_under_the_weights_they_are_given():
-    """They keep a list of their weights beside the parameters; a dense layer behind tells which ones they used."""
+    """They keep a list of their weights beside the parameters; a dense layer behind tells which
+    ones they used."""
 
     class Recurrent(nn.Module):
         def __init__(self):

@@ -1,4 +1,5 @@
 """Weights in every precision, real and complex: computed in a wide one, stored in the base's."""
+
 import copy
 import math
 

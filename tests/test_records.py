@@ -1,4 +1,5 @@
 """Records: what is written is what is read, and nothing unreadable gets in."""
+
 import json
 from pathlib import Path
 
@@ -6,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from qpmerge_lite.companion.records import PROVENANCE, RecordError, Records, find, keep, load_records
+from qpmerge_lite.companion.records import (
+    PROVENANCE,
+    RecordError,
+    Records,
+    find,
+    keep,
+    load_records,
+)
 
 
 @pytest.fixture
@@ -16,10 +24,24 @@ def root(tmp_path):
 
 def test_a_record_survives_the_file(root):
     recorder = Records("05_vision", "smoke", root)
-    returned = recorder.record("vision.rows.accuracy", np.float64(0.5), unit="share", n=10, seed=3, interval=(0.4, 0.6), note="x")
+    returned = recorder.record(
+        "vision.rows.accuracy",
+        np.float64(0.5),
+        unit="share",
+        n=10,
+        seed=3,
+        interval=(0.4, 0.6),
+        note="x",
+    )
     assert type(returned) is float
     record = load_records("smoke", root)["vision.rows.accuracy"]
-    assert (record.value, record.unit, record.n, record.seed, record.interval) == (0.5, "share", 10, 3, (0.4, 0.6))
+    assert (record.value, record.unit, record.n, record.seed, record.interval) == (
+        0.5,
+        "share",
+        10,
+        3,
+        (0.4, 0.6),
+    )
     assert (record.notebook, record.tier, record.note) == ("05_vision", "smoke", "x")
 
 
@@ -30,7 +52,9 @@ def test_plain_values_keep_their_type(root, value):
     assert read == value and type(read) is type(value)
 
 
-@pytest.mark.parametrize(("scalar", "plain"), [(torch.tensor(3), 3), (np.bool_(True), True), (np.float32(0.5), 0.5)])
+@pytest.mark.parametrize(
+    ("scalar", "plain"), [(torch.tensor(3), 3), (np.bool_(True), True), (np.float32(0.5), 0.5)]
+)
 def test_scalars_of_numpy_and_torch_become_plain(root, scalar, plain):
     Records("01_a", "smoke", root).record("a.b", scalar)
     read = load_records("smoke", root)["a.b"].value
@@ -49,7 +73,9 @@ def test_values_that_are_not_plain_are_refused(root, value):
         Records("01_a", "smoke", root).record("a.b", value)
 
 
-@pytest.mark.parametrize("id", ["accuracy", "Vision.rows", "vision..rows", "vision.rows ", "vision.row-s"])
+@pytest.mark.parametrize(
+    "id", ["accuracy", "Vision.rows", "vision..rows", "vision.rows ", "vision.row-s"]
+)
 def test_malformed_ids_are_refused(root, id):
     with pytest.raises(RecordError, match="dotted lower-case"):
         Records("01_a", "smoke", root).record(id, 1.0)
@@ -124,7 +150,10 @@ def test_provenance_says_what_ran(root):
 def test_recorded_tiers_keep_their_provenance(root):
     Records("01_a", "standard", root).record("a.b", 1.0)
     (path,) = keep("standard", root)
-    assert path == root.parent / "recorded" / "standard" / "01_a.json" and path.read_text() == (root / "standard" / "01_a.json").read_text()
+    assert (
+        path == root.parent / "recorded" / "standard" / "01_a.json"
+        and path.read_text() == (root / "standard" / "01_a.json").read_text()
+    )
 
 
 @pytest.mark.parametrize("field", PROVENANCE)
@@ -144,11 +173,21 @@ def test_there_is_nothing_to_keep_before_a_run(root):
         keep("standard", root)
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "book" / "recorded").glob("*/*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(__file__).parents[1] / "book" / "recorded").glob("*/*.json")),
+    ids=lambda p: p.stem,
+)
 def test_committed_records_say_what_ran(path):
     content = json.loads(path.read_text(encoding="utf-8"))
-    tier, _, commit = path.parent.name.partition("-")  # an earlier state of a tier's suites is filed under its commit
-    assert content["tier"] == tier != "smoke" and content["notebook"] == path.stem and content["records"]
+    tier, _, commit = path.parent.name.partition(
+        "-"
+    )  # an earlier state of a tier's suites is filed under its commit
+    assert (
+        content["tier"] == tier != "smoke"
+        and content["notebook"] == path.stem
+        and content["records"]
+    )
     assert commit in ("", content["provenance"]["commit"])
     assert set(PROVENANCE) == {name for name, value in content["provenance"].items() if value}
     assert "dirty" not in content["provenance"]["commit"]

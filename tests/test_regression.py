@@ -1,9 +1,17 @@
-"""Regression: each kind of tolerance accepts what it should and refuses the rest; missing and extra ids are failures."""
+"""Regression: each kind of tolerance accepts what it should and refuses the rest; missing and extra
+ids are failures."""
+
 import json
 
 import pytest
 
-from qpmerge_lite.companion.book.expected import RegressionError, compare, disagreement, load_expected, update
+from qpmerge_lite.companion.book.expected import (
+    RegressionError,
+    compare,
+    disagreement,
+    load_expected,
+    update,
+)
 from qpmerge_lite.companion.records import Record, Records
 
 
@@ -61,7 +69,9 @@ def rewrite(checkout, change):
 def test_updated_expectations_agree_and_get_a_tolerance_by_type(checkout):
     update(root=checkout)
     assert compare(root=checkout) == []
-    kinds = {id: entry["tolerance"]["kind"] for id, entry in load_expected("smoke", checkout).items()}
+    kinds = {
+        id: entry["tolerance"]["kind"] for id, entry in load_expected("smoke", checkout).items()
+    }
     assert kinds == {"a.count": "exact", "a.loss": "relative", "a.accuracy": "interval"}
 
 
@@ -93,10 +103,19 @@ def test_missing_extra_and_changed_records_are_found(checkout):
 
 def test_update_keeps_tolerance_and_reason(checkout):
     update(root=checkout)
-    rewrite(checkout, lambda entries: entries["a.loss"].update(value=9.0, tolerance={"kind": "at_most", "by": 1.0}, why="mine"))
+    rewrite(
+        checkout,
+        lambda entries: entries["a.loss"].update(
+            value=9.0, tolerance={"kind": "at_most", "by": 1.0}, why="mine"
+        ),
+    )
     update(root=checkout)
     entry = load_expected("smoke", checkout)["a.loss"]
-    assert (entry["value"], entry["tolerance"], entry["why"]) == (0.5, {"kind": "at_most", "by": 1.0}, "mine")
+    assert (entry["value"], entry["tolerance"], entry["why"]) == (
+        0.5,
+        {"kind": "at_most", "by": 1.0},
+        "mine",
+    )
 
 
 def test_update_completes_a_partial_file_and_keeps_its_bar(checkout):
@@ -105,7 +124,9 @@ def test_update_completes_a_partial_file_and_keeps_its_bar(checkout):
     path.write_text(json.dumps({"a.accuracy": expected("at_least", 0.99, 0.95)}))
     update(root=checkout)
     assert set(load_expected("smoke", checkout)) == {"a.count", "a.loss", "a.accuracy"}
-    assert [finding.problem for finding in compare(root=checkout)] == ["found 0.9, expected at least 0.95 (a reason)"]
+    assert [finding.problem for finding in compare(root=checkout)] == [
+        "found 0.9, expected at least 0.95 (a reason)"
+    ]
 
 
 def test_update_gives_up_a_kind_that_the_record_no_longer_fits(checkout):

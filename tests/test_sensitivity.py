@@ -1,4 +1,6 @@
-"""Calibration sets that are chosen, foreign or scrambled, and the studies made of them, on toy suites."""
+"""Calibration sets that are chosen, foreign or scrambled, and the studies made of them, on toy
+suites."""
+
 import pandas as pd
 import pytest
 import torch
@@ -19,45 +21,84 @@ def small(suite, monkeypatch):
 
 @pytest.mark.parametrize("rule", calibration.RULES)
 def test_a_rule_picks_from_the_pool_and_nothing_twice(small, rule):
-    (pool,), (chosen,) = (b["a"] for b in (small.calibration(16, seed=3, tasks=["a"]), calibration.selected(small, rule, 3, ["a"], 6)))
-    places = [[i for i, z in enumerate(pool["pixels"]) if torch.equal(z, x)] for x in chosen["pixels"]]
-    assert sorted({i for p in places for i in p}) == sorted(i for (i,) in places) and len(places) == 6
+    (pool,), (chosen,) = (
+        b["a"]
+        for b in (
+            small.calibration(16, seed=3, tasks=["a"]),
+            calibration.selected(small, rule, 3, ["a"], 6),
+        )
+    )
+    places = [
+        [i for i, z in enumerate(pool["pixels"]) if torch.equal(z, x)] for x in chosen["pixels"]
+    ]
+    assert (
+        sorted({i for p in places for i in p}) == sorted(i for (i,) in places) and len(places) == 6
+    )
 
 
 def test_balanced_classes_differ_by_one_at_most(small):
     (chosen,) = calibration.selected(small, "balanced", 0, ["a"], 6)["a"]
     rows = small.tensors("a", "train")
-    labels = [int(rows[1][i]) for x in chosen["pixels"] for i, z in enumerate(rows[0]["pixels"]) if torch.equal(z, x)]
+    labels = [
+        int(rows[1][i])
+        for x in chosen["pixels"]
+        for i, z in enumerate(rows[0]["pixels"])
+        if torch.equal(z, x)
+    ]
     counts = torch.tensor(labels).bincount(minlength=3)
     assert counts.max() - counts.min() <= 1
 
 
 def test_domains(small):
-    own, another, mixed = (calibration.foreign(small, d, 1, list(TASKS), 6) for d in ("own", "another", "mixed"))
-    assert torch.equal(another["a"][0]["pixels"], own["b"][0]["pixels"]) and torch.equal(another["c"][0]["pixels"], own["a"][0]["pixels"])
-    assert torch.equal(torch.cat([b["pixels"] for b in mixed["b"]]), torch.cat([own[t][0]["pixels"][:2] for t in TASKS]))
+    own, another, mixed = (
+        calibration.foreign(small, d, 1, list(TASKS), 6) for d in ("own", "another", "mixed")
+    )
+    assert torch.equal(another["a"][0]["pixels"], own["b"][0]["pixels"]) and torch.equal(
+        another["c"][0]["pixels"], own["a"][0]["pixels"]
+    )
+    assert torch.equal(
+        torch.cat([b["pixels"] for b in mixed["b"]]),
+        torch.cat([own[t][0]["pixels"][:2] for t in TASKS]),
+    )
 
 
 def test_a_study_is_recorded(small, tmp_path):
     merge = {"basis": "rows", "ridge": 0.1, "folds": 1}
-    rows = [{"factor": factor, **row} for factor, levels, n in (("draw", [8], 3), ("sizes", [4, 12], 2))
-            for row in calibration.study(small, "size", levels, n, merge, 3)]
-    rows += [{"factor": "experts", **row} for row in calibration.study(small, "experts", [2], 1, merge | {"ridge": 0.2})]
+    rows = [
+        {"factor": factor, **row}
+        for factor, levels, n in (("draw", [8], 3), ("sizes", [4, 12], 2))
+        for row in calibration.study(small, "size", levels, n, merge, 3)
+    ]
+    rows += [
+        {"factor": "experts", **row}
+        for row in calibration.study(small, "experts", [2], 1, merge | {"ridge": 0.2})
+    ]
     table = pd.DataFrame(rows).assign(suite="toy")
     record = Records("00_toy", "smoke", tmp_path).record
-    report.record_merges(record, table, {"toy": {"soup": {"accuracy": 0.5}, "other": {"accuracy": 0.75}}})
+    report.record_merges(
+        record, table, {"toy": {"soup": {"accuracy": 0.5}, "other": {"accuracy": 0.75}}}
+    )
     assert len(report.spreads(record, table)) == 6
     found = load_records("smoke", tmp_path)
-    paired = table[table.factor == "sizes"].query("level == 4").accuracy.to_numpy() - table[table.factor == "draw"].accuracy[:2].to_numpy()
+    paired = (
+        table[table.factor == "sizes"].query("level == 4").accuracy.to_numpy()
+        - table[table.factor == "draw"].accuracy[:2].to_numpy()
+    )
     assert found["calibration.toy.size.4.minus_random"].value == pytest.approx(paired.mean())
-    assert found["calibration.toy.draws.sd"].value == pytest.approx(table[table.factor == "draw"].accuracy.std())
+    assert found["calibration.toy.draws.sd"].value == pytest.approx(
+        table[table.factor == "draw"].accuracy.std()
+    )
     assert found["calibration.toy.methods.range"].value == 0.25
 
 
 def test_gaps_are_recorded(small, tmp_path):
-    gaps = pd.DataFrame(calibration.gaps(small, [8], 2, 0.1, held=8, tasks=3)).assign(suite="toy", seed=0)
+    gaps = pd.DataFrame(calibration.gaps(small, [8], 2, 0.1, held=8, tasks=3)).assign(
+        suite="toy", seed=0
+    )
     gaps["measured"] = gaps.in_sample - gaps.disjoint
-    assert (gaps[list(OPTIMISM)] >= -1e-9).all().all() and (gaps.groupby("family").in_sample.mean() <= 1).all()
+    assert (gaps[list(OPTIMISM)] >= -1e-9).all().all() and (
+        gaps.groupby("family").in_sample.mean() <= 1
+    ).all()
     report.record_gaps(Records("00_toy", "smoke", tmp_path).record, gaps)
     sums = gaps.groupby("draw")[["measured", "refit"]].sum()
     found = load_records("smoke", tmp_path)["calibration.toy.optimism.ratio"]

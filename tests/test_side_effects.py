@@ -1,4 +1,6 @@
-"""Forwards side by side on one model: what one of them sets, keeps or overwrites is not another's business."""
+"""Forwards side by side on one model: what one of them sets, keeps or overwrites is not another's
+business."""
+
 import copy
 
 import pytest
@@ -87,28 +89,46 @@ class HalfInside(Layers):
 def problem(model, size=8):
     """Two experts near a model, and two batches for each."""
     torch.manual_seed(0)
-    experts = {t: {k: v + 0.3 * torch.randn_like(v) if v.dim() > 0 else v.clone() for k, v in model.state_dict().items()} for t in "ab"}
+    experts = {
+        t: {
+            k: v + 0.3 * torch.randn_like(v) if v.dim() > 0 else v.clone()
+            for k, v in model.state_dict().items()
+        }
+        for t in "ab"
+    }
     return experts, {t: [{"inputs": torch.randn(size, 6)} for _ in range(2)] for t in "ab"}
 
 
 def fresh(calibration):
-    return {t: [{k: v.clone() for k, v in b.items()} for b in batches] for t, batches in calibration.items()}
+    return {
+        t: [{k: v.clone() for k, v in b.items()} for b in batches]
+        for t, batches in calibration.items()
+    }
 
 
-@pytest.mark.parametrize("kind, twin", [(Keeping, Plain), (InAttributes, Plain), (Doubling, Doubled)])
-@pytest.mark.parametrize("options", [{}, {"activations": 1}, {"targets": "propagated"}, {"inputs": "block"}], ids=str)
+@pytest.mark.parametrize(
+    "kind, twin", [(Keeping, Plain), (InAttributes, Plain), (Doubling, Doubled)]
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"activations": 1}, {"targets": "propagated"}, {"inputs": "block"}], ids=str
+)
 def test_a_model_that_leaves_traces_is_merged_like_its_twin_that_leaves_none(kind, twin, options):
     torch.manual_seed(1)
     model, other = kind(), twin()
     other.load_state_dict(model.state_dict())
     experts, calibration = problem(other)
     given = fresh(calibration)
-    merges = [q.qp(m, experts, c, **ELEMENTS, **options) for m, c in ((model, given), (other, calibration))]
+    merges = [
+        q.qp(m, experts, c, **ELEMENTS, **options)
+        for m, c in ((model, given), (other, calibration))
+    ]
     assert len(merges[0].table) == len(merges[1].table) >= 2
     for name, value in merges[1].state_dict.items():
         assert torch.equal(merges[0].state_dict[name], value), name
     for task, batches in calibration.items():
-        assert all(torch.equal(one["inputs"], two["inputs"]) for one, two in zip(batches, given[task]))
+        assert all(
+            torch.equal(one["inputs"], two["inputs"]) for one, two in zip(batches, given[task])
+        )
     soup = q.soup(other, experts).state_dict
     audits = [q.audit(m, soup, experts, fresh(calibration)) for m in (model, other)]
     assert audits[0]["output"] == audits[1]["output"] and audits[0]["layers"] == audits[1]["layers"]
@@ -119,11 +139,16 @@ def test_buffers_that_forwards_write_to_are_as_they_were():
     before = copy.deepcopy(model)
     experts, calibration = problem(model)
     states = copy.deepcopy(experts)
-    merges = [q.qp(model, experts, {t: c[::step] for t, c in calibration.items()}, **ELEMENTS) for step in (1, -1)]
+    merges = [
+        q.qp(model, experts, {t: c[::step] for t, c in calibration.items()}, **ELEMENTS)
+        for step in (1, -1)
+    ]
     q.audit(model, merges[0].state_dict, experts, calibration)
     for (name, one), (_, two) in zip(model.named_buffers(), before.named_buffers()):
         assert torch.equal(one, two), name
-    assert all(torch.equal(experts[t][k], v) for t, state in states.items() for k, v in state.items())
+    assert all(
+        torch.equal(experts[t][k], v) for t, state in states.items() for k, v in state.items()
+    )
     for name, value in merges[0].state_dict.items():
         torch.testing.assert_close(merges[1].state_dict[name], value)
 
@@ -156,11 +181,23 @@ def difference(one, other):
 def test_a_batch_of_single_tokens_hides_no_mask():
     model = Text().double()
     torch.manual_seed(0)
-    experts = {t: {k: v + 0.1 * torch.randn_like(v) for k, v in model.state_dict().items()} for t in "ab"}
-    ids, mask = torch.randint(3, 40, (4, 7)), (torch.arange(7) < torch.tensor([[2], [4], [5], [7]])).long()
-    short = {"input_ids": torch.randint(3, 40, (4, 1)), "attention_mask": torch.ones(4, 1, dtype=torch.long)}
-    padded = [{"input_ids": torch.where(mask == 1, ids, pad), "attention_mask": mask} for pad in (1, 2)]
-    one, two = (q.qp(model, experts, dict.fromkeys("ab", [short, p]), **ELEMENTS).state_dict for p in padded)
+    experts = {
+        t: {k: v + 0.1 * torch.randn_like(v) for k, v in model.state_dict().items()} for t in "ab"
+    }
+    ids, mask = (
+        torch.randint(3, 40, (4, 7)),
+        (torch.arange(7) < torch.tensor([[2], [4], [5], [7]])).long(),
+    )
+    short = {
+        "input_ids": torch.randint(3, 40, (4, 1)),
+        "attention_mask": torch.ones(4, 1, dtype=torch.long),
+    }
+    padded = [
+        {"input_ids": torch.where(mask == 1, ids, pad), "attention_mask": mask} for pad in (1, 2)
+    ]
+    one, two = (
+        q.qp(model, experts, dict.fromkeys("ab", [short, p]), **ELEMENTS).state_dict for p in padded
+    )
     assert difference(one, two) == 0
 
 
@@ -171,9 +208,17 @@ def test_inputs_that_are_features_already_are_masked_as_well():
 
     model = Features().double()
     experts, _ = problem(model)
-    x, mask = torch.randn(3, 5, 6, dtype=torch.float64), (torch.arange(5) < torch.tensor([[2], [4], [5]])).long()
-    padded = [{"inputs": torch.where(mask[..., None] == 1, x, pad), "attention_mask": mask} for pad in (0.0, 3.0)]
-    one, two = (q.qp(model, experts, dict.fromkeys("ab", [p]), **ELEMENTS).state_dict for p in padded)
+    x, mask = (
+        torch.randn(3, 5, 6, dtype=torch.float64),
+        (torch.arange(5) < torch.tensor([[2], [4], [5]])).long(),
+    )
+    padded = [
+        {"inputs": torch.where(mask[..., None] == 1, x, pad), "attention_mask": mask}
+        for pad in (0.0, 3.0)
+    ]
+    one, two = (
+        q.qp(model, experts, dict.fromkeys("ab", [p]), **ELEMENTS).state_dict for p in padded
+    )
     assert difference(one, two) == 0
     soup = q.soup(model, experts).state_dict
     one, two = (q.audit(model, soup, experts, dict.fromkeys("ab", [p]))["output"] for p in padded)
@@ -195,7 +240,9 @@ class Deep(nn.Module):
 def test_a_flag_of_the_last_batch_is_seen_and_borders_nobody_came_to_are_no_obstacle():
     model = Deep()
     torch.manual_seed(0)
-    experts = {t: {k: v + 0.1 * torch.randn_like(v) for k, v in model.state_dict().items()} for t in "ab"}
+    experts = {
+        t: {k: v + 0.1 * torch.randn_like(v) for k, v in model.state_dict().items()} for t in "ab"
+    }
     batches = [{"inputs": torch.randn(4, 6), "deep": deep} for deep in [False] * 6 + [True]]
     for order in (batches, batches[::-1]):
         calibration = dict.fromkeys("ab", order)
@@ -245,7 +292,9 @@ class Inner(Layers):
         return self.a(inputs).tanh()
 
 
-@pytest.mark.parametrize("model, layers", [(WithCache(Cached), 6), (Outside(Inner), 4)], ids=["cache", "outside"])
+@pytest.mark.parametrize(
+    "model, layers", [(WithCache(Cached), 6), (Outside(Inner), 4)], ids=["cache", "outside"]
+)
 def test_blocks_that_cannot_be_run_again_are_merged_alike_under_any_budget(model, layers):
     experts, calibration = problem(model)
     free, tight = (q.qp(model, experts, calibration, activations=a, **ELEMENTS) for a in (None, 0))
@@ -287,10 +336,19 @@ class InPlaceBetween(Layers):
         return self.c(self.a(inputs * 1.0) + self.b(inputs * 2.0))
 
 
-@pytest.mark.parametrize("kind, twin", [(InferenceWhole, Plain), (InferenceInside, Plain), (InferenceInPlace, InPlaceBetween)])
-@pytest.mark.parametrize("options", [{}, {"targets": "propagated"}, {"inputs": "block"}, {"inputs": "expert"}, {"folds": 2}], ids=str)
+@pytest.mark.parametrize(
+    "kind, twin",
+    [(InferenceWhole, Plain), (InferenceInside, Plain), (InferenceInPlace, InPlaceBetween)],
+)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"targets": "propagated"}, {"inputs": "block"}, {"inputs": "expert"}, {"folds": 2}],
+    ids=str,
+)
 @pytest.mark.parametrize("around", [False, True], ids=["", "all in inference mode"])
-def test_forwards_in_inference_mode_are_merged_and_audited_as_others_are(kind, twin, options, around):
+def test_forwards_in_inference_mode_are_merged_and_audited_as_others_are(
+    kind, twin, options, around
+):
     torch.manual_seed(1)
     model, other = kind(), twin()
     other.load_state_dict(model.state_dict())

@@ -1,4 +1,5 @@
 """A minimiser is judged by its optimality conditions, and by what it must return in the limits."""
+
 import itertools
 from dataclasses import replace
 

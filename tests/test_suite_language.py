@@ -1,4 +1,5 @@
-"""The embedded language suite: words that stay in their split, styles that the base never saw, texts that fit."""
+"""The embedded language suite: words that stay in their split, styles that the base never saw,
+texts that fit."""
 
 import itertools
 
@@ -17,14 +18,18 @@ def test_a_word_has_one_split_whatever_the_language():
             pools.setdefault(split, set()).update(itertools.chain(*lists.values()))
     for one, other in itertools.combinations(pools.values(), 2):
         assert not one & other
-    assert {split: {language.split_of(w) for w in words} for split, words in pools.items()} == {s: {s} for s in language.SPLITS}
+    assert {split: {language.split_of(w) for w in words} for split, words in pools.items()} == {
+        s: {s} for s in language.SPLITS
+    }
 
 
 def test_the_base_read_training_words_only():
     ids, languages = language.pretraining_data()
     letters = {i: c for c, i in language.alphabet().items()}
     read = {"".join(letters[i] for i in row if i != language.PAD) for row in ids.tolist()}
-    assert {language.split_of(word) for word in read} == {"train"} and languages.unique().numel() == len(language.LANGUAGES)
+    assert {language.split_of(word) for word in read} == {
+        "train"
+    } and languages.unique().numel() == len(language.LANGUAGES)
 
 
 @pytest.mark.parametrize("task", language.TASKS)
@@ -37,10 +42,17 @@ def test_no_word_answers_for_two_languages_and_none_is_english(task):
         assert not english & set(itertools.chain(*lists.values()))
 
 
-@pytest.mark.parametrize("name, written", [
-    ("backwards", "fed cba"), ("words backwards", "cba fed"), ("inside out", "bca efd"), ("odd letters first", "acb dfe"),
-    ("vowels shifted", "ebc dif"), ("consonants shifted", "apc tev"),
-])
+@pytest.mark.parametrize(
+    "name, written",
+    [
+        ("backwards", "fed cba"),
+        ("words backwards", "cba fed"),
+        ("inside out", "bca efd"),
+        ("odd letters first", "acb dfe"),
+        ("vowels shifted", "ebc dif"),
+        ("consonants shifted", "apc tev"),
+    ],
+)
 def test_styles_are_what_they_are_called(name, written):
     assert language.STYLES[name]("abc def") == written
 
@@ -49,7 +61,9 @@ def test_styles_lose_no_letter():
     for task in language.DEFINITIONS.values():
         for style in task.styles:
             if "shifted" not in style:
-                assert sorted(language.STYLES[style]("čtyři malé kočky")) == sorted("čtyři malé kočky")
+                assert sorted(language.STYLES[style]("čtyři malé kočky")) == sorted(
+                    "čtyři malé kočky"
+                )
 
 
 @pytest.mark.parametrize("task", language.TASKS)
@@ -57,11 +71,20 @@ def test_texts_fit_and_training_texts_follow_the_seed(task, monkeypatch):
     monkeypatch.setattr(language, "SPLITS", {"train": 30, "validation": 20, "test": 20})
     first, again, other = (language.data(task, seed) for seed in (0, 0, 1))
     for split, varies in (("train", True), ("validation", False), ("test", False)):
-        assert first[split]["text"] == again[split]["text"] and (first[split]["text"] == other[split]["text"]) != varies
-    assert first["test"].features["label"].num_classes == language.N_CLASSES[task] == len(set(first["test"]["label"]))
+        assert (
+            first[split]["text"] == again[split]["text"]
+            and (first[split]["text"] == other[split]["text"]) != varies
+        )
+    assert (
+        first["test"].features["label"].num_classes
+        == language.N_CLASSES[task]
+        == len(set(first["test"]["label"]))
+    )
     batch = language.collate(first["train"][:])
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (30, language.LENGTH)
-    assert torch.equal(batch["attention_mask"].sum(1), torch.tensor([len(t) for t in first["train"]["text"]]))
+    assert torch.equal(
+        batch["attention_mask"].sum(1), torch.tensor([len(t) for t in first["train"]["text"]])
+    )
 
 
 def test_padding_does_not_reach_the_features():
@@ -79,7 +102,13 @@ def test_a_pretraining_batch_asks_for_masked_characters_and_languages():
     torch.manual_seed(0)
     encoder = language.build()
     head = language.pretraining_head(encoder)
-    scores, targets = language.pretraining_batch(encoder, head, torch.Generator().manual_seed(0), 16)
+    scores, targets = language.pretraining_batch(
+        encoder, head, torch.Generator().manual_seed(0), 16
+    )
     characters = encoder.embed.num_embeddings
     assert scores.shape == (len(targets), characters + len(language.LANGUAGES))
-    assert (targets >= characters).sum() == 16 and targets[:-16].max() < characters and targets.min() > language.MASK
+    assert (
+        (targets >= characters).sum() == 16
+        and targets[:-16].max() < characters
+        and targets.min() > language.MASK
+    )

@@ -60,7 +60,11 @@ def test_typefaces_of_splits_are_disjoint_and_cover_every_class(task):
 @pytest.mark.parametrize("task", vision.SCRIPTS)
 def test_no_two_classes_look_the_same_in_a_typeface(task):
     script = vision.SCRIPTS[task]
-    able = [f for f in itertools.chain(*script.faces.values()) if ord(script.characters[0]) in glyphs.characters(f)]
+    able = [
+        f
+        for f in itertools.chain(*script.faces.values())
+        if ord(script.characters[0]) in glyphs.characters(f)
+    ]
     for face in able:
         images, _ = vision.masters(script.characters, [face])
         looks = torch.stack([torch.from_numpy(glyphs.signature(image)) for image in images.numpy()])
@@ -73,7 +77,10 @@ def test_no_image_serves_two_splits(task):
     looks = {}
     for split, faces in script.faces.items():
         images, labels = vision.masters(script.characters, faces)
-        looks[split] = torch.stack([torch.from_numpy(glyphs.signature(image)) for image in images.numpy()]), labels
+        looks[split] = (
+            torch.stack([torch.from_numpy(glyphs.signature(image)) for image in images.numpy()]),
+            labels,
+        )
     for one, other in itertools.combinations(looks, 2):
         (x, a), (y, b) = looks[one], looks[other]
         alike = (x @ y.T)[a[:, None] == b[None, :]]
@@ -83,7 +90,9 @@ def test_no_image_serves_two_splits(task):
 def test_the_base_never_saw_a_task():
     characters = vision.base_characters()
     assert len(set(characters)) == len(characters) == 400
-    assert not set(characters) & set("".join(script.characters for script in vision.SCRIPTS.values()))
+    assert not set(characters) & set(
+        "".join(script.characters for script in vision.SCRIPTS.values())
+    )
     media = {vision.DIGITS_MEDIUM, *(script.medium for script in vision.SCRIPTS.values())}
     assert len(media) == len(vision.TASKS) and not media & {*vision.BASE_MEDIA, glyphs.plain}
 
@@ -94,9 +103,15 @@ def test_splits_have_the_declared_schema(quick):
     for task in PAIR:
         data = quick.data[task]
         assert isinstance(data, DatasetDict) and list(data) == list(vision.SPLITS)
-        assert data["train"].features["label"].num_classes == quick.n_classes[task] == vision.N_CLASSES[task]
+        assert (
+            data["train"].features["label"].num_classes
+            == quick.n_classes[task]
+            == vision.N_CLASSES[task]
+        )
         assert data["test"].with_format("numpy")[:2]["image"].shape == (2, 28, 28)
-    assert [len(quick.data["greek"][split]) for split in vision.SPLITS] == list(vision.SPLITS.values())
+    assert [len(quick.data["greek"][split]) for split in vision.SPLITS] == list(
+        vision.SPLITS.values()
+    )
     assert [len(quick.data["digits"][split]) for split in ("validation", "test")] == [200, 597]
 
 
@@ -133,19 +148,31 @@ def test_calibration_is_drawn_once_each_and_repeats(quick):
 
 
 def test_calibration_that_skips_is_disjoint(quick):
-    first, second = (torch.cat([b["pixels"] for b in quick.calibration(60, skip=skip)["greek"]]) for skip in (0, 60))
+    first, second = (
+        torch.cat([b["pixels"] for b in quick.calibration(60, skip=skip)["greek"]])
+        for skip in (0, 60)
+    )
     both = torch.cat([b["pixels"] for b in quick.calibration(120)["greek"]])
     assert torch.equal(torch.cat([first, second]), both) and len(both.unique(dim=0)) == 120
-    with pytest.raises(MergeError, match="digits/validation: expected 1 to 150 calibration examples, found 151"):
+    with pytest.raises(
+        MergeError, match="digits/validation: expected 1 to 150 calibration examples, found 151"
+    ):
         quick.calibration(151, split="validation", tasks=["digits"], skip=50)
 
 
 def test_calibration_can_use_up_a_split_and_no_more(quick):
     everything = quick.calibration(200, split="validation", tasks=["digits"])
-    assert list(everything) == ["digits"] and sum(len(b["pixels"]) for b in everything["digits"]) == 200
-    with pytest.raises(MergeError, match="digits/validation: expected 1 to 200 calibration examples, found 201"):
+    assert (
+        list(everything) == ["digits"]
+        and sum(len(b["pixels"]) for b in everything["digits"]) == 200
+    )
+    with pytest.raises(
+        MergeError, match="digits/validation: expected 1 to 200 calibration examples, found 201"
+    ):
         quick.calibration(201, split="validation", tasks=["digits"])
-    with pytest.raises(MergeError, match="greek: expected a split among train, validation, test, found 'dev'"):
+    with pytest.raises(
+        MergeError, match="greek: expected a split among train, validation, test, found 'dev'"
+    ):
         quick.calibration(1, split="dev", tasks=["greek"])
 
 
@@ -172,7 +199,9 @@ def test_a_state_that_does_not_fit_is_refused(quick):
 
 
 def test_unknown_names_are_refused_with_the_known_ones(quick):
-    with pytest.raises(MergeError, match=r"expected one of vision \(smoke\).*, found vision \(large\)"):
+    with pytest.raises(
+        MergeError, match=r"expected one of vision \(smoke\).*, found vision \(large\)"
+    ):
         suites.load("vision", tier="large")
     with pytest.raises(MergeError, match="expected tasks among latin, .*, found 'klingon'"):
         suites.load("vision", tasks=["klingon"])
@@ -185,7 +214,9 @@ def test_a_cache_hit_trains_nothing(counted):
     again = suites.load("vision", progress=False, tasks=PAIR)
     assert counted == PAIR
     for task in PAIR:
-        assert same(first.experts[task], again.experts[task]) and same(first.heads[task], again.heads[task])
+        assert same(first.experts[task], again.experts[task]) and same(
+            first.heads[task], again.heads[task]
+        )
 
 
 def test_seed_and_recipe_have_experts_of_their_own(counted, monkeypatch):
@@ -219,19 +250,32 @@ def test_one_encoder_is_trained_on_all_tasks_and_kept(counted):
     joint, state = suites.multitask(suite)
     assert counted == [*PAIR, ", ".join(PAIR)] and set(joint.heads) == set(PAIR)
     again, kept = suites.multitask(suite)
-    assert len(counted) == 3 and same(state, kept) and all(same(joint.heads[t], again.heads[t]) for t in PAIR)
-    assert joint.evaluate(state).keys() == suite.evaluate(state).keys() and not same(joint.heads["greek"], suite.heads["greek"])
+    assert (
+        len(counted) == 3
+        and same(state, kept)
+        and all(same(joint.heads[t], again.heads[t]) for t in PAIR)
+    )
+    assert joint.evaluate(state).keys() == suite.evaluate(state).keys() and not same(
+        joint.heads["greek"], suite.heads["greek"]
+    )
 
 
 def test_an_expert_that_is_never_right_is_named(quick):
     suite = replace(quick, _ceilings={("greek", "test"): 0.0})
-    with pytest.raises(MergeError, match="greek/test: expected an expert that is right at times, found a score of 0; its weights or its head"):
+    with pytest.raises(
+        MergeError,
+        match="greek/test: expected an expert that is right at times, found a score of 0; its weights or its head",
+    ):
         suite.normalised(suite.base.state_dict())
 
 
 def test_evaluation_from_the_changed_block_on_is_evaluation(single, monkeypatch):
-    """With a kept prefix or from the start, for states that differ in the layer, and for one that differs elsewhere too."""
-    elsewhere = {**single.experts["greek"], "blocks.0.up.bias": torch.ones_like(single.base.blocks[0].up.bias)}
+    """With a kept prefix or from the start, for states that differ in the layer, and for one that
+    differs elsewhere too."""
+    elsewhere = {
+        **single.experts["greek"],
+        "blocks.0.up.bias": torch.ones_like(single.base.blocks[0].up.bias),
+    }
     states = [single.base.state_dict(), *single.experts.values(), elsewhere]
     quickly = [single.evaluate(state) for state in states]
     assert list(single._prefixes) == [(task, "test") for task in PAIR]
@@ -268,7 +312,10 @@ def test_a_cached_file_under_a_false_name_is_refused(counted, tmp_path):
     suites.load("vision", progress=False, tasks=["digits"])
     (path,) = tmp_path.rglob("digits-*.safetensors")
     training.write_weights({"x": torch.zeros(1)}, path, {"key": "other"})
-    with pytest.raises(MergeError, match=r"digits-\w+.safetensors: expected cache key .* found other; delete the file"):
+    with pytest.raises(
+        MergeError,
+        match=r"digits-\w+.safetensors: expected cache key .* found other; delete the file",
+    ):
         suites.load("vision", progress=False, tasks=["digits"])
 
 
@@ -287,12 +334,17 @@ def test_shipped_base_is_half_precision_of_the_declared_encoder(suite):
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", [vision, language], ids=["vision", "language"])
 def test_pretraining_starts_again_as_the_shipped_base_did(suite):
-    """The first steps of the schedule give the loss that the file's header tells; images may differ by a grey level."""
+    """The first steps of the schedule give the loss that the file's header tells; images may differ
+    by a grey level."""
     made = load_manifest(suite.MANIFEST).source("base").extra["made"]
-    _, losses, accuracies = pretrain.pretrain(suite, steps=int(made["steps"]), stop=pretrain.EARLY, progress=False)
+    _, losses, accuracies = pretrain.pretrain(
+        suite, steps=int(made["steps"]), stop=pretrain.EARLY, progress=False
+    )
     again = pretrain.header(suite, 0, int(made["steps"]), losses, accuracies)
     assert again["data_sha256"] == made["data_sha256"]
-    assert float(again["early_loss"]) == pytest.approx(float(made["early_loss"]), rel=0.05), json.dumps(again)
+    assert float(again["early_loss"]) == pytest.approx(float(made["early_loss"]), rel=0.05), (
+        json.dumps(again)
+    )
 
 
 @pytest.mark.slow
@@ -300,7 +352,20 @@ def test_pretraining_starts_again_as_the_shipped_base_did(suite):
 def test_experts_are_good_and_merging_is_worth_it(name, worth):
     suite = suites.load(name, progress=False)
     raw = [suite.evaluate(suite.experts[task], tasks=[task])[task] for task in suite.tasks]
-    mean = {k: sum(suite.experts[t][k] for t in suite.tasks) / len(suite.tasks) for k in suite.base.state_dict()}
-    average, base = suite.normalised(mean)["mean"], suite.normalised(suite.base.state_dict())["mean"]
-    regmean = suite.normalised(methods.regmean(suite.base, suite.experts, suite.calibration(256)).state_dict)["mean"]
-    assert sum(raw) / len(raw) >= 0.88 and base < average - worth and average <= 0.945 and average < regmean
+    mean = {
+        k: sum(suite.experts[t][k] for t in suite.tasks) / len(suite.tasks)
+        for k in suite.base.state_dict()
+    }
+    average, base = (
+        suite.normalised(mean)["mean"],
+        suite.normalised(suite.base.state_dict())["mean"],
+    )
+    regmean = suite.normalised(
+        methods.regmean(suite.base, suite.experts, suite.calibration(256)).state_dict
+    )["mean"]
+    assert (
+        sum(raw) / len(raw) >= 0.88
+        and base < average - worth
+        and average <= 0.945
+        and average < regmean
+    )

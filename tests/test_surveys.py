@@ -1,4 +1,5 @@
-"""What a few sequences have to show of a model: orders, routes and calls that depend on what the tokens hold."""
+"""What a few sequences have to show of a model: orders, routes and calls that depend on what the
+tokens hold."""
 
 import pytest
 import torch
@@ -46,7 +47,9 @@ def test_texts_that_are_sorted_inside_are_averaged_also_where_a_batch_is_sorted_
 
     merge = assert_same_merge(base, calibration(1), calibration(2))
     assert merge.table == []
-    assert set(merge.averaged.values()) == {"what it reads of a sequence depends on the others of its batch"}
+    assert set(merge.averaged.values()) == {
+        "what it reads of a sequence depends on the others of its batch"
+    }
 
 
 # ------------------------------------------------------------------------------ routes by content
@@ -70,7 +73,8 @@ class Mixture(nn.Module):
 
 
 def half_positive(count):
-    """Features (count, 4, d) of which two tokens of every sequence, at places of their own, go to either expert."""
+    """Features (count, 4, d) of which two tokens of every sequence, at places of their own, go to
+    either expert."""
     x = rows(count, 4)
     places = torch.stack([torch.randperm(4)[:2] for _ in range(count)])
     x[..., 0] = -x[..., 0].abs()
@@ -83,7 +87,9 @@ def half_positive(count):
 def test_experts_whose_rows_happen_to_agree_in_number_are_averaged(flat, count):
     base = Blocks(Mixture(flat), block()).double()
     for make in (half_positive,) * 3:
-        merge = assert_copies_come_back(base, both({"inputs": make(count)}, {"inputs": make(count)}))
+        merge = assert_copies_come_back(
+            base, both({"inputs": make(count)}, {"inputs": make(count)})
+        )
         for name in ("blocks.0.experts.0.weight", "blocks.0.experts.1.bias"):
             assert "depends on what they hold" in merge.averaged[name]
         assert [row["layer"] for row in merge.table] == ["blocks.1.0"]
@@ -103,7 +109,9 @@ class Pair(nn.Module):
     def decoded(self, decoder_input_ids):
         return self.words(decoder_input_ids)
 
-    def forward(self, input_ids, attention_mask=None, decoder_input_ids=None, decoder_attention_mask=None):
+    def forward(
+        self, input_ids, attention_mask=None, decoder_input_ids=None, decoder_attention_mask=None
+    ):
         x = self.first(self.words(input_ids)).tanh()
         return self.second(self.decoded(decoder_input_ids)).tanh() + x.mean(1, keepdim=True)
 
@@ -134,7 +142,14 @@ def pairs(token=1):
     for task in TASKS:
         masks, ids = (beginnings(6), beginnings(6, 5)), (tokens(6), tokens(6, 5))
         texts, answers = (under(i, mask, token) for i, mask in zip(ids, masks))
-        found[task] = [{"input_ids": texts, "attention_mask": masks[0], "decoder_input_ids": answers, "decoder_attention_mask": masks[1]}]
+        found[task] = [
+            {
+                "input_ids": texts,
+                "attention_mask": masks[0],
+                "decoder_input_ids": answers,
+                "decoder_attention_mask": masks[1],
+            }
+        ]
     return found
 
 
@@ -143,7 +158,11 @@ def pairs(token=1):
 def test_a_table_counts_the_tokens_of_all_its_calls(kind, folds):
     base, calibration = kind().double(), pairs()
     merge = assert_same_merge(base, calibration, pairs(2), ridge=0.0, folds=folds)
-    assert [row["layer"] for row in merge.table] == ["words", "first", "second"] and not merge.averaged
+    assert [row["layer"] for row in merge.table] == [
+        "words",
+        "first",
+        "second",
+    ] and not merge.averaged
     experts = tuned(base)
     counts = torch.zeros(len(TASKS), 40, dtype=torch.float64)
     for row, task in zip(counts, TASKS):
@@ -151,28 +170,41 @@ def test_a_table_counts_the_tokens_of_all_its_calls(kind, folds):
         for side in ("", "decoder_"):
             kept = batch[f"{side}input_ids"][batch[f"{side}attention_mask"] == 1]
             row += kept.bincount(minlength=40)
-    found = q.qp(base, experts, calibration, basis="elements", ridge=0.0, folds=1).state_dict["words.weight"]
+    found = q.qp(base, experts, calibration, basis="elements", ridge=0.0, folds=1).state_dict[
+        "words.weight"
+    ]
     share = torch.where(counts.sum(0) > 0, counts / counts.sum(1, keepdim=True), 0.5)
-    wanted = sum((s / share.sum(0))[:, None] * experts[t]["words.weight"] for s, t in zip(share, TASKS))
+    wanted = sum(
+        (s / share.sum(0))[:, None] * experts[t]["words.weight"] for s, t in zip(share, TASKS)
+    )
     torch.testing.assert_close(found, wanted)
 
 
 def test_a_table_of_tokens_that_a_model_makes_itself_is_averaged():
     base, calibration = Shifted().double(), pairs()
     merge = q.qp(base, tuned(base), calibration, **ELEMENTS)
-    assert merge.averaged == {"words.weight": "called more than once in a forward, on tokens that no argument of the model holds"}
+    assert merge.averaged == {
+        "words.weight": "called more than once in a forward, on tokens that no argument of the model holds"
+    }
 
 
 def test_tables_that_are_called_first_by_some_batches_only_are_averaged():
     class Either(TwoModules):
         def forward(self, input_ids=None, decoder_input_ids=None):
-            read = self.words(input_ids) if input_ids is not None else self.words_of_decoder(decoder_input_ids)
+            read = (
+                self.words(input_ids)
+                if input_ids is not None
+                else self.words_of_decoder(decoder_input_ids)
+            )
             return self.second(self.first(read).tanh())
 
     base = Either().double()
     experts = tuned(base)
     batches = [{"input_ids": tokens(6)}, {"decoder_input_ids": tokens(6)}]
-    one, two = (q.qp(base, experts, dict.fromkeys(TASKS, order), **ELEMENTS) for order in (batches, batches[::-1]))
+    one, two = (
+        q.qp(base, experts, dict.fromkeys(TASKS, order), **ELEMENTS)
+        for order in (batches, batches[::-1])
+    )
     assert distance(one.state_dict, two.state_dict) < 1e-12
     assert set(one.averaged) == set(two.averaged) == {"words.weight", "words_of_decoder.weight"}
 
@@ -206,7 +238,8 @@ class Inside(nn.Module):
 
 
 class Rotated(Blocks):
-    """Three layers of which every batch calls two: the first and the second, the second and the third, the third and the first."""
+    """Three layers of which every batch calls two: the first and the second, the second and the
+    third, the third and the first."""
 
     def __init__(self):
         super().__init__(block(), block(), block(), block())
@@ -240,12 +273,18 @@ def starting(*numbers):
     ],
     ids=["swapped", "one of many", "inside a block", "in a circle", "in one order"],
 )
-def test_layers_to_which_batches_come_in_different_orders_are_averaged_in_whatever_order_these_are(base, batches, disputed, activations):
+def test_layers_to_which_batches_come_in_different_orders_are_averaged_in_whatever_order_these_are(
+    base, batches, disputed, activations
+):
     base = base.double()
     experts, merges = tuned(base), []
     for order in (batches, batches[::-1], [*batches[1:], batches[0]]):
         merges.append(q.qp(base, experts, both(*order), activations=activations, **ELEMENTS))
-    reasons = {f"{layer}.{p}": "batches come to it in different orders" for layer in disputed for p in ("weight", "bias")}
+    reasons = {
+        f"{layer}.{p}": "batches come to it in different orders"
+        for layer in disputed
+        for p in ("weight", "bias")
+    }
     for merge in merges:
         assert distance(merge.state_dict, merges[0].state_dict) < 1e-9
         assert {name: why for name, why in merge.averaged.items() if name in reasons} == reasons

@@ -1,4 +1,5 @@
 """Small models with random experts, in float64 so that oracles can be exact."""
+
 import copy
 
 import torch
@@ -13,7 +14,8 @@ TASKS = ("a", "b", "c")
 
 
 class TokenModel(nn.Module):
-    """Token embedding, causal-free blocks and a mean over unmasked tokens; attention sees unmasked tokens only."""
+    """Token embedding, causal-free blocks and a mean over unmasked tokens; attention sees unmasked
+    tokens only."""
 
     def __init__(self, width=8, depth=2, vocabulary=11):
         super().__init__()
@@ -30,11 +32,16 @@ class TokenModel(nn.Module):
 
 
 class MaskedBlock(nn.Module):
-    """Mixes every token with the mean of the unmasked ones; returns a tuple as many published blocks do."""
+    """Mixes every token with the mean of the unmasked ones; returns a tuple as many published
+    blocks do."""
 
     def __init__(self, width):
         super().__init__()
-        self.norm, self.mix, self.own = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, width, bias=False)
+        self.norm, self.mix, self.own = (
+            nn.LayerNorm(width),
+            nn.Linear(width, width),
+            nn.Linear(width, width, bias=False),
+        )
 
     def forward(self, x, mask):
         h, weight = self.norm(x), mask[..., None].to(x)
@@ -44,7 +51,10 @@ class MaskedBlock(nn.Module):
 
 def perturbed(state, generator, scale=0.1):
     """A state dict near another."""
-    return {k: v + scale * torch.randn(v.shape, generator=generator, dtype=v.dtype) for k, v in state.items()}
+    return {
+        k: v + scale * torch.randn(v.shape, generator=generator, dtype=v.dtype)
+        for k, v in state.items()
+    }
 
 
 def experts_of(model, seed=1, tasks=TASKS):
@@ -57,7 +67,9 @@ def vision(seed=0):
     """(base, experts, calibration) of a two-block vision transformer, float64."""
     torch.manual_seed(seed)
     base = VisionTransformer(width=8, depth=2, heads=2, ratio=2, side=8, patch=4).double()
-    calibration = {t: [{"pixels": torch.randn(n, 1, 8, 8, dtype=torch.float64)} for n in (9, 4)] for t in TASKS}
+    calibration = {
+        t: [{"pixels": torch.randn(n, 1, 8, 8, dtype=torch.float64)} for n in (9, 4)] for t in TASKS
+    }
     return base, experts_of(base), calibration
 
 
@@ -68,8 +80,14 @@ def tokens(seed=0):
     calibration = {}
     for t in TASKS:
         lengths = torch.randint(2, 7, (16, 1))
-        batch = {"input_ids": torch.randint(0, 11, (16, 6)), "attention_mask": (torch.arange(6) < lengths).long()}
-        calibration[t] = [{k: v[:10] for k, v in batch.items()}, {k: v[10:] for k, v in batch.items()}]
+        batch = {
+            "input_ids": torch.randint(0, 11, (16, 6)),
+            "attention_mask": (torch.arange(6) < lengths).long(),
+        }
+        calibration[t] = [
+            {k: v[:10] for k, v in batch.items()},
+            {k: v[10:] for k, v in batch.items()},
+        ]
     return base, experts_of(base), calibration
 
 
@@ -82,17 +100,27 @@ def loaded(base, state):
 
 def outputs(v, x, y):
     """Samples (N, g, m) of what a viewed module puts out for rows x, (N, d)."""
-    return v.inputs(x) * y.double()[:, None] if isinstance(v, Table) else y.double().unsqueeze(-1 if isinstance(v, Norm) else 1)
+    return (
+        v.inputs(x) * y.double()[:, None]
+        if isinstance(v, Table)
+        else y.double().unsqueeze(-1 if isinstance(v, Norm) else 1)
+    )
 
 
 @torch.no_grad()
 def trace(model, batches):
-    """Every viewed layer's inputs and outputs over batches, padding dropped: {layer: (samples in, samples out)}."""
+    """Every viewed layer's inputs and outputs over batches, padding dropped: {layer: (samples in,
+    samples out)}."""
     seen, hooks = {}, []
     for name, module in model.named_modules():
         if v := view(name, module):
-            hooks.append(module.register_forward_hook(lambda _, a, y, v=v: seen.setdefault(v.name, []).append(
-                (v, v.rows(a[0]), v.output_rows(y)))))
+            hooks.append(
+                module.register_forward_hook(
+                    lambda _, a, y, v=v: seen.setdefault(v.name, []).append(
+                        (v, v.rows(a[0]), v.output_rows(y))
+                    )
+                )
+            )
     masks = []
     for batch in batches:
         model(**batch)
@@ -103,5 +131,10 @@ def trace(model, batches):
     def rows(z, mask):
         return z.flatten(0, -2) if mask is None else z[mask.bool()]
 
-    return {name: (torch.cat([v.inputs(rows(x, k)) for (v, x, _), k in zip(calls, masks)]),
-                   torch.cat([outputs(v, rows(x, k), rows(y, k)) for (v, x, y), k in zip(calls, masks)])) for name, calls in seen.items()}
+    return {
+        name: (
+            torch.cat([v.inputs(rows(x, k)) for (v, x, _), k in zip(calls, masks)]),
+            torch.cat([outputs(v, rows(x, k), rows(y, k)) for (v, x, y), k in zip(calls, masks)]),
+        )
+        for name, calls in seen.items()
+    }

@@ -1,4 +1,5 @@
-"""Pages that need no network: MathJax is installed by the build, pinned and verified; nothing else is fetched."""
+"""Pages that need no network: MathJax is installed by the build, pinned and verified; nothing else
+is fetched."""
 
 import hashlib
 import shutil
@@ -17,24 +18,31 @@ logger = logging.getLogger(__name__)
 
 
 def install_mathjax(app, config):
-    """Put MathJax's SVG build and its TeX extensions under ``_static/mathjax``; without npm, point at the CDN and say so."""
+    """Put MathJax's SVG build and its TeX extensions under ``_static/mathjax``; without npm, point
+    at the CDN and say so."""
     target = Path(app.srcdir) / "_static" / "mathjax"
     if (target / "tex-svg.js").is_file():
         return
     with tempfile.TemporaryDirectory() as folder:
         archive = _pack(folder)
         if archive is None:
-            logger.info(f"npm cannot give {PACKAGE}: formulae will be read from a CDN and need a network")
+            logger.info(
+                f"npm cannot give {PACKAGE}: formulae will be read from a CDN and need a network"
+            )
             config.mathjax_path = FALLBACK
             return
         found = hashlib.sha256(archive.read_bytes()).hexdigest()
         if found != SHA256:
-            raise ExtensionError(f"{PACKAGE}: expected sha256 {SHA256}, found {found}; do not use this file")
+            raise ExtensionError(
+                f"{PACKAGE}: expected sha256 {SHA256}, found {found}; do not use this file"
+            )
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
         es5, fresh = Path(folder, "package", "es5"), target.with_name("mathjax.partial")
         shutil.rmtree(fresh, ignore_errors=True)
-        shutil.copytree(es5 / "input" / "tex" / "extensions", fresh / "input" / "tex" / "extensions")
+        shutil.copytree(
+            es5 / "input" / "tex" / "extensions", fresh / "input" / "tex" / "extensions"
+        )
         shutil.copy(es5 / "tex-svg.js", fresh)
         shutil.rmtree(target, ignore_errors=True)
         fresh.rename(target)
@@ -44,12 +52,15 @@ def _pack(folder):
     npm = shutil.which("npm")
     if npm is None:
         return None
-    done = subprocess.run([npm, "pack", PACKAGE, "--silent"], cwd=folder, capture_output=True, timeout=300)
+    done = subprocess.run(
+        [npm, "pack", PACKAGE, "--silent"], cwd=folder, capture_output=True, timeout=300
+    )
     return next(Path(folder).glob("mathjax-*.tgz"), None) if done.returncode == 0 else None
 
 
 def disconnect_thebe(app):
-    """Jupyter Book always loads sphinx-thebe, whose pages name a CDN even when the button is off."""
+    """Jupyter Book always loads sphinx-thebe, whose pages name a CDN even when the button is
+    off."""
     for listeners in app.events.listeners.values():
         for listener in [item for item in listeners if item.handler.__module__ == "sphinx_thebe"]:
             app.disconnect(listener.id)

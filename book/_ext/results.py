@@ -1,4 +1,5 @@
-"""The role ``{res}`` and the directives ``{claims-table}``, ``{tiers}`` and ``{published}``: measured numbers reach a page only through records."""
+"""The role ``{res}`` and the directives ``{claims-table}``, ``{tiers}`` and ``{published}``:
+measured numbers reach a page only through records."""
 
 import fnmatch
 import os
@@ -25,14 +26,19 @@ def read(env, tier):
 def explain(record):
     """One line for the tooltip: where a number comes from."""
     parts = [record.id, record.unit, record.note, f"tier {record.tier}"]
-    parts += [f"{name} = {value}" for name, value in (("n", record.n), ("seed", record.seed)) if value is not None]
+    parts += [
+        f"{name} = {value}"
+        for name, value in (("n", record.n), ("seed", record.seed))
+        if value is not None
+    ]
     if record.interval:
         parts.append("interval [{:.4g}, {:.4g}]".format(*record.interval))
     return " · ".join(part for part in parts if part)
 
 
 class Result(SphinxRole):
-    """``{res}`id` ``, ``{res}`id .3f ci` ``, ``{res}`standard:id pct` ``: a record of the built tier, or of the named one."""
+    """``{res}`id` ``, ``{res}`id .3f ci` ``, ``{res}`standard:id pct` ``: a record of the built
+    tier, or of the named one."""
 
     def run(self):
         id, _, spec = re.sub(r"[|\s]+", " ", self.text.strip()).partition(" ")
@@ -42,7 +48,9 @@ class Result(SphinxRole):
             text = claims.format_record(record, spec)
         except MergeError as error:
             raise ExtensionError(f"{self.env.docname}: {{res}}`{self.text}`: {error}") from error
-        return [nodes.abbreviation(self.rawtext, text, explanation=explain(record), classes=["record"])], []
+        return [
+            nodes.abbreviation(self.rawtext, text, explanation=explain(record), classes=["record"])
+        ], []
 
 
 class ClaimsTable(SphinxDirective):
@@ -57,8 +65,14 @@ class ClaimsTable(SphinxDirective):
         source = Path(self.env.srcdir) / "claims.yml"
         self.env.note_dependency(str(source))
         try:
-            chosen = [c for c in claims.load_claims(source) if all(getattr(c, k) == v for k, v in self.options.items())]
-            rows = claims.judged(chosen, self.config.qpmerge_tier, lambda tier: read(self.env, tier))
+            chosen = [
+                c
+                for c in claims.load_claims(source)
+                if all(getattr(c, k) == v for k, v in self.options.items())
+            ]
+            rows = claims.judged(
+                chosen, self.config.qpmerge_tier, lambda tier: read(self.env, tier)
+            )
         except MergeError as error:
             raise ExtensionError(f"{self.env.docname}: claims table: {error}") from error
         table = claims.markdown_table(rows, lambda chapter: f"[](/chapters/{chapter})")
@@ -68,9 +82,11 @@ class ClaimsTable(SphinxDirective):
 
 
 class Tiers(SphinxDirective):
-    """``{tiers} vision.*.accuracy``: the records that match, one row each, the built tier beside others.
+    """``{tiers} vision.*.accuracy``: the records that match, one row each, the built tier beside
+    others.
 
-    What another tier has not recorded is said to be so. Options: ``beside`` (tiers, default ``standard``), and ``format`` as in ``{res}``.
+    What another tier has not recorded is said to be so. Options: ``beside`` (tiers, default
+    ``standard``), and ``format`` as in ``{res}``.
     """
 
     required_arguments = 1
@@ -81,7 +97,9 @@ class Tiers(SphinxDirective):
         try:
             found = {built: self.matching(built)}
         except MergeError as error:
-            raise ExtensionError(f"{self.env.docname}: {{tiers}} {self.arguments[0]}: {error}") from error
+            raise ExtensionError(
+                f"{self.env.docname}: {{tiers}} {self.arguments[0]}: {error}"
+            ) from error
         origins = []
         for tier in self.options.get("beside", ["standard"]):
             try:
@@ -90,13 +108,29 @@ class Tiers(SphinxDirective):
                 found[tier], origin = {}, f"*{tier}*: not recorded"
             origins.append(origin)
         start, _, end = self.arguments[0].partition("*")
-        ids = sorted(set().union(*found.values()), key=lambda id: -max(float(f[id].value) for f in found.values() if id in f))
-        rows = [[id.removeprefix(start).removesuffix(end).replace("_", " "), *(self.cell(f.get(id)) for f in found.values())] for id in ids]
+        ids = sorted(
+            set().union(*found.values()),
+            key=lambda id: -max(float(f[id].value) for f in found.values() if id in f),
+        )
+        rows = [
+            [
+                id.removeprefix(start).removesuffix(end).replace("_", " "),
+                *(self.cell(f.get(id)) for f in found.values()),
+            ]
+            for id in ids
+        ]
         lines = [["", *found], ["---"] * (len(found) + 1), *rows]
-        return self.parse_text_to_nodes("\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{'; '.join(origins)}\n")
+        return self.parse_text_to_nodes(
+            "\n".join("| " + " | ".join(line) + " |" for line in lines)
+            + f"\n\n{'; '.join(origins)}\n"
+        )
 
     def matching(self, tier):
-        return {id: r for id, r in read(self.env, tier).items() if fnmatch.fnmatchcase(id, self.arguments[0])}
+        return {
+            id: r
+            for id, r in read(self.env, tier).items()
+            if fnmatch.fnmatchcase(id, self.arguments[0])
+        }
 
     def cell(self, record):
         if record is None:
@@ -111,12 +145,15 @@ class Tiers(SphinxDirective):
             content = read_json(path)
             if fnmatch.filter(content["records"], self.arguments[0]):
                 p = content["provenance"]
-                said.append(f"*{tier}*: {p['device']}, {p['date'][:10]}, torch {p['packages']['torch']}, commit {p['commit']}")
+                said.append(
+                    f"*{tier}*: {p['device']}, {p['date'][:10]}, torch {p['packages']['torch']}, commit {p['commit']}"
+                )
         return "; ".join(said) or f"*{tier}*: not recorded"
 
 
 class Published(SphinxDirective):
-    """``{published} clip``: published figures of a family of checkpoints, beside the records of tier ``paper`` where there are any."""
+    """``{published} clip``: published figures of a family of checkpoints, beside the records of
+    tier ``paper`` where there are any."""
 
     required_arguments = 1
 
@@ -129,8 +166,14 @@ class Published(SphinxDirective):
         except RecordError:
             records = {}
         run = any(id.startswith(f"{family}.") for id in records)
-        said = "Measured / published / difference." if run else "Published. **Not run on this build**; the command is `qpmerge book run --tier paper --only 09`."
-        return self.parse_text_to_nodes(f"{said} In per cent; source: {content['source']}.\n\n{published.table(family, content, records)}\n")
+        said = (
+            "Measured / published / difference."
+            if run
+            else "Published. **Not run on this build**; the command is `qpmerge book run --tier paper --only 09`."
+        )
+        return self.parse_text_to_nodes(
+            f"{said} In per cent; source: {content['source']}.\n\n{published.table(family, content, records)}\n"
+        )
 
 
 def setup(app):

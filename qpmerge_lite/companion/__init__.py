@@ -1,1 +1,2 @@
-"""What the book is built from: data, benchmark suites, experiments, records and pages; not part of the wheel."""
+"""What the book is built from: data, benchmark suites, experiments, records and pages; not part of
+the wheel."""

@@ -17,7 +17,8 @@ FULL = "full"  # the embedded suites with a larger population of merges; no data
 
 
 def main(argv=None):
-    """Entry point of the console script. Returns the exit status: 0 done, 1 refused or failed, 2 wrong usage."""
+    """Entry point of the console script. Returns the exit status: 0 done, 1 refused or failed, 2
+    wrong usage."""
     arguments = parser().parse_args(argv)
     try:
         return arguments.command(arguments)
@@ -30,31 +31,66 @@ def parser():
     """The command line as an ``argparse`` parser."""
     top = argparse.ArgumentParser(prog="qpmerge", description=__doc__)
     groups = top.add_subparsers(required=True, metavar="{book,data}")
-    verbs = groups.add_parser("book", help="the executable book").add_subparsers(required=True, metavar="VERB")
+    verbs = groups.add_parser("book", help="the executable book").add_subparsers(
+        required=True, metavar="VERB"
+    )
     run = _verb(verbs, "run", _run, "execute the notebooks whose content changed")
-    check = _verb(verbs, "check", _check, "execute all notebooks again and compare their records with the expected ones")
-    check.add_argument("--update", action="store_true", help="first write the fresh values as the expected ones")
+    check = _verb(
+        verbs,
+        "check",
+        _check,
+        "execute all notebooks again and compare their records with the expected ones",
+    )
+    check.add_argument(
+        "--update", action="store_true", help="first write the fresh values as the expected ones"
+    )
     check.add_argument("--no-run", action="store_true", help="compare the records that are there")
     table = _verb(verbs, "claims", _claims, "judge every claim and rewrite the table of README.md")
-    record = _verb(verbs, "record", _record, "keep the records of a tier that the build machine does not run, to be committed")
+    record = _verb(
+        verbs,
+        "record",
+        _record,
+        "keep the records of a tier that the build machine does not run, to be committed",
+    )
     record.add_argument("--tier", choices=(*TIERS[1:], FULL), default="standard")
     for command in (run, check):
         command.add_argument("--only", metavar="NN", help="only notebooks whose name starts so")
         command.add_argument(
-            "-p", dest="parameters", metavar="NAME=VALUE", action="append", default=[], help="set a notebook parameter"
+            "-p",
+            dest="parameters",
+            metavar="NAME=VALUE",
+            action="append",
+            default=[],
+            help="set a notebook parameter",
         )
     run.add_argument("--force", action="store_true", help="execute even what has not changed")
     for command in (run, check, table):
         command.add_argument("--tier", choices=(*TIERS, FULL), default="smoke")
-    data = groups.add_parser("data", help="the data behind the suites").add_subparsers(required=True, metavar="VERB")
+    data = groups.add_parser("data", help="the data behind the suites").add_subparsers(
+        required=True, metavar="VERB"
+    )
     _verb(data, "list", _data_list, "every manifest with its source, licence and size")
     verbs = {
-        "fetch": (_data_fetch, "+", "bring files here from the first source that serves, and check them"),
-        "verify": (_data_verify, "*", "check the bytes and hashes of what is here, without a network; default all"),
-        "lock": (_data_lock, "+", "ask the Hub for commits, hash the files, and write what was found into the manifests"),
+        "fetch": (
+            _data_fetch,
+            "+",
+            "bring files here from the first source that serves, and check them",
+        ),
+        "verify": (
+            _data_verify,
+            "*",
+            "check the bytes and hashes of what is here, without a network; default all",
+        ),
+        "lock": (
+            _data_lock,
+            "+",
+            "ask the Hub for commits, hash the files, and write what was found into the manifests",
+        ),
     }
     for name, (command, count, help) in verbs.items():
-        _verb(data, name, command, help).add_argument("name", nargs=count, help="manifests, or a tier for all of its")
+        _verb(data, name, command, help).add_argument(
+            "name", nargs=count, help="manifests, or a tier for all of its"
+        )
     return top
 
 
@@ -74,14 +110,21 @@ def _run(arguments, force=None):
         force=arguments.force if force is None else force,
         parameters=dict(_assignment(text) for text in arguments.parameters),
         progress=not (arguments.quiet or arguments.json) and sys.stderr.isatty(),
-        report=lambda o: say(f"{o.notebook}: {o.status}" + (f" in {o.seconds:.0f} s" if o.seconds else "")),
+        report=lambda o: say(
+            f"{o.notebook}: {o.status}" + (f" in {o.seconds:.0f} s" if o.seconds else "")
+        ),
     )
     for outcome in outcomes:
         if outcome.status == "failed":
             kept = os.path.relpath(outcome.path)
-            print(f"{outcome.notebook} failed with {outcome.error}; kept with its error as {kept}", file=sys.stderr)
+            print(
+                f"{outcome.notebook} failed with {outcome.error}; kept with its error as {kept}",
+                file=sys.stderr,
+            )
     if arguments.json and arguments.command is _run:
-        print(json.dumps([asdict(o) | {"path": os.path.relpath(o.path)} for o in outcomes], indent=1))
+        print(
+            json.dumps([asdict(o) | {"path": os.path.relpath(o.path)} for o in outcomes], indent=1)
+        )
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
 
@@ -115,29 +158,44 @@ def _claims(arguments):
     rows = claims.rows(root, arguments.tier)
     readme = root / "README.md"
     link = lambda chapter: f"[{chapter}](notebooks/{chapter}.ipynb)"  # noqa: E731
-    text = claims.replace_between_markers(readme.read_text(encoding="utf-8"), claims.markdown_table(rows, link))
+    text = claims.replace_between_markers(
+        readme.read_text(encoding="utf-8"), claims.markdown_table(rows, link)
+    )
     partial = readme.with_name(".README.md.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, readme)
     say = _printer(arguments)
     for row in rows:
         say(f"{row.claim.id}: {row.words}")
-    return _done(arguments, [{"id": r.claim.id, "measured": r.measured, "verdict": r.words} for r in rows])
+    return _done(
+        arguments, [{"id": r.claim.id, "measured": r.measured, "verdict": r.words} for r in rows]
+    )
 
 
 def _data_list(arguments):
     from .data import manifests
 
-    total = lambda files: None if any(f.bytes is None for f in files) else sum(f.bytes for f in files)
+    total = lambda files: (
+        None if any(f.bytes is None for f in files) else sum(f.bytes for f in files)
+    )
     sources = [
-        {"manifest": name, "source": s.id, "kind": s.kind, "licence": s.licence, "verified": s.verified, "bytes": total(s.files)}
+        {
+            "manifest": name,
+            "source": s.id,
+            "kind": s.kind,
+            "licence": s.licence,
+            "verified": s.verified,
+            "bytes": total(s.files),
+        }
         for name in manifests.names()
         for s in manifests.load_manifest(name).sources
     ]
     say = _printer(arguments)
     for s in sources:
         size = "size not known" if s["bytes"] is None else f"{s['bytes']:,} bytes"
-        say(f"{s['manifest']}: {s['source']} ({s['kind']}, {s['licence']}): {size}{'' if s['verified'] else ', not verified'}")
+        say(
+            f"{s['manifest']}: {s['source']} ({s['kind']}, {s['licence']}): {size}{'' if s['verified'] else ', not verified'}"
+        )
     return _done(arguments, sources)
 
 
@@ -154,9 +212,17 @@ def _data_verify(arguments):
         else:
             here = data.here(manifest)
             if not here and name in arguments.name:
-                raise MergeError(f"{name}: none of its sources is on this machine; run: qpmerge data fetch {name}")
-        checked[name] = [f"{source}/{file.path}" for source, files in here.items() for file in files]
-        say(f"{name}: {len(checked[name])} files verified" if here else f"{name}: not on this machine")
+                raise MergeError(
+                    f"{name}: none of its sources is on this machine; run: qpmerge data fetch {name}"
+                )
+        checked[name] = [
+            f"{source}/{file.path}" for source, files in here.items() for file in files
+        ]
+        say(
+            f"{name}: {len(checked[name])} files verified"
+            if here
+            else f"{name}: not on this machine"
+        )
     return _done(arguments, checked)
 
 
@@ -170,7 +236,9 @@ def _data_fetch(arguments):
         for member in data.members(family) if own else [name]:
             files = data.fetch(member)
             fetched[member] = {path: str(found) for path, found in files.items()}
-            say(f"{member}: {len(files)} files in {os.path.commonpath([found.parent for found in files.values()])}")
+            say(
+                f"{member}: {len(files)} files in {os.path.commonpath([found.parent for found in files.values()])}"
+            )
     return _done(arguments, fetched)
 
 
@@ -180,7 +248,13 @@ def _data_lock(arguments):
     say, locked = _printer(arguments), {}
     for name in _manifests(arguments.name):
         locked[name] = hub.lock(name)
-        say(f"{name}: " + (", ".join(f"{source} at {commit}" for source, commit in locked[name].items()) or "nothing to lock"))
+        say(
+            f"{name}: "
+            + (
+                ", ".join(f"{source} at {commit}" for source, commit in locked[name].items())
+                or "nothing to lock"
+            )
+        )
     return _done(arguments, locked)
 
 

@@ -12,10 +12,13 @@ class Plan:
     Attributes:
         seeds: how many are run; with one, intervals are taken over tasks.
         calibration: examples per task in merges of many layers.
-        options: most options of a method's grid that are tried, spread evenly over it; None tries all.
-        chapters: how the names of the notebooks begin that are run; the others study the embedded suites only.
+        options: most options of a method's grid that are tried, spread evenly over it; None tries
+            all.
+        chapters: how the names of the notebooks begin that are run; the others study the embedded
+            suites only.
         suites: the tier whose suites are used, where it is another one.
-        subsets: of the population of ``population.py``, how many experts its problems have, per suite and seed.
+        subsets: of the population of ``population.py``, how many experts its problems have, per
+            suite and seed.
         merges: how many of every kind are drawn for each of its problems.
         largest: most calibration examples per task of its merges.
         tested: most test examples per task that they are judged on.
@@ -39,7 +42,13 @@ class Plan:
 
 PLANS = {
     "smoke": Plan(),
-    "full": Plan(suites="smoke", chapters=("10", "11"), subsets=(2, 3, 4, 5, 6, 7, 8), merges=(2, 3, 5, 2), largest=512),
+    "full": Plan(
+        suites="smoke",
+        chapters=("10", "11"),
+        subsets=(2, 3, 4, 5, 6, 7, 8),
+        merges=(2, 3, 5, 2),
+        largest=512,
+    ),
     "standard": Plan(seeds=1, options=3, chapters=("05", "06", "07")),
     "paper": Plan(seeds=1, calibration=256, options=3, chapters=("09",)),
 }

@@ -1,4 +1,5 @@
-"""Results as records: written by code that ran, read by the pages, the claims and the regression check."""
+"""Results as records: written by code that ran, read by the pages, the claims and the regression
+check."""
 
 import difflib
 import hashlib
@@ -19,8 +20,26 @@ from .paths import MANIFESTS, records_folder
 
 SCHEMA = 1
 ID = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
-PACKAGES = ("torch", "numpy", "safetensors", "datasets", "transformers", "scikit-learn", "wordfreq", "qpmerge-lite")
-PROVENANCE = ("date", "device", "python", "machine", "threads", "packages", "commit", "data")  # all of it goes with committed records
+PACKAGES = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "datasets",
+    "transformers",
+    "scikit-learn",
+    "wordfreq",
+    "qpmerge-lite",
+)
+PROVENANCE = (
+    "date",
+    "device",
+    "python",
+    "machine",
+    "threads",
+    "packages",
+    "commit",
+    "data",
+)  # all of it goes with committed records
 
 
 class RecordError(MergeError):
@@ -31,8 +50,9 @@ class RecordError(MergeError):
 class Record:
     """One result: a plain value with what is needed to read it.
 
-    ``unit`` is a word or symbol, ``n`` the number of samples behind the value, ``seed`` the seed it hangs on,
-    ``interval`` a pair (low, high) that the notebook says how it made, ``tier`` and ``notebook`` where it comes from.
+    ``unit`` is a word or symbol, ``n`` the number of samples behind the value, ``seed`` the seed it
+    hangs on, ``interval`` a pair (low, high) that the notebook says how it made, ``tier`` and
+    ``notebook`` where it comes from.
     """
 
     id: str
@@ -65,19 +85,28 @@ class Records:
     def record(self, id, value, *, unit="", n=None, seed=None, interval=None, note=""):
         """Keep one result under a dotted lower-case id and give the plain value back.
 
-        Raises: RecordError for a malformed or repeated id, a NaN or infinite value, an interval out of order.
+        Raises: RecordError for a malformed or repeated id, a NaN or infinite value, an interval out
+            of order.
         """
         if not ID.fullmatch(id):
-            raise RecordError(f"record {id!r}: expected dotted lower-case words such as vision.rows.accuracy")
+            raise RecordError(
+                f"record {id!r}: expected dotted lower-case words such as vision.rows.accuracy"
+            )
         if id in self._records:
-            raise RecordError(f"record {id!r}: recorded twice in {self.notebook}; give each result its own id")
+            raise RecordError(
+                f"record {id!r}: recorded twice in {self.notebook}; give each result its own id"
+            )
         value = _plain(id, value)
         if interval is not None:
             interval = tuple(_plain(id, end) for end in interval)
             if len(interval) != 2 or interval[0] > interval[1]:
-                raise RecordError(f"record {id!r}: expected an interval (low, high), found {interval}")
+                raise RecordError(
+                    f"record {id!r}: expected an interval (low, high), found {interval}"
+                )
         count, seed = (None if x is None else int(x) for x in (n, seed))
-        self._records[id] = Record(id, value, unit, count, seed, interval, note, self.notebook, self.tier)
+        self._records[id] = Record(
+            id, value, unit, count, seed, interval, note, self.notebook, self.tier
+        )
         self._write()
         return value
 
@@ -93,17 +122,20 @@ class Records:
 def load_records(tier, root=None):
     """All records of a tier, ``{id: Record}``.
 
-    They are read from ``<root>/<tier>/*.json``; a tier that this machine has not run falls back to the committed
-    ``book/recorded/<tier>``.
+    They are read from ``<root>/<tier>/*.json``; a tier that this machine has not run falls back to
+    the committed ``book/recorded/<tier>``.
 
-    Raises: RecordError when there are none, when a file is not a record file, or when two notebooks share an id.
+    Raises: RecordError when there are none, when a file is not a record file, or when two notebooks
+        share an id.
     """
     records = {}
     for path in record_files(tier, root):
         for record in _read(path):
             if record.id in records:
                 other = records[record.id].notebook
-                raise RecordError(f"record {record.id!r}: written by both {other} and {record.notebook}; rename one")
+                raise RecordError(
+                    f"record {record.id!r}: written by both {other} and {record.notebook}; rename one"
+                )
             records[record.id] = record
     return records
 
@@ -115,11 +147,14 @@ def record_files(tier, root=None):
         files = sorted(folder.glob("*.json"))
         if files:
             return files
-    raise RecordError(f"no records of tier {tier!r} in {root.name}; run `qpmerge book run --tier {tier}` first")
+    raise RecordError(
+        f"no records of tier {tier!r} in {root.name}; run `qpmerge book run --tier {tier}` first"
+    )
 
 
 def keep(tier, root=None):
-    """Copy the records of a tier from ``<root>/<tier>`` to the committed ``recorded/<tier>`` beside it, and return the paths there.
+    """Copy the records of a tier from ``<root>/<tier>`` to the committed ``recorded/<tier>`` beside
+    it, and return the paths there.
 
     Raises: RecordError when there are none, or when a file lacks part of its provenance.
     """
@@ -130,11 +165,15 @@ def keep(tier, root=None):
         content = read_json(path)
         lacking = [name for name in PROVENANCE if not content["provenance"].get(name)]
         if lacking:
-            raise RecordError(f"{path.name}: expected a provenance with {', '.join(lacking)}, found none; run its notebook again in a checkout")
+            raise RecordError(
+                f"{path.name}: expected a provenance with {', '.join(lacking)}, found none; run its notebook again in a checkout"
+            )
         kept.append(root.parent / "recorded" / tier / path.name)
         write_json(kept[-1], content)
     if not kept:
-        raise RecordError(f"no records of tier {tier!r} in {root.name}; run `qpmerge book run --tier {tier}` first")
+        raise RecordError(
+            f"no records of tier {tier!r} in {root.name}; run `qpmerge book run --tier {tier}` first"
+        )
     return kept
 
 
@@ -142,12 +181,15 @@ def find(records, id):
     """The record of that id. Raises: RecordError naming the ids that look alike."""
     if id not in records:
         alike = difflib.get_close_matches(id, records, n=5, cutoff=0.4)
-        raise RecordError(f"no record {id!r}; recorded ids that look alike: {', '.join(alike) or 'none'}")
+        raise RecordError(
+            f"no record {id!r}; recorded ids that look alike: {', '.join(alike) or 'none'}"
+        )
     return records[id]
 
 
 def provenance(device="cpu"):
-    """What ran: package versions, Python, machine type, threads, device, date (UTC), git commit if there is one, and on which data.
+    """What ran: package versions, Python, machine type, threads, device, date (UTC), git commit if
+    there is one, and on which data.
 
     ``data`` is one SHA-256 over all data manifests, which hold that of every file.
     """
@@ -167,7 +209,9 @@ def write_json(path, content):
     """Write JSON to a temporary name beside ``path``, then rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_text(
+        json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
     os.replace(partial, path)
 
 
@@ -176,18 +220,24 @@ def read_json(path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise RecordError(f"{path.name}: not valid JSON ({error}); delete it and run its notebook again") from error
+        raise RecordError(
+            f"{path.name}: not valid JSON ({error}); delete it and run its notebook again"
+        ) from error
 
 
 def _read(path):
     content = read_json(path)
     if content.get("schema") != SCHEMA:
         found = content.get("schema")
-        raise RecordError(f"{path.name}: expected record schema {SCHEMA}, found {found}; run its notebook again")
+        raise RecordError(
+            f"{path.name}: expected record schema {SCHEMA}, found {found}; run its notebook again"
+        )
     for id, fields in content["records"].items():
         interval = fields.pop("interval")
         interval = None if interval is None else tuple(interval)
-        yield Record(id, interval=interval, notebook=content["notebook"], tier=content["tier"], **fields)
+        yield Record(
+            id, interval=interval, notebook=content["notebook"], tier=content["tier"], **fields
+        )
 
 
 def _plain(id, value):
@@ -196,9 +246,13 @@ def _plain(id, value):
     if isinstance(value, (bool, str, int)):
         return value
     if not isinstance(value, numbers.Real):
-        raise RecordError(f"record {id!r}: expected a number, a word or a truth value, found {type(value).__name__}")
+        raise RecordError(
+            f"record {id!r}: expected a number, a word or a truth value, found {type(value).__name__}"
+        )
     if not math.isfinite(value):
-        raise RecordError(f"record {id!r}: the value is {value}; record a finite number or say in a word why there is none")
+        raise RecordError(
+            f"record {id!r}: the value is {value}; record a finite number or say in a word why there is none"
+        )
     return float(value)
 
 

@@ -1,1 +1,2 @@
-"""A pass over a model: forwards of the real model in lockstep, and what its layers read on the way."""
+"""A pass over a model: forwards of the real model in lockstep, and what its layers read on the
+way."""

@@ -1,4 +1,5 @@
-"""What forwards do beside computing: modes of the thread, values left on modules, tensors written to, errors."""
+"""What forwards do beside computing: modes of the thread, values left on modules, tensors written
+to, errors."""
 
 from __future__ import annotations
 
@@ -16,15 +17,20 @@ ABSENT = object()
 
 @dataclass
 class Traces:
-    """What forwards of a model leave behind: values on modules as (path, ``attribute`` or ``buffer``, key), written inputs."""
+    """What forwards of a model leave behind: values on modules as (path, ``attribute`` or
+    ``buffer``, key), written inputs."""
 
     values: set[tuple[str, str, str]] = field(default_factory=set)
     inputs: bool = False
 
 
 def modes() -> tuple:
-    """What holds for all that runs in the thread, and a forward may have set for a part of itself."""
-    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    """What holds for all that runs in the thread, and a forward may have set for a part of
+    itself."""
+    autocast = [
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda")
+    ]
     return torch.is_grad_enabled(), torch.get_default_dtype(), autocast
 
 
@@ -44,7 +50,8 @@ def version_of(tensor: Tensor) -> int:
 
 
 def identity_of(tensor: Tensor) -> tuple:
-    """Equal for a tensor that has not been written to since; never where torch does not count that."""
+    """Equal for a tensor that has not been written to since; never where torch does not count
+    that."""
     return id(tensor), object() if tensor.is_inference() else tensor._version
 
 
@@ -54,7 +61,8 @@ def copied(value):
 
 
 def first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
-    """What a module is given to read: the first tensor among its arguments; None for one within torch.vmap."""
+    """What a module is given to read: the first tensor among its arguments; None for one within
+    torch.vmap."""
     found = next((z for z in (*args, *kwargs.values()) if isinstance(z, Tensor)), None)
     return None if found is None or torch._C._functorch.is_batchedtensor(found) else found
 

@@ -20,7 +20,9 @@ from .survey import Survey
 from .views import Table, View
 
 ROWS = 4096  # rows whose products are taken together, at least
-Reads = Mapping[tuple, Forward]  # (stream, task, number of the batch) -> the forward that waits at the layer
+Reads = Mapping[
+    tuple, Forward
+]  # (stream, task, number of the batch) -> the forward that waits at the layer
 Gathered = tuple[View, Moments, Tensor]
 
 
@@ -37,7 +39,9 @@ class Gatherer:
         products: ``activations`` or ``float64``, see :class:`sequential.Pass`.
     """
 
-    def __init__(self, known: Survey, tasks: list[str], batches: list[Batch], base, experts, products: str):
+    def __init__(
+        self, known: Survey, tasks: list[str], batches: list[Batch], base, experts, products: str
+    ):
         self.known, self.tasks, self.batches = known, tasks, batches
         self.base, self.experts, self.products = base, experts, products
         self.device = next(iter(base.values())).device
@@ -48,11 +52,15 @@ class Gatherer:
         self._row_counts: dict[tuple, torch.Size] = {}
         self._buffers = Buffers(self.device)
 
-    def moments(self, views: list[View], reads: Reads, making: Making, shared: dict | None) -> Iterator[Gathered]:
-        """Of layers that read alike, one by one: the view, its moments, and its updates (K, g, m, n).
+    def moments(
+        self, views: list[View], reads: Reads, making: Making, shared: dict | None
+    ) -> Iterator[Gathered]:
+        """Of layers that read alike, one by one: the view, its moments, and its updates (K, g, m,
+        n).
 
         Args:
-            shared: sums on the experts' own inputs that other merges of the pass have already; None where there are no others.
+            shared: sums on the experts' own inputs that other merges of the pass have already; None
+                where there are no others.
         Raises: Unreached, LeftOut; NonFinite for activations that are NaN or infinite.
         """
         if isinstance(views[0], Table):
@@ -67,7 +75,8 @@ class Gatherer:
             yield v, sums.moments(v.name, updates, making.recipe.own_weight, rows), updates
 
     def check(self) -> None:
-        """Where values were not looked at on the way, because that waits for the device: NonFinite for the first layer that read one."""
+        """Where values were not looked at on the way, because that waits for the device: NonFinite
+        for the first layer that read one."""
         if self.looks or not self._finite:
             return
         found = torch.stack(list(self._finite.values()))  # (layers, T), read once
@@ -75,7 +84,9 @@ class Gatherer:
             if not all(finite):
                 task = self.tasks[finite.index(False)]
                 cure = "check this task's calibration data and weights"
-                raise NonFinite(f"layer {layer}, task {task}, inputs", torch.tensor(float("nan")), cure)
+                raise NonFinite(
+                    f"layer {layer}, task {task}, inputs", torch.tensor(float("nan")), cure
+                )
 
     def _updates(self, v: View) -> Tensor:
         base = v.matrix(self.base)
@@ -92,7 +103,11 @@ class Gatherer:
             g, m, n = torch.cat([v.matrix(self.base) for v in views], 1).shape
             sums = self._opened((g, m, n), recipe, reuse=not own_stream)
             for task in self.tasks:
-                W = torch.cat([v.matrix(self.experts[task]) for v in views], 1) if recipe.own_weight else None
+                W = (
+                    torch.cat([v.matrix(self.experts[task]) for v in views], 1)
+                    if recipe.own_weight
+                    else None
+                )
                 self._add_task(task, W, sums, first, reads, making)
         if own_stream:
             shared[key] = sums
@@ -103,10 +118,22 @@ class Gatherer:
         return sums
 
     def _opened(self, shape, recipe: Recipe, reuse: bool) -> Sums:
-        """Empty sums, in the buffers of those of the layer before where they will not be needed again."""
-        buffers = self._buffers if reuse and recipe.solver is not None else Buffers(self.device, kept=True)
+        """Empty sums, in the buffers of those of the layer before where they will not be needed
+        again."""
+        buffers = (
+            self._buffers
+            if reuse and recipe.solver is not None
+            else Buffers(self.device, kept=True)
+        )
         drift = bool(recipe.own_weight)
-        return Sums(self.tasks, shape, buffers, folds=recipe.folds, drift=drift, full_energy=recipe.keeps_full_energy)
+        return Sums(
+            self.tasks,
+            shape,
+            buffers,
+            folds=recipe.folds,
+            drift=drift,
+            full_energy=recipe.keeps_full_energy,
+        )
 
     def _add_task(self, task, W, sums: Sums, v: View, reads, making: Making) -> None:
         """Add one task's batches, small ones together."""
@@ -118,8 +145,11 @@ class Gatherer:
                 sums.add(v, task, *joined(held))
                 held = []
 
-    def _pair(self, W, v: View, reads, making: Making, batch: Batch) -> tuple[Tensor, Tensor | None, list[int]] | None:
-        """Samples Z of a batch, the expert's answer r to its drift from them, and rows by fold; None where no forward has come."""
+    def _pair(
+        self, W, v: View, reads, making: Making, batch: Batch
+    ) -> tuple[Tensor, Tensor | None, list[int]] | None:
+        """Samples Z of a batch, the expert's answer r to its drift from them, and rows by fold;
+        None where no forward has come."""
         read = reading(reads, making.stream, batch)
         own = reading(reads, "expert", batch) if W is not None else None
         if read is None or (own is None and W is not None):
@@ -137,11 +167,15 @@ class Gatherer:
         Z = v.samples(rows)
         return (Z.double() if self.products == "float64" else Z), counts
 
-    def _rows(self, v: View, read: Tensor, batch: Batch, folds: int, layout: Layout | None = None) -> tuple[Tensor, list[int]]:
-        """Rows (N, d) of a batch that are no padding, those of a fold side by side, and how many each fold has.
+    def _rows(
+        self, v: View, read: Tensor, batch: Batch, folds: int, layout: Layout | None = None
+    ) -> tuple[Tensor, list[int]]:
+        """Rows (N, d) of a batch that are no padding, those of a fold side by side, and how many
+        each fold has.
 
         Args:
-            layout: of tokens that are read behind the first call of a table; otherwise that of the layer.
+            layout: of tokens that are read behind the first call of a table; otherwise that of the
+                layer.
         """
         first, rows = layout is None, v.rows(read)
         layout = self.known.layout(v.name, batch) if first else layout
@@ -164,7 +198,8 @@ class Gatherer:
         return (rows if index is None else rows.index_select(0, index)), counts
 
     def _check_count(self, v: View, rows: Tensor, batch: Batch) -> None:
-        """LeftOut where the shapes of a batch do not settle how many rows a layer reads: they are chosen by what they hold."""
+        """LeftOut where the shapes of a batch do not settle how many rows a layer reads: they are
+        chosen by what they hold."""
         shapes = tuple((k, z.shape) for k, z in batch.arguments.items() if isinstance(z, Tensor))
         if self._row_counts.setdefault((v.name, shapes), rows.shape[:-1]) != rows.shape[:-1]:
             raise LeftOut(v.name, "which rows it reads depends on what they hold")
@@ -177,7 +212,9 @@ class Gatherer:
                 if not bool(v.samples(rows).isfinite().all()):
                     cure = "check this task's calibration data and weights"
                     raise NonFinite(f"layer {v.name}, task {task}, inputs", rows, cure)
-        raise MergeError(f"layer {v.name}, task {task}: products of its inputs overflow; use products='float64'")
+        raise MergeError(
+            f"layer {v.name}, task {task}: products of its inputs overflow; use products='float64'"
+        )
 
     def _check_reached(self, counts: list[list[int]]) -> None:
         """Unreached unless every task and fold has rows."""
@@ -185,32 +222,47 @@ class Gatherer:
         if silent:
             raise Unreached(f"too few calibration inputs of {silent} reach it")
 
-    def _tokens(self, table: Table, read: Tensor, batch: Batch, folds: int, layout: Layout | None = None) -> tuple[Tensor, Tensor]:
+    def _tokens(
+        self, table: Table, read: Tensor, batch: Batch, folds: int, layout: Layout | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Tokens (N,) of a batch that are no padding, and the fold of each."""
         rows, counts = self._rows(table, read, batch, folds, layout)
         fold = torch.arange(folds).repeat_interleave(torch.tensor(counts))
         return rows[:, 0], fold.to(rows.device)
 
     def _counted(self, table: Table, reads, making: Making) -> Gathered:
-        """A table of the tokens that occur, and its moments: how often each does. All targets agree on it."""
+        """A table of the tokens that occur, and its moments: how often each does. All targets agree
+        on it."""
         folds, found = making.recipe.folds, {task: [] for task in self.tasks}
         for batch in self.batches:
             read = reading(reads, making.stream, batch)
             if read is not None:
                 found[batch.task].append(self._tokens(table, read, batch, folds))
                 for key, layout in self.known.later_lookups(table.name, batch):
-                    found[batch.task].append(self._tokens(table, batch.arguments[key], batch, folds, layout))
+                    found[batch.task].append(
+                        self._tokens(table, batch.arguments[key], batch, folds, layout)
+                    )
         tokens = [ids for parts in found.values() for ids, _ in parts]
         if not tokens:
             raise Unreached("no calibration input reaches it")
         table = replace(table, ids=torch.cat(tokens).unique())
         updates, g = self._updates(table), len(table.ids)
-        options = {"g": g, "folds": folds, "layer": table.name, "device": updates.device, "shared": True}
-        moments = Moments.zeros(self.tasks, 1, updates.shape[2], full_energy=making.recipe.keeps_full_energy, **options)
+        options = {
+            "g": g,
+            "folds": folds,
+            "layer": table.name,
+            "device": updates.device,
+            "shared": True,
+        }
+        moments = Moments.zeros(
+            self.tasks, 1, updates.shape[2], full_energy=making.recipe.keeps_full_energy, **options
+        )
         for (task, parts), update in zip(found.items(), updates):
             for ids, fold in parts:
                 places = fold * g + torch.searchsorted(table.ids, ids)
-                moments.count_copies(task, places.bincount(minlength=folds * g).reshape(folds, -1), update)
+                moments.count_copies(
+                    task, places.bincount(minlength=folds * g).reshape(folds, -1), update
+                )
         self._check_reached(moments.count.tolist())
         return table, moments, updates
 

@@ -1,4 +1,5 @@
-"""Which module is which kind of layer, by class name, so that no library has to be imported to know its layers."""
+"""Which module is which kind of layer, by class name, so that no library has to be imported to know
+its layers."""
 
 from __future__ import annotations
 
@@ -47,7 +48,10 @@ def why_no_view(module: nn.Module) -> str:
     kind = _kind(module)
     if kind is None:
         return f"a parameter of {type(module).__name__}, which is no kind of layer that is solved"
-    return _obstacle(module, kind) or f"a parameter of {type(module).__name__} that is neither its weight nor its bias"
+    return (
+        _obstacle(module, kind)
+        or f"a parameter of {type(module).__name__} that is neither its weight nor its bias"
+    )
 
 
 def _kind(module: nn.Module) -> type[View] | None:
@@ -56,7 +60,9 @@ def _kind(module: nn.Module) -> type[View] | None:
     for name in names:
         if name in KINDS:
             return KINDS[name]
-    is_norm = any("Norm" in name for name in names) and not any(other in name for name in names for other in OTHER_NORMS)
+    is_norm = any("Norm" in name for name in names) and not any(
+        other in name for name in names for other in OTHER_NORMS
+    )
     return Norm if is_norm else None
 
 

@@ -1,8 +1,9 @@
 """Where the sequences and tokens of a batch lie in the rows that a layer reads.
 
-Found out by comparing rows of a few sequences with those of one sequence less in another order, and of sequences with one
-token less: what changes its size with the sequences is their axis, what changes it with the tokens is theirs. No guess
-from shapes that happen to agree.
+Found out by comparing rows of a few sequences with those of one sequence less in another order, and
+of sequences with one
+token less: what changes its size with the sequences is their axis, what changes it with the tokens
+is theirs. No guess from shapes that happen to agree.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ class Layout:
     """Where the sequences and tokens of a batch lie in the rows (…, d) that a layer reads.
 
     Attributes:
-        axis: the axis that holds the sequences, with several rows of each next to each other or, if not
-            ``sequences_first``, one row of each next to each other; None where all sequences share the rows.
-        token_axis: the axis of tokens behind that of the sequences, once these have been brought to the front.
+        axis: the axis that holds the sequences, with several rows of each next to each other or, if
+            not ``sequences_first``, one row of each next to each other; None where all sequences
+            share the rows.
+        token_axis: the axis of tokens behind that of the sequences, once these have been brought to
+            the front.
         mask: the model's argument that says which tokens are padding, None where nothing is.
     """
 
@@ -54,9 +57,17 @@ class Layout:
         return mask is None or self.arrange(rows, batch.size).shape[: mask.dim()] == mask.shape
 
 
-def find_layout(layer: str, rows: Tensor, fewer: Tensor | None, shorter: dict, batch: Batch, padded: bool, table=False) -> Layout:
-    """The layout of rows (…, d) on the few sequences of a batch, given those on one sequence less, the others in
-    reverse order, and on shorter ones.
+def find_layout(
+    layer: str,
+    rows: Tensor,
+    fewer: Tensor | None,
+    shorter: dict,
+    batch: Batch,
+    padded: bool,
+    table=False,
+) -> Layout:
+    """The layout of rows (…, d) on the few sequences of a batch, given those on one sequence less,
+    the others in reverse order, and on shorter ones.
 
     Raises: LeftOut or MergeError with the reason where there is none.
     """
@@ -83,7 +94,8 @@ def find_layout(layer: str, rows: Tensor, fewer: Tensor | None, shorter: dict, b
 
 
 def _sequences_of(layer, rows, fewer, size, table) -> Layout:
-    """The axis of sequences: the one that shrinks with them, and whose rows are the same as before, in reverse order."""
+    """The axis of sequences: the one that shrinks with them, and whose rows are the same as before,
+    in reverse order."""
     if rows.dim() != fewer.dim():
         raise LeftOut(layer, "its rows are laid out differently from batch to batch")
     axes = [i for i in range(rows.dim() - 1) if rows.shape[i] != fewer.shape[i]]
@@ -106,13 +118,17 @@ def _close(one: Tensor, other: Tensor) -> bool:
     if not one.is_floating_point() or one.shape != other.shape:
         return torch.equal(one, other)
     one, other = one.double(), other.double()
-    return not bool(one.isfinite().all()) or bool((one - other).norm() <= 0.03 * other.norm() + 1e-12)
+    return not bool(one.isfinite().all()) or bool(
+        (one - other).norm() <= 0.03 * other.norm() + 1e-12
+    )
 
 
 def _relation(layout: Layout, rows, shorter, size, batch, mask) -> list[int] | None:
-    """Arranged axes of rows that shrink with the tokens of a mask, none where rows do not depend on them one by one.
+    """Arranged axes of rows that shrink with the tokens of a mask, none where rows do not depend on
+    them one by one.
 
-    None stands for rows that depend on the tokens and are not theirs. Without calls on shorter sequences, length decides.
+    None stands for rows that depend on the tokens and are not theirs. Without calls on shorter
+    sequences, length decides.
     """
     arranged, of_mask = layout.arrange(rows, size), batch.masks.get(mask)
     length = None if of_mask is None else of_mask.shape[1]

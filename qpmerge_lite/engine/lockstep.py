@@ -1,14 +1,19 @@
-"""Forwards of the real model in lockstep: they take turns on one model, pause where told, and go on when told.
+"""Forwards of the real model in lockstep: they take turns on one model, pause where told, and go on
+when told.
 
                  expert's weights   ──▶ embed ─┐ ┌─▶ norm ─┐ ┌─▶ q k v ─┐
-    one batch                                  │ │         │ │          │      every forward pauses before a layer;
-                 merged weights     ──▶ embed ─┤ ├─▶ norm ─┤ ├─▶ q k v ─┤      when all that come to it are there, it is
-    next batch   …                             ▼ │         ▼ │          ▼      solved, its merged weights are set, and
+    one batch                                  │ │         │ │          │      every forward pauses
+    before a layer;
+                 merged weights     ──▶ embed ─┤ ├─▶ norm ─┤ ├─▶ q k v ─┤      when all that come to
+                 it are there, it is
+    next batch   …                             ▼ │         ▼ │          ▼      solved, its merged
+    weights are set, and
                                              solve       solve        solve    all go on
 
-A forward is a greenlet: a function that can be left in the middle and entered again. One thread, one order, one run of
-every forward, nothing recorded: what a paused forward knows stays in its own frames. The model is never copied; its
-parameters and buffers are pointed to the weights of whichever forward runs.
+A forward is a greenlet: a function that can be left in the middle and entered again. One thread,
+one order, one run of
+every forward, nothing recorded: what a paused forward knows stays in its own frames. The model is
+never copied; its parameters and buffers are pointed to the weights of whichever forward runs.
 """
 
 from __future__ import annotations
@@ -35,7 +40,8 @@ class LeftOut(BaseException):  # no model may take it for an error of its own
 
 
 class Apart(BaseException):
-    """Two layers that read one tensor in the survey read two in another batch: the pass starts again with them apart."""
+    """Two layers that read one tensor in the survey read two in another batch: the pass starts
+    again with them apart."""
 
     def __init__(self, layer: str):
         super().__init__(layer)
@@ -43,10 +49,12 @@ class Apart(BaseException):
 
 
 class Disordered(BaseException):
-    """A forward came to a layer that was visited without it: the pass starts again, knowing in which order each comes to them.
+    """A forward came to a layer that was visited without it: the pass starts again, knowing in
+    which order each comes to them.
 
     Attributes:
-        orders: of every forward, the layers in the order in which it came to them; none where that was not found out.
+        orders: of every forward, the layers in the order in which it came to them; none where that
+            was not found out.
     """
 
     def __init__(self, orders: list[list[Point]]):
@@ -55,11 +63,14 @@ class Disordered(BaseException):
 
 
 class Stage:
-    """A model on which forwards take turns: its parameters and buffers point to the state of the one that runs."""
+    """A model on which forwards take turns: its parameters and buffers point to the state of the
+    one that runs."""
 
     def __init__(self, model: nn.Module):
         self.model, self._shown = model, None
-        self.parking: dict[Point, list[Point]] = {}  # entrances of blocks in front of which a Rerun waits, and layers inside
+        self.parking: dict[
+            Point, list[Point]
+        ] = {}  # entrances of blocks in front of which a Rerun waits, and layers inside
         state = model.state_dict(keep_vars=True)
         self._places = []
         for path, module in model.named_modules():
@@ -73,7 +84,8 @@ class Stage:
         self.copies_inputs, self._kept, self._before = False, [], []
 
     def keep(self, traces: Traces) -> None:
-        """Heed what forwards of the model leave behind, as the survey saw it: every one then has values of its own."""
+        """Heed what forwards of the model leave behind, as the survey saw it: every one then has
+        values of its own."""
         self.copies_inputs = traces.inputs
         for path, kind, key in sorted(traces.values):
             module = self.model.get_submodule(path)
@@ -107,7 +119,8 @@ class Stage:
         self._shown = state
 
     def begin(self, state: Mapping[str, Tensor]) -> None:
-        """Point the model to a state for a new forward, with values of its own where forwards write."""
+        """Point the model to a state for a new forward, with values of its own where forwards
+        write."""
         if not self._kept:
             return self.show(state)
         self.put(self._before)
@@ -124,11 +137,14 @@ class Stage:
 class Forward(greenlet):
     """One forward of the model under a state, on one calibration batch.
 
-    After :meth:`advance`, ``at`` is the point where it waits, None once it has ended, and ``payload`` what it brought:
-    what a layer is about to read, or what a block is about to be called with or to return.
+    After :meth:`advance`, ``at`` is the point where it waits, None once it has ended, and
+    ``payload`` what it brought: what a layer is about to read, or what a block is about to be
+    called with or to return.
     """
 
-    def __init__(self, stage: Stage, state: Mapping[str, Tensor], batch: Batch, kind: str, function=None):
+    def __init__(
+        self, stage: Stage, state: Mapping[str, Tensor], batch: Batch, kind: str, function=None
+    ):
         super().__init__()
         self.stage, self.state, self.batch, self.kind = stage, state, batch, kind
         self.at: Point | None = None
@@ -168,10 +184,13 @@ class Forward(greenlet):
             self.at, self.payload = arrived
 
     def pause(self, point: Point, payload):
-        """Called by hooks inside the forward: hand over to the scheduler, and return what it answers."""
+        """Called by hooks inside the forward: hand over to the scheduler, and return what it
+        answers."""
         if not self.stops_at(point):
             return None
-        with torch.inference_mode(self._inference):  # what the scheduler makes outlives a forward in inference mode
+        with torch.inference_mode(
+            self._inference
+        ):  # what the scheduler makes outlives a forward in inference mode
             return self.parent.switch((point, payload))
 
     def stops_at(self, point: Point) -> bool:
@@ -190,11 +209,15 @@ class Forward(greenlet):
         return again
 
 
-def run(forwards: list[Forward], sequence: list[Point], visit: Callable[[Point, list[Forward]], bool]) -> None:
-    """Run forwards in lockstep: all that come to a point wait there, ``visit`` is called, and they go on.
+def run(
+    forwards: list[Forward], sequence: list[Point], visit: Callable[[Point, list[Forward]], bool]
+) -> None:
+    """Run forwards in lockstep: all that come to a point wait there, ``visit`` is called, and they
+    go on.
 
     Args:
-        sequence: every point at which a forward may wait. Of the points where some wait, the first is visited.
+        sequence: every point at which a forward may wait. Of the points where some wait, the first
+            is visited.
         visit: called with the point and the forwards there; whether to go on.
     Raises: Disordered when a forward comes to a layer that was visited without it.
     """

@@ -1,4 +1,5 @@
-"""Tables that are called several times in a forward, by one module or by several with the same weights."""
+"""Tables that are called several times in a forward, by one module or by several with the same
+weights."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from .lockstep import LeftOut
 from .recording import Call, Recordings
 from .views import Table, View
 
-Lookup = tuple[str, Layout]  # an argument of the model whose tokens a table looks up, and how they lie
+Lookup = tuple[
+    str, Layout
+]  # an argument of the model whose tokens a table looks up, and how they lie
 
 
 def families(views: Mapping[str, View], state) -> dict[str, list[str]]:
@@ -28,24 +31,38 @@ def calls_of(family: list[str], calls: list[Call]) -> list[Call]:
     return [call for call in calls if call.point[0] == "layer" and call.point[1] in family]
 
 
-def later_lookups(table: Table, family: list[str], recorded: Recordings, padded: bool) -> list[Lookup]:
-    """What is looked up behind the first call, which is where forwards wait: tokens that are known before.
+def later_lookups(
+    table: Table, family: list[str], recorded: Recordings, padded: bool
+) -> list[Lookup]:
+    """What is looked up behind the first call, which is where forwards wait: tokens that are known
+    before.
 
     Raises: LeftOut where they are not; MergeError where they cannot be matched to a mask.
     """
-    ran = {name: calls_of(family, calls) for name, calls in recorded.named().items() if calls is not None}
+    ran = {
+        name: calls_of(family, calls)
+        for name, calls in recorded.named().items()
+        if calls is not None
+    }
     if len({len(calls) for calls in ran.values()}) > 1:
-        raise LeftOut(table.name, "how often it is called in a forward depends on what the batch holds")
+        raise LeftOut(
+            table.name, "how often it is called in a forward depends on what the batch holds"
+        )
     found = []
     for place in range(1, len(ran["some"])):
         arguments = frozenset.intersection(*(calls[place].arguments for calls in ran.values()))
         if not arguments:
-            raise LeftOut(table.name, "called more than once in a forward, on tokens that no argument of the model holds")
+            raise LeftOut(
+                table.name,
+                "called more than once in a forward, on tokens that no argument of the model holds",
+            )
 
         def rows(name, place=place) -> Tensor | None:
             return table.rows(ran[name][place].read) if name in ran else None
 
         shorter = {mask: rows(mask) for mask in recorded.shorter}
-        layout = find_layout(table.name, rows("some"), rows("fewer"), shorter, recorded.batch, padded, True)
+        layout = find_layout(
+            table.name, rows("some"), rows("fewer"), shorter, recorded.batch, padded, True
+        )
         found.append((min(arguments), layout))
     return found

@@ -1,4 +1,5 @@
-r"""Norms over the last axis as layers: gain and bias are one 1×n layer per channel of the normalised input."""
+r"""Norms over the last axis as layers: gain and bias are one 1×n layer per channel of the
+normalised input."""
 
 from __future__ import annotations
 
@@ -14,11 +15,14 @@ from .views import View, at_least_single
 
 @dataclass(frozen=True)
 class Norm(View):
-    """Gain and bias of a layer norm or RMS norm: channel c is the layer ``[gain_c, bias_c]`` of ``[x̂_c, 1]``.
+    """Gain and bias of a layer norm or RMS norm: channel c is the layer ``[gain_c, bias_c]`` of
+    ``[x̂_c, 1]``.
 
     Attributes:
-        subtracts_mean: whether x̂ has its mean subtracted, as a layer norm's; an RMS norm's has not.
-        offset: what the weight lacks to be the gain: one where it stores how far the gain is from one.
+        subtracts_mean: whether x̂ has its mean subtracted, as a layer norm's; an RMS norm's has
+            not.
+        offset: what the weight lacks to be the gain: one where it stores how far the gain is from
+            one.
     """
 
     puts_out = "a norm over the last axis"
@@ -39,7 +43,8 @@ class Norm(View):
         return None
 
     def readings(self) -> list[Norm]:
-        """With and without the mean, with gains that count from zero and from one: names of classes do not tell."""
+        """With and without the mean, with gains that count from zero and from one: names of classes
+        do not tell."""
         found = []
         for subtracts_mean in (self.subtracts_mean, not self.subtracts_mean):
             for offset in (self.offset, 1 - self.offset):

@@ -17,7 +17,8 @@ def insert(sequence: list[Point], points: list[Point]) -> None:
 
 
 def place_the_rest(sequence: list[Point], model: nn.Module, layers, blocks) -> None:
-    """Put layers and borders of blocks that were not called behind what comes before them in the model."""
+    """Put layers and borders of blocks that were not called behind what comes before them in the
+    model."""
     place, opened = 0, []
 
     def put(point):
@@ -39,7 +40,8 @@ def place_the_rest(sequence: list[Point], model: nn.Module, layers, blocks) -> N
 
 
 def predecessors(orders: list[list[Point]]) -> dict[Point, set[Point]]:
-    """For every point, those that come before it in some of the orders, or before one of these; itself where orders disagree."""
+    """For every point, those that come before it in some of the orders, or before one of these;
+    itself where orders disagree."""
     found: dict[Point, set[Point]] = {point: set() for order in orders for point in order}
     for order in orders:
         for place, point in enumerate(order):
@@ -52,6 +54,11 @@ def predecessors(orders: list[list[Point]]) -> dict[Point, set[Point]]:
 
 
 def sort(sequence: list[Point], earlier: dict[Point, set[Point]]) -> None:
-    """Put each point behind its predecessors, where orders agree; points without an entry stay in their places."""
-    ranked = iter(sorted((point for point in sequence if point in earlier), key=lambda point: len(earlier[point])))
+    """Put each point behind its predecessors, where orders agree; points without an entry stay in
+    their places."""
+    ranked = iter(
+        sorted(
+            (point for point in sequence if point in earlier), key=lambda point: len(earlier[point])
+        )
+    )
     sequence[:] = [next(ranked) if point in earlier else point for point in sequence]

@@ -13,10 +13,12 @@ from .lockstep import Apart, Forward, LeftOut, Stage
 
 @contextmanager
 def pausing(stage: Stage, leaders: Mapping[str, list[str]], blocks: Iterable[str] = (), tables=()):
-    """Forwards on the stage pause before the layers of ``leaders``, before and behind ``blocks``, and where they park.
+    """Forwards on the stage pause before the layers of ``leaders``, before and behind ``blocks``,
+    and where they park.
 
     Args:
-        leaders: layer -> the layers behind it that read the same tensor, which is checked as they are called.
+        leaders: layer -> the layers behind it that read the same tensor, which is checked as they
+            are called.
         blocks: modules whose arguments and outputs are handed over.
         tables: layers that may be called several times; they pause at the first call.
     """

@@ -1,4 +1,5 @@
-"""Batches made of a few sequences of a calibration batch, whose recordings tell what is whose; and kinds of batches."""
+"""Batches made of a few sequences of a calibration batch, whose recordings tell what is whose; and
+kinds of batches."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ IDS = ("input_ids", "decoder_input_ids")
 
 
 def kind_of(batch: Batch) -> frozenset[str]:
-    """Batches with the same arguments, of as many axes, the same dtypes and equal flags, are alike."""
+    """Batches with the same arguments, of as many axes, the same dtypes and equal flags, are
+    alike."""
     kinds = set()
     for key, value in batch.arguments.items():
         if isinstance(value, Tensor):
@@ -40,7 +42,8 @@ def unlike_sequences(batch: Batch) -> list[int]:
 
 
 def with_even_tokens(batch: Batch) -> Batch | None:
-    """The batch with every token holding what the first of its sequence does; None where it has no tokens."""
+    """The batch with every token holding what the first of its sequence does; None where it has no
+    tokens."""
     arguments = {}
     for key in batch.one_per_input:
         value = batch.arguments[key]
@@ -52,9 +55,11 @@ def with_even_tokens(batch: Batch) -> Batch | None:
 
 
 def without_a_token(model, batch: Batch, mask: str) -> Batch | None:
-    """The batch with one token gone, of the decoder's or of all other arguments; None where it has one only.
+    """The batch with one token gone, of the decoder's or of all other arguments; None where it has
+    one only.
 
-    It is the last one, or the first where the last is padding in every sequence, whose loss might not show.
+    It is the last one, or the first where the last is padding in every sequence, whose loss might
+    not show.
     """
     of_decoder = mask == MASKS[1]
     mine = {}

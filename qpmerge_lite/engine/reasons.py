@@ -14,7 +14,8 @@ from .survey import Survey
 
 
 def reasons_to_average(model: nn.Module, known: Survey, making: Making) -> dict[str, str]:
-    """A reason for every entry of the model's state dict, for use where the merge did not solve it."""
+    """A reason for every entry of the model's state dict, for use where the merge did not solve
+    it."""
     modules, reasons = dict(model.named_modules(remove_duplicate=False)), {}
     for name in model.state_dict():
         reasons[name] = why_no_view(modules.get(name.rpartition(".")[0], model))

@@ -24,19 +24,24 @@ class Recipe:
     """How one merge of a pass is made.
 
     Attributes:
-        solver: ``(moments, updates (K, g, m, n)) -> (update (g, m, n), table row)``, e.g. ``solvers.QP``; an attribute
-            ``full_energy = False`` says that it can do without the off-diagonal of M. The moments are valid during the call:
-            their memory is used for the next layer. None solves nothing, and keeps all moments.
-        inputs: layers read what the ``merged`` prefix produces, each ``expert``'s own stream (RegMean), or the merged
-            prefix up to the block and the expert within it (``block``, RegMean++).
-        targets: ``own`` (the expert's outputs on its own stream), ``propagated`` (its layer applied to the merged
-            stream), ``blend``, or the weight β in [0, 1] of own targets. Without effect unless inputs are merged.
+        solver: ``(moments, updates (K, g, m, n)) -> (update (g, m, n), table row)``, e.g.
+            ``solvers.QP``; an attribute ``full_energy = False`` says that it can do without the
+            off-diagonal of M. The moments are valid during the call: their memory is used for the
+            next layer. None solves nothing, and keeps all moments.
+        inputs: layers read what the ``merged`` prefix produces, each ``expert``'s own stream
+            (RegMean), or the merged prefix up to the block and the expert within it (``block``,
+            RegMean++).
+        targets: ``own`` (the expert's outputs on its own stream), ``propagated`` (its layer applied
+            to the merged stream), ``blend``, or the weight β in [0, 1] of own targets. Without
+            effect unless inputs are merged.
         scope: see :func:`layers.view`; what no layer covers is averaged and listed.
         folds: number of folds of sequences kept apart for cross-fitting.
-        layers: names of the only layers to solve, the others being averaged; all by default. Any name of a shared module will do.
-        anchor: state dict of another merge, which stands in for the average where no layer is solved; the solver is
-            given its update (g, m, n) of every layer as a third argument.
-        full_energy: whether all of M is kept, not only its diagonal; what the solver says by default.
+        layers: names of the only layers to solve, the others being averaged; all by default. Any
+            name of a shared module will do.
+        anchor: state dict of another merge, which stands in for the average where no layer is
+            solved; the solver is given its update (g, m, n) of every layer as a third argument.
+        full_energy: whether all of M is kept, not only its diagonal; what the solver says by
+            default.
     """
 
     solver: Solver | None
@@ -50,7 +55,9 @@ class Recipe:
 
     def __post_init__(self):
         if self.solver is not None and (isinstance(self.solver, type) or not callable(self.solver)):
-            raise MergeError(f"solver: expected a function or an object such as QP(), found {self.solver!r}")
+            raise MergeError(
+                f"solver: expected a function or an object such as QP(), found {self.solver!r}"
+            )
         one_of("inputs", self.inputs, INPUTS)
         one_of("scope", self.scope, SCOPES)
         if isinstance(self.targets, str):
@@ -72,7 +79,11 @@ class Recipe:
     @property
     def keeps_full_energy(self) -> bool:
         """Whether all of M is needed."""
-        return getattr(self.solver, "full_energy", True) if self.full_energy is None else self.full_energy
+        return (
+            getattr(self.solver, "full_energy", True)
+            if self.full_energy is None
+            else self.full_energy
+        )
 
 
 @dataclass
@@ -96,7 +107,8 @@ class Making:
 
 
 def looks_at(device: torch.device) -> bool:
-    """Whether values may be looked at on the way: elsewhere than on the CPU the host would wait for them."""
+    """Whether values may be looked at on the way: elsewhere than on the CPU the host would wait for
+    them."""
     return device.type == "cpu"
 
 
@@ -112,10 +124,14 @@ def plain(row: dict) -> dict:
 def check_recipes(recipes) -> None:
     """MergeError for anything but a mapping of names to recipes."""
     if not isinstance(recipes, Mapping) or not recipes:
-        raise MergeError(f"recipes: expected a mapping of names to Recipe, found {type(recipes).__name__} {recipes!r}")
+        raise MergeError(
+            f"recipes: expected a mapping of names to Recipe, found {type(recipes).__name__} {recipes!r}"
+        )
     for name, recipe in recipes.items():
         if not isinstance(recipe, Recipe):
-            raise MergeError(f"recipes: {name!r}: expected a Recipe, found {type(recipe).__name__}; pass Recipe(solver)")
+            raise MergeError(
+                f"recipes: {name!r}: expected a Recipe, found {type(recipe).__name__}; pass Recipe(solver)"
+            )
 
 
 def is_solution(found, base: Tensor) -> bool:

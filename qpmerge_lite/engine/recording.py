@@ -29,8 +29,12 @@ class Call:
     read: Tensor | None = None
     put: Tensor | None = None
     identity: tuple = ()  # of the tensor that was read: layers with the same one read the same
-    held: float = 0.0  # bytes in the frames of the forward, per number in the arguments of the batch
-    arguments: frozenset[str] = frozenset()  # names of those that hold just what was read, of tokens
+    held: float = (
+        0.0  # bytes in the frames of the forward, per number in the arguments of the batch
+    )
+    arguments: frozenset[str] = (
+        frozenset()
+    )  # names of those that hold just what was read, of tokens
 
 
 def call_at(calls, point: Point) -> Call | None:
@@ -39,13 +43,15 @@ def call_at(calls, point: Point) -> Call | None:
 
 @dataclass(frozen=True)
 class Recordings:
-    """Calls on a few sequences of a batch, and on others made of them; None for what the model does not run on.
+    """Calls on a few sequences of a batch, and on others made of them; None for what the model does
+    not run on.
 
     Attributes:
         batch: the few sequences. some: calls on them.
         fewer: calls without the last of them, the others in reverse order.
         shorter: mask -> calls on those, the last token gone.
-        even: calls on those, every token holding what the first one holds; empty where there are no tokens.
+        even: calls on those, every token holding what the first one holds; empty where there are no
+            tokens.
     """
 
     batch: Batch
@@ -69,7 +75,9 @@ def recordings(views, model, batch: Batch, blocks, traces: Traces) -> Recordings
     try:
         some = _record(model, views, few, blocks, traces)
         fewer = _record(model, views, without_last, blocks, traces)
-    except MergeError:  # a model may need its batches whole, or this batch is wrong: then what follows says so
+    except (
+        MergeError
+    ):  # a model may need its batches whole, or this batch is wrong: then what follows says so
         return Recordings(batch, _record(model, views, batch, blocks, traces))
     shorter, even = {}, with_even_tokens(without_last)
     for mask in MASKS if batch.masks else ():
@@ -84,7 +92,18 @@ class _OutsideReads(TorchFunctionMode):
     """Layers whose parameters go into a computation while none of their modules runs."""
 
     # what takes another tensor's dtype or shape, not its values
-    ALIKE = {"type_as", "zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
+    ALIKE = {
+        "type_as",
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "full_like",
+        "new_zeros",
+        "new_ones",
+        "new_empty",
+        "new_full",
+        "new_tensor",
+    }
 
     def __init__(self, views):
         super().__init__()
@@ -101,18 +120,29 @@ class _OutsideReads(TorchFunctionMode):
         returns_tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
         if self.running and returns_tensors and function.__name__ not in self.ALIKE:
             for value in tree_leaves(args[:1] if function is Tensor.to else (args, kwargs)):
-                layers = self._layers.get(value) if isinstance(value, Parameter) and value is not result else None
+                layers = (
+                    self._layers.get(value)
+                    if isinstance(value, Parameter) and value is not result
+                    else None
+                )
                 if layers and not layers & self.running:
                     self.found |= layers
         return result
 
 
 def read_outside(views, model, batch: Batch, traces: Traces) -> set[str]:
-    """Layers whose weights a model computes with on a batch without calling the layer, as a head that multiplies by a table's transpose."""
+    """Layers whose weights a model computes with on a batch without calling the layer, as a head
+    that multiplies by a table's transpose."""
     reads, hooks = _OutsideReads(views), []
     for name, module in [(model, model), *((name, v.module) for name, v in views.items())]:
-        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: reads.running.add(name)))
-        hooks.append(module.register_forward_hook(lambda *_, name=name: reads.running.discard(name), always_call=True))
+        hooks.append(
+            module.register_forward_pre_hook(lambda *_, name=name: reads.running.add(name))
+        )
+        hooks.append(
+            module.register_forward_hook(
+                lambda *_, name=name: reads.running.discard(name), always_call=True
+            )
+        )
     try:
         with reads:
             _record(model, {}, batch, (), traces)
@@ -148,7 +178,12 @@ class _Recorder:
             read = first_tensor(args, kwargs)
             self._alive.append(read)  # so that identities stay its own
             identity = () if read is None else identity_of(read)
-            self._reading[name] = None if read is None else read.clone(), identity, self._held(), self._holding(read)
+            self._reading[name] = (
+                None if read is None else read.clone(),
+                identity,
+                self._held(),
+                self._holding(read),
+            )
 
         return hook
 
@@ -157,7 +192,9 @@ class _Recorder:
 
         def hook(module, args, output):
             read, *facts = self._reading[name]
-            put = output.clone() if isinstance(output, Tensor) else None  # before others work in place
+            put = (
+                output.clone() if isinstance(output, Tensor) else None
+            )  # before others work in place
             self.calls.append(Call(("layer", name), read, put, *facts))
 
         return hook
@@ -182,11 +219,16 @@ class _Recorder:
         """Arguments of the batch that hold the same tokens as what is read."""
         if read is None or read.is_floating_point() or read.is_complex():
             return frozenset()
-        alike = {k: v for k, v in self._batch.arguments.items() if isinstance(v, Tensor) and v.shape == read.shape}
+        alike = {
+            k: v
+            for k, v in self._batch.arguments.items()
+            if isinstance(v, Tensor) and v.shape == read.shape
+        }
         return frozenset(k for k, v in alike.items() if bool((v == read).all()))
 
     def _held(self) -> float:
-        """Bytes of the tensors in the frames of the forward, weights and batch aside, per number of the batch."""
+        """Bytes of the tensors in the frames of the forward, weights and batch aside, per number of
+        the batch."""
         frame, storages = sys._getframe(2), {}
         while frame is not None and frame.f_code is not _record.__wrapped__.__code__:
             for value in frame.f_locals.values():
@@ -199,7 +241,8 @@ class _Recorder:
 
 @torch.no_grad()
 def _record(model, views, batch: Batch, blocks, traces: Traces) -> list[Call]:
-    """Calls while the model runs on a batch, and what it returns. Raises: MergeError for a batch that it does not take."""
+    """Calls while the model runs on a batch, and what it returns. Raises: MergeError for a batch
+    that it does not take."""
     recorder, hooks = _Recorder(model, batch), []
     for name, v in views.items():
         hooks.append(v.module.register_forward_pre_hook(recorder.reading(name), with_kwargs=True))
@@ -233,7 +276,11 @@ def _left_as_it_was(model, traces: Traces):
     before = []
     for path, module in model.named_modules():
         for kind, entries in (("attribute", module.__dict__), ("buffer", module._buffers)):
-            tensors = {k: (v, version_of(v), v.clone()) for k, v in entries.items() if kind == "buffer" and v is not None}
+            tensors = {
+                k: (v, version_of(v), v.clone())
+                for k, v in entries.items()
+                if kind == "buffer" and v is not None
+            }
             before.append((path, kind, entries, dict(entries), tensors))
     yield
     for path, kind, entries, values, tensors in before:

@@ -19,7 +19,8 @@ ACTIVATIONS = 2**29  # bytes that paused forwards may always hold
 class Rerun(Forward):
     """A forward that waits in front of blocks, and holds what they are given and nothing else.
 
-    It comes to a layer in a block by running the block as far as there, once for every layer: less memory, more time.
+    It comes to a layer in a block by running the block as far as there, once for every layer: less
+    memory, more time.
     """
 
     def __init__(self, *args):
@@ -31,7 +32,9 @@ class Rerun(Forward):
         """In front of blocks, and at layers outside of them."""
         if self._stays:
             return super().stops_at(point)
-        return point in self.stage.parking or not any(point in inside for inside in self.stage.parking.values())
+        return point in self.stage.parking or not any(
+            point in inside for inside in self.stage.parking.values()
+        )
 
     def advance(self) -> None:
         """To the next layer inside the block, or past it."""
@@ -42,7 +45,8 @@ class Rerun(Forward):
             if self._arrived not in self.stage.parking:
                 break
             if not all(isinstance(leaf, PLAIN) for leaf in tree_leaves(self._brought)):
-                self._stays = True  # an object that blocks change, such as a cache: a block cannot be run twice
+                # an object that blocks change, such as a cache: a block cannot be run twice
+                self._stays = True
                 continue
             self._inside, self._given = self.stage.parking[self._arrived], self._brought
             self._gate = self.stage.model.get_submodule(self._arrived[1])
@@ -58,12 +62,19 @@ class Rerun(Forward):
 
     @property
     def payload(self):
-        """What the layer reads, None if the block does not call it; worked out anew whenever it is asked for."""
+        """What the layer reads, None if the block does not call it; worked out anew whenever it is
+        asked for."""
         if not self._inside:
             return self._brought
         args, kwargs = tree_map(copied, self._given)
-        within = _Within(self.stage, self.state, self.batch, self.kind, lambda: self._gate(*args, **kwargs))
-        within.layer, within.later, within.own = self._inside[0], self._inside[1:], tree_map(copied, self.own)
+        within = _Within(
+            self.stage, self.state, self.batch, self.kind, lambda: self._gate(*args, **kwargs)
+        )
+        within.layer, within.later, within.own = (
+            self._inside[0],
+            self._inside[1:],
+            tree_map(copied, self.own),
+        )
         within.advance()
         read = within.payload
         if not within.dead:
@@ -99,26 +110,44 @@ def _between(sequence: list[Point], path: str) -> list[Point]:
 
 
 class Room:
-    """Decides which forwards of a pass wait in front of blocks, so that together they hold no more than allowed.
+    """Decides which forwards of a pass wait in front of blocks, so that together they hold no more
+    than allowed.
 
     Args:
         leaders: layers in front of which forwards wait.
         blocks: paths of blocks that may be run again; none where their borders have other uses.
-        allowed: bytes; by default :data:`ACTIVATIONS`, or what the layers of one block read together, if that is more.
+        allowed: bytes; by default :data:`ACTIVATIONS`, or what the layers of one block read
+            together, if that is more.
     """
 
-    def __init__(self, stage: Stage, known: Survey, leaders: list[str], blocks: list[str], batches, streams: int, allowed: int | None):
+    def __init__(
+        self,
+        stage: Stage,
+        known: Survey,
+        leaders: list[str],
+        blocks: list[str],
+        batches,
+        streams: int,
+        allowed: int | None,
+    ):
         points = {("layer", leader) for leader in leaders}
         self.gates: dict[Point, list[Point]] = {}
         for path in blocks:
-            inside = [p for p in _between(known.sequence, path) if p in points and f"{p[1]}.".startswith(f"{path}.")]
+            inside = [
+                p
+                for p in _between(known.sequence, path)
+                if p in points and f"{p[1]}.".startswith(f"{path}.")
+            ]
             if inside:
                 self.gates["enter", path] = inside
         every = sum(numbers(batch) for batch in batches)
         at_layers = max((known.held.get(point, 0.0) for point in points), default=0.0)
         at_gates = max((known.held.get(point, 0.0) for point in self.gates), default=0.0)
         if allowed is None:
-            reads = [sum(known.read.get(name, 0.0) for _, name in inside) for inside in self.gates.values()]
+            reads = [
+                sum(known.read.get(name, 0.0) for _, name in inside)
+                for inside in self.gates.values()
+            ]
             allowed = max(ACTIVATIONS, every * (max(reads, default=0.0) + 2 * at_gates))
         self._left = allowed - every * streams * at_gates
         self._more = at_layers - at_gates

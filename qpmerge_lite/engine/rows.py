@@ -9,8 +9,11 @@ from ..calibration import Batch
 from ..errors import EmptyCalibration
 
 
-def selection(shape, batch: Batch, folds: int, mask_name: str | None) -> tuple[Tensor | None, list[int]]:
-    """Which rows of an arranged (B, tokens, …) batch are no padding, those of a fold side by side, and how many each has."""
+def selection(
+    shape, batch: Batch, folds: int, mask_name: str | None
+) -> tuple[Tensor | None, list[int]]:
+    """Which rows of an arranged (B, tokens, …) batch are no padding, those of a fold side by side,
+    and how many each has."""
     device = next(v.device for v in batch.arguments.values() if isinstance(v, Tensor))
     mask = batch.masks.get(mask_name)
     if mask is None and folds == 1:
@@ -41,7 +44,11 @@ def check_folds(by_task: dict[str, list[Batch]], folds: int) -> None:
         filled = set()
         for batch in batches:
             mask = batch.masks.get("attention_mask")
-            with_tokens = range(batch.size) if mask is None else (mask != 0).flatten(1).any(1).nonzero()[:, 0].tolist()
+            with_tokens = (
+                range(batch.size)
+                if mask is None
+                else (mask != 0).flatten(1).any(1).nonzero()[:, 0].tolist()
+            )
             filled |= {(batch.start + i) % folds for i in with_tokens}
         empty = sorted(set(range(min(folds, len(filled) + 9))) - filled)
         if empty:

@@ -1,4 +1,5 @@
-r"""Second moments of a layer as a pass adds them up: from what is read, and how far the expert is from it."""
+r"""Second moments of a layer as a pass adds them up: from what is read, and how far the expert is
+from it."""
 
 from __future__ import annotations
 
@@ -7,11 +8,15 @@ from torch import Tensor
 
 from ..moments import Moments
 
-RTOL = {torch.float64: 1e-10, torch.float32: 1e-6}  # rounding noise in C, relative to its largest eigenvalue, by precision of products
+RTOL = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-6,
+}  # rounding noise in C, relative to its largest eigenvalue, by precision of products
 
 
 def add_gram(C: Tensor, Z: Tensor, fresh: bool, width: int = 256) -> None:
-    """Add ``ZᵀZ`` of Z (N, n), taken in its precision, to the lower triangle of C (n, n), in blocks of columns.
+    """Add ``ZᵀZ`` of Z (N, n), taken in its precision, to the lower triangle of C (n, n), in blocks
+    of columns.
 
     Blocks on the diagonal are whole; ``fresh`` writes over what is there.
     """
@@ -36,7 +41,8 @@ def accumulate(total: Tensor, part: Tensor, fresh: bool) -> None:
 
 
 class Buffers:
-    """Memory by name, used again from layer to layer: fresh memory can cost more time than the products it is for.
+    """Memory by name, used again from layer to layer: fresh memory can cost more time than the
+    products it is for.
 
     ``kept``: nothing is used again, every tensor stays as it is.
     """
@@ -45,37 +51,57 @@ class Buffers:
         self._device, self._kept, self._buffers = device, kept, {}
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A float64 tensor of this shape with anything in it, in place of the last one of this name."""
+        """A float64 tensor of this shape with anything in it, in place of the last one of this
+        name."""
         if self._kept:
             return torch.empty(shape, dtype=torch.float64, device=self._device)
         needed, buffer = torch.Size(shape).numel(), self._buffers.get(name)
         if buffer is None or not needed <= buffer.numel() <= 16 * needed:
             self._buffers.pop(name, None)
             buffer = None  # let go before more is asked for
-            self._buffers[name] = buffer = torch.empty(needed, dtype=torch.float64, device=self._device)
+            self._buffers[name] = buffer = torch.empty(
+                needed, dtype=torch.float64, device=self._device
+            )
         return buffer[:needed].view(shape)
 
 
 class Sums:
-    r"""What a pass adds up, batch by batch, for layers that read one tensor (MATHEMATICS, the same sums, cheaper).
+    r"""What a pass adds up, batch by batch, for layers that read one tensor (MATHEMATICS, the same
+    sums, cheaper).
 
-    With the merged input ``x`` and the expert's own input ``x°``, the residual output for a target blend β is ``Δ_t x + β r``,
-    ``r = W_t (x° - x)``. So the moments of every β follow from
+    With the merged input ``x`` and the expert's own input ``x°``, the residual output for a target
+    blend β is ``Δ_t x + β r``, ``r = W_t (x° - x)``. So the moments of every β follow from
 
         C_t = Σ x xᵀ      B_t = Σ r xᵀ      R_t = Σ r∘r (or Σ r rᵀ)      N_t
 
-    Nothing large is subtracted from anything large: experts that equal the base have exactly no residual, in any precision.
-    Products are taken in the precision of the activations, at least float32 (relative error of C 1e-6), or in float64 (1e-14);
-    sums are float64. B and R are kept only where expert streams run (``drift``).
+    Nothing large is subtracted from anything large: experts that equal the base have exactly no
+    residual, in any precision. Products are taken in the precision of the activations, at least
+    float32 (relative error of C 1e-6), or in float64 (1e-14); sums are float64. B and R are kept
+    only where expert streams run (``drift``).
 
     Args:
         shape: (g, m, n) of all the layers together, their outputs stacked.
         buffers: where the sums and the moments lie, until they are taken from there again.
     """
 
-    def __init__(self, tasks, shape: tuple[int, int, int], buffers: Buffers, *, folds: int, drift: bool, full_energy: bool):
+    def __init__(
+        self,
+        tasks,
+        shape: tuple[int, int, int],
+        buffers: Buffers,
+        *,
+        folds: int,
+        drift: bool,
+        full_energy: bool,
+    ):
         g, m, n = shape
-        self.tasks, self.full_energy, self.rtol, self._buffers, self._mirrored = tuple(tasks), full_energy, 0.0, buffers, False
+        self.tasks, self.full_energy, self.rtol, self._buffers, self._mirrored = (
+            tuple(tasks),
+            full_energy,
+            0.0,
+            buffers,
+            False,
+        )
         self._outer = len(self.tasks), folds
         self.C = buffers.take("C", (*self._outer, g, n, n))
         self.B = buffers.take("B", (*self._outer, g, m, n)) if drift else None
@@ -87,7 +113,8 @@ class Sums:
         return (m, m) if self.full_energy else (m,)
 
     def add(self, view, task: str, Z: Tensor, r: Tensor | None, counts: list[int]) -> None:
-        """Add the samples Z of one task, those of a fold side by side, ``counts`` of every fold; see ``views`` for layouts."""
+        """Add the samples Z of one task, those of a fold side by side, ``counts`` of every fold;
+        see ``views`` for layouts."""
         t, start = self.tasks.index(task), 0
         self.rtol = max(self.rtol, RTOL[Z.dtype])
         for fold, count in enumerate(counts):
@@ -109,11 +136,15 @@ class Sums:
         return (r.mT @ r if self.R.shape[2] == 1 else r.square().sum(0)).reshape(self.R.shape[2:])
 
     def finite(self) -> Tensor:
-        """Whether the second moments of every task are finite, boolean (T,); every fold must have samples."""
+        """Whether the second moments of every task are finite, boolean (T,); every fold must have
+        samples."""
         return self.C.diagonal(dim1=-2, dim2=-1).isfinite().flatten(1).all(1)
 
-    def moments(self, layer: str, updates: Tensor, own_weight: float, rows: slice = slice(None)) -> Moments:
-        """Moments of one of the layers, whose outputs are ``rows`` of all, for its updates (T, g, m, n) and a target blend β.
+    def moments(
+        self, layer: str, updates: Tensor, own_weight: float, rows: slice = slice(None)
+    ) -> Moments:
+        """Moments of one of the layers, whose outputs are ``rows`` of all, for its updates (T, g,
+        m, n) and a target blend β.
 
         They lie in the buffers: unless these are kept, the moments of the layer before are gone.
         """

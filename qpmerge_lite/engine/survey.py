@@ -1,9 +1,11 @@
-"""What a model does with a calibration batch: which layers it calls, in which order, and which rows are whose.
+"""What a model does with a calibration batch: which layers it calls, in which order, and which rows
+are whose.
 
-Everything is found out by running the model on a few sequences of a batch: as they are, with one sequence less and the
-others in another order, with one token less, and with one token throughout. What changes its size with the sequences is
-the axis of sequences, what changes it with the tokens is theirs, and by which of the model's masks; what changes it with
-what the tokens hold is no layer of theirs. No list of architectures, and no guess from shapes that happen to agree.
+Everything is found out by running the model on a few sequences of a batch: as they are, with one
+sequence less and the others in another order, with one token less, and with one token throughout.
+What changes its size with the sequences is the axis of sequences, what changes it with the tokens
+is theirs, and by which of the model's masks; what changes it with what the tokens hold is no layer
+of theirs. No list of architectures, and no guess from shapes that happen to agree.
 """
 
 from __future__ import annotations
@@ -38,12 +40,15 @@ class Survey:
         paths: every path of a layer's module, which may be shared -> the layer.
         stages: for every group of layers that read the same tensor, their names in calling order.
         sequence: every layer, and every entrance to and exit from a block, in calling order.
-        layouts: by kind of batch (its keys), of what a layer reads and of what a block or the model returns.
+        layouts: by kind of batch (its keys), of what a layer reads and of what a block or the model
+            returns.
         left_out: layer -> why it is averaged.
         refusals: layer -> why no merge is made if the layer is to be solved.
-        held: point -> bytes that a forward holds while it waits there, per number in the arguments of its batch.
+        held: point -> bytes that a forward holds while it waits there, per number in the arguments
+            of its batch.
         read: layer -> bytes that it reads, likewise.
-        families: table -> tables with its weights; the first one called stands for all, with their tokens.
+        families: table -> tables with its weights; the first one called stands for all, with their
+            tokens.
         lookups: by kind of batch and table, what is looked up behind the first call.
     """
 
@@ -93,7 +98,8 @@ class Survey:
 
 
 def block_paths(model: nn.Module, blocks=None) -> list[str]:
-    """Paths of a model's blocks in the order of its modules: members of its outermost lists of modules, or of the named ones.
+    """Paths of a model's blocks in the order of its modules: members of its outermost lists of
+    modules, or of the named ones.
 
     Raises: MissingLayer where a name is not a list of modules of the model.
     """
@@ -121,7 +127,8 @@ def survey(model: nn.Module, batches: list[Batch], blocks=(), state=None) -> Sur
 
     Args:
         blocks: paths of blocks whose borders are to be ranked too.
-    Raises: MergeError for a batch that the model does not take, and for forwards that draw random numbers.
+    Raises: MergeError for a batch that the model does not take, and for forwards that draw random
+        numbers.
     """
     views, reasons = _views(model)
     state = model.state_dict() if state is None else state
@@ -138,7 +145,9 @@ def survey(model: nn.Module, batches: list[Batch], blocks=(), state=None) -> Sur
         _add(found, model, batch, blocks, state, padded)
     place_the_rest(found.sequence, model, views, blocks)
     for name in views:
-        if name not in found.left_out and not any(point == ("layer", name) for _, point in found.layouts):
+        if name not in found.left_out and not any(
+            point == ("layer", name) for _, point in found.layouts
+        ):
             found.left_out[name] = "no calibration batch was seen to call its module"
     return found
 
@@ -163,7 +172,11 @@ def _views(model) -> tuple[dict[str, View], dict[str, str]]:
         others: set[str] = set()
         for parameter in v.parameters:
             found = set(owners.get(parameter, ())) - {parameter}
-            others |= {o for o in found if state[o] is not state[parameter] or not _same_module(o, parameter, model)}
+            others |= {
+                o
+                for o in found
+                if state[o] is not state[parameter] or not _same_module(o, parameter, model)
+            }
         one_table = isinstance(v, Table) and others <= tables & set(same[v.parameters[0]])
         if others and not one_table:
             reasons[name] = f"tied to {', '.join(sorted(others))}"
@@ -172,7 +185,11 @@ def _views(model) -> tuple[dict[str, View], dict[str, str]]:
 
 def _paths(model, views: dict[str, View]) -> dict[str, str]:
     layers = {v.module: name for name, v in views.items()}
-    return {path: layers[module] for path, module in model.named_modules(remove_duplicate=False) if module in layers}
+    return {
+        path: layers[module]
+        for path, module in model.named_modules(remove_duplicate=False)
+        if module in layers
+    }
 
 
 def _same_module(one: str, other: str, model) -> bool:
@@ -184,7 +201,9 @@ def _same_module(one: str, other: str, model) -> bool:
 def _add(found: Survey, model, batch: Batch, blocks, state, padded: bool) -> None:
     """Add what one batch shows."""
     recorded = recordings(found.views, model, batch, blocks, found.traces)
-    for layer in read_outside(found.views, model, recorded.batch, found.traces) - found.left_out.keys():
+    for layer in (
+        read_outside(found.views, model, recorded.batch, found.traces) - found.left_out.keys()
+    ):
         found.left_out[layer] = "its weights are read without a call of its module"
     insert(found.sequence, [call.point for call in recorded.some if call.point[0] != "output"])
     groups: dict[object, list[str]] = {}
@@ -193,8 +212,14 @@ def _add(found: Survey, model, batch: Batch, blocks, state, padded: bool) -> Non
         kind, name = call.point
         found.held[call.point] = max(call.held, found.held.get(call.point, 0.0))
         if call.read is not None:
-            found.read[name] = call.read.numel() * call.read.element_size() / numbers(recorded.batch)
-        if kind == "enter" or (kind_of(batch), call.point) in found.layouts or name in found.left_out:
+            found.read[name] = (
+                call.read.numel() * call.read.element_size() / numbers(recorded.batch)
+            )
+        if (
+            kind == "enter"
+            or (kind_of(batch), call.point) in found.layouts
+            or name in found.left_out
+        ):
             continue
         if kind == "layer":
             _judge(found, call, recorded, state, padded)
@@ -207,18 +232,24 @@ def _add(found: Survey, model, batch: Batch, blocks, state, padded: bool) -> Non
 
 
 def _leave_out_tied_tables(found: Survey, recorded: Recordings) -> None:
-    """Of tables with the same weights, leave out all but the first one called; that one too, where batches differ in it."""
+    """Of tables with the same weights, leave out all but the first one called; that one too, where
+    batches differ in it."""
     for name, family in found.families.items():
         calls = calls_of(family, recorded.some)
         if len(family) == 1 or not calls or name == calls[0].point[1]:
             continue
         if ("layer", name) in {point for _, point in found.layouts}:
-            found.left_out |= dict.fromkeys(family, "another table with its weights is called first by some batches")
-        found.left_out.setdefault(name, f"its weights are those of {calls[0].point[1]}, which is called first")
+            found.left_out |= dict.fromkeys(
+                family, "another table with its weights is called first by some batches"
+            )
+        found.left_out.setdefault(
+            name, f"its weights are those of {calls[0].point[1]}, which is called first"
+        )
 
 
 def _place(found: Survey, call, recorded: Recordings, padded: bool) -> None:
     """Settle the layout of what a block or the model returns, where it has one."""
+
     def put(calls):
         other = call_at(calls, call.point)
         return None if other is None else other.put
@@ -255,13 +286,25 @@ def _judge(found: Survey, call, recorded: Recordings, state, padded) -> None:
     elif even is not None and fewer is not None and even.shape != fewer.shape:
         found.left_out[layer] = "which rows it reads depends on what they hold"
     elif not _fits_module(found, layer, state, call):
-        found.left_out[layer] = f"{type(v.module).__name__} puts out something else than {v.puts_out}"
+        found.left_out[layer] = (
+            f"{type(v.module).__name__} puts out something else than {v.puts_out}"
+        )
     else:
         shorter = {mask: rows(calls) for mask, calls in recorded.shorter.items()}
         try:
-            layout = find_layout(layer, v.rows(call.read), fewer, shorter, recorded.batch, padded, isinstance(v, Table))
+            layout = find_layout(
+                layer,
+                v.rows(call.read),
+                fewer,
+                shorter,
+                recorded.batch,
+                padded,
+                isinstance(v, Table),
+            )
             if isinstance(v, Table):
-                found.lookups[kind_of(recorded.batch), layer] = later_lookups(v, found.families[layer], recorded, padded)
+                found.lookups[kind_of(recorded.batch), layer] = later_lookups(
+                    v, found.families[layer], recorded, padded
+                )
         except LeftOut as reason:
             found.left_out[layer] = reason.reason
         except MergeError as error:
@@ -273,11 +316,14 @@ def _judge(found: Survey, call, recorded: Recordings, state, padded) -> None:
 
 
 def _fits_module(found, layer, state, call) -> bool:
-    """Whether a layer's view gives what its module put out; of its readings, the first that fits about as well as any."""
+    """Whether a layer's view gives what its module put out; of its readings, the first that fits
+    about as well as any."""
     readings = found.views[layer].readings()
     misfits = [v.misfit(state, call.read, call.put) for v in readings]
     if min(misfits) > FITS:
         return False
-    about_the_best = (v for v, misfit in zip(readings, misfits) if misfit <= 2 * min(misfits) + 1e-6)
+    about_the_best = (
+        v for v, misfit in zip(readings, misfits) if misfit <= 2 * min(misfits) + 1e-6
+    )
     found.views[layer] = next(about_the_best)
     return True

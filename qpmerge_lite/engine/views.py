@@ -8,8 +8,9 @@ made of N rows, and its sums over them are
     norm         m = 1, Z (N, g)    C (g, n, n), n ≤ 2       B (g, 1, n)            r (N, g)
     embedding    n = 1, counts only: one m×1 layer for each of the g tokens that occur
 
-A dense layer folds its bias in as a last input that is one; convolutions are dense layers of unfolded
-patches; a norm (``norms``) is one 1×n layer per channel, reading its own normalised input and a constant.
+A dense layer folds its bias in as a last input that is one; convolutions are dense layers of
+unfolded patches; a norm (``norms``) is one 1×n layer per channel, reading its own normalised input
+and a constant.
 """
 
 from __future__ import annotations
@@ -82,11 +83,13 @@ class View:
         raise NotImplementedError
 
     def add_products(self, Z: Tensor, C: Tensor, fresh: bool) -> None:
-        """Add ``Σ zzᵀ`` of the samples Z, in their precision, to the lower triangle of C (g, n, n)."""
+        """Add ``Σ zzᵀ`` of the samples Z, in their precision, to the lower triangle of C (g, n,
+        n)."""
         raise NotImplementedError
 
     def add_cross_products(self, Z: Tensor, r: Tensor, B: Tensor, fresh: bool) -> None:
-        """Add ``Σ r zᵀ`` of the samples Z and outputs r to B (g, m, n); ``fresh`` writes over it."""
+        """Add ``Σ r zᵀ`` of the samples Z and outputs r to B (g, m, n); ``fresh`` writes over
+        it."""
         raise NotImplementedError
 
     def output(self, state, x: Tensor) -> Tensor:
@@ -97,11 +100,13 @@ class View:
         return functional_call(self.module, entries, (x,))
 
     def readings(self) -> list[View]:
-        """Ways in which the module may be linear, the likeliest first; :meth:`misfit` tells them apart."""
+        """Ways in which the module may be linear, the likeliest first; :meth:`misfit` tells them
+        apart."""
         return [self]
 
     def misfit(self, state, x: Tensor, y: Tensor) -> float:
-        """``‖W x - y‖ / ‖y‖`` of what the module put out for its input x; infinite where shapes differ."""
+        """``‖W x - y‖ / ‖y‖`` of what the module put out for its input x; infinite where shapes
+        differ."""
         whole = replace(self, bias=getattr(self.module, "bias", None) is not None)
         rows, wanted = self.rows(x), self.output_rows(y)
         if rows.shape[:-1] != wanted.shape[:-1]:
@@ -182,7 +187,8 @@ class Transposed(Dense):
 
 
 class Convolution(Dense):
-    """``nn.Conv1d`` or ``nn.Conv2d`` with one group and zero padding: a dense layer of unfolded patches."""
+    """``nn.Conv1d`` or ``nn.Conv2d`` with one group and zero padding: a dense layer of unfolded
+    patches."""
 
     puts_out = "a convolution of its input"
 
@@ -193,12 +199,18 @@ class Convolution(Dense):
         return type(self), self.bias, m.kernel_size, m.stride, m.padding, m.dilation
 
     def rows(self, x: Tensor) -> Tensor:
-        """Patches (B, P, channels · height · width) of pictures (B, channels, H, W), or (B, P, channels · length) of (B, channels, L)."""
+        """Patches (B, P, channels · height · width) of pictures (B, channels, H, W), or (B, P,
+        channels · length) of (B, channels, L)."""
         m = self.module
         padding = (0,) * len(m.kernel_size) if m.padding == "valid" else m.padding
         if len(m.kernel_size) == 2:
             return F.unfold(x, m.kernel_size, m.dilation, padding, m.stride).mT
-        height_one = {"kernel_size": (1, *m.kernel_size), "dilation": (1, *m.dilation), "padding": (0, *padding), "stride": (1, *m.stride)}
+        height_one = {
+            "kernel_size": (1, *m.kernel_size),
+            "dilation": (1, *m.dilation),
+            "padding": (0, *padding),
+            "stride": (1, *m.stride),
+        }
         return F.unfold(x.unsqueeze(-2), **height_one).mT
 
     def output_rows(self, y: Tensor) -> Tensor:
@@ -216,8 +228,9 @@ class Convolution(Dense):
 class Table(View):
     """``nn.Embedding``: token v is the layer ``y = E_v`` of a constant, W (g, m, 1) for g tokens.
 
-    Tables that multiply all they look up by one number are the same layer: it is the same best table.
-    Every token shares the output axis, so row and rotated-row bases run over the m features of all
+    Tables that multiply all they look up by one number are the same layer: it is the same best
+    table. Every token shares the output axis, so row and rotated-row bases run over the m features
+    of all
     of them together. Which tokens occur is known once calibration inputs are: ``ids`` (g,) int64,
     all of the table until then.
     """
@@ -253,7 +266,8 @@ class Table(View):
         return (rows == (every if self.ids is None else self.ids)).double().unsqueeze(-1)
 
     def misfit(self, state, x: Tensor, y: Tensor) -> float:
-        """Zero if the module put out the rows of the table at its input x, all multiplied by one number; else infinite."""
+        """Zero if the module put out the rows of the table at its input x, all multiplied by one
+        number; else infinite."""
         weight = state[self.parameters[0]]
         if x.is_floating_point() or x.dtype == torch.bool or y.shape != (*x.shape, weight.shape[1]):
             return math.inf
@@ -261,7 +275,9 @@ class Table(View):
             return math.inf
         rows, found = F.embedding(x, weight).double(), y.double()
         scale = (rows * found).sum() / rows.square().sum()
-        rounding = max(4 * torch.finfo(y.dtype).eps, 1e-12) * (scale * rows).abs()  # of the module, and of the scale
+        rounding = (
+            max(4 * torch.finfo(y.dtype).eps, 1e-12) * (scale * rows).abs()
+        )  # of the module, and of the scale
         scaled = scale != 0 and bool(((found - scale * rows).abs() <= rounding).all())
         return 0.0 if scaled or torch.equal(rows, found) else math.inf
 

@@ -23,9 +23,10 @@ class ClaimError(MergeError):
 class Claim:
     """One line of ``book/claims.yml``.
 
-    ``measured`` is a template whose ``{id format}`` parts are filled from records; ``predicate`` an expression over record
-    ids; ``words`` replace the usual verdicts (keys ``holds``, ``unclear``, ``fails``). ``tier`` names the recorded tier whose
-    records decide instead of those of the build. Without records a claim is *not yet tested*.
+    ``measured`` is a template whose ``{id format}`` parts are filled from records; ``predicate`` an
+    expression over record ids; ``words`` replace the usual verdicts (keys ``holds``, ``unclear``,
+    ``fails``). ``tier`` names the recorded tier whose records decide instead of those of the build.
+    Without records a claim is *not yet tested*.
     """
 
     id: str
@@ -41,7 +42,8 @@ class Claim:
 
 @dataclass(frozen=True)
 class Row:
-    """A claim beside what was measured: one line of the table. ``verdict`` is True, None (unclear), False or "untested"."""
+    """A claim beside what was measured: one line of the table. ``verdict`` is True, None (unclear),
+    False or "untested"."""
 
     claim: Claim
     measured: str
@@ -71,7 +73,9 @@ def load_claims(path):
         if missing:
             raise ClaimError(f"claim {name}: field {', '.join(missing)} is missing or empty")
         if entry["source"] not in SOURCES:
-            raise ClaimError(f"claim {name}: source {entry['source']!r}; expected one of {', '.join(SOURCES)}")
+            raise ClaimError(
+                f"claim {name}: source {entry['source']!r}; expected one of {', '.join(SOURCES)}"
+            )
         claims.append(Claim(**(entry | {"records": tuple(entry.get("records") or ())})))
     repeated = {c.id for c in claims if sum(other.id == c.id for other in claims) > 1}
     if repeated:
@@ -89,23 +93,31 @@ def judge(claim, records):
 
 
 def rows(root=None, tier="smoke"):
-    """Every claim of ``book/claims.yml`` judged by the records of a tier, or of its own, in the order of the file."""
+    """Every claim of ``book/claims.yml`` judged by the records of a tier, or of its own, in the
+    order of the file."""
     root = Path(root or repository())
-    return judged(load_claims(root / "book" / "claims.yml"), tier, lambda name: load_records(name, records_folder(root)))
+    return judged(
+        load_claims(root / "book" / "claims.yml"),
+        tier,
+        lambda name: load_records(name, records_folder(root)),
+    )
 
 
 def judged(claims, tier, read):
-    """The rows of claims, each by the records that ``read`` returns for its own tier or else for the given one."""
+    """The rows of claims, each by the records that ``read`` returns for its own tier or else for
+    the given one."""
     records = {name: read(name) for name in {c.tier or tier for c in claims if c.records}}
     return [judge(c, records.get(c.tier or tier, {})) for c in claims]
 
 
 def evaluate(predicate, records):
-    """Three-valued truth of a comparison of intervals: True, False, or None where the intervals overlap.
+    """Three-valued truth of a comparison of intervals: True, False, or None where the intervals
+    overlap.
 
-    Ids, numbers, ``+ - < <= > >= ==``, ``and or not`` and parentheses; nothing else is evaluated. A record stands for its
-    interval [low, high], or for its value when it has none. ``a >= b`` is True when a's low end reaches b's high end, False
-    when a's high end stays below b's low end, and None in between.
+    Ids, numbers, ``+ - < <= > >= ==``, ``and or not`` and parentheses; nothing else is evaluated. A
+    record stands for its interval [low, high], or for its value when it has none. ``a >= b`` is
+    True when a's low end reaches b's high end, False when a's high end stays below b's low end, and
+    None in between.
 
     Raises: ClaimError for anything else in the expression.
     """
@@ -121,7 +133,8 @@ def evaluate(predicate, records):
 
 
 def format_record(record, spec=""):
-    """A record as text: ``spec`` holds, in any order, a Python format such as ``.3f``, ``pct``, ``ci`` and ``unit``."""
+    """A record as text: ``spec`` holds, in any order, a Python format such as ``.3f``, ``pct``,
+    ``ci`` and ``unit``."""
     words = re.split(r"[\s|]+", spec.strip())
     known = {"pct", "ci", "unit", ""}
     formats = [word for word in words if word not in known]
@@ -131,25 +144,33 @@ def format_record(record, spec=""):
     text = _number(record.id, record.value, number)
     if "ci" in words:
         if record.interval is None:
-            raise ClaimError(f"record {record.id}: `ci` asked for, but it was recorded without an interval")
+            raise ClaimError(
+                f"record {record.id}: `ci` asked for, but it was recorded without an interval"
+            )
         low, high = (_number(record.id, end, number) for end in record.interval)
         text += f" [{low}, {high}]"
     return f"{text} {record.unit}" if "unit" in words and record.unit else text
 
 
 def markdown_table(rows, link=lambda chapter: chapter):
-    """The table claimed · measured · verdict · chapter as Markdown; ``link`` renders a chapter's name."""
+    """The table claimed · measured · verdict · chapter as Markdown; ``link`` renders a chapter's
+    name."""
     lines = ["| claimed (by) | measured | verdict | chapter |", "|---|---|---|---|"]
     for row in rows:
         claim = row.claim
         cells = [f"{claim.statement} *({SOURCES[claim.source]})*", row.measured, f"**{row.words}**"]
         cells.append(link(claim.chapter) if claim.chapter else "—")
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ").strip() for cell in cells) + " |")
+        lines.append(
+            "| "
+            + " | ".join(cell.replace("|", "\\|").replace("\n", " ").strip() for cell in cells)
+            + " |"
+        )
     return "\n".join(lines)
 
 
 def replace_between_markers(text, table):
-    """``text`` with the lines between the two markers replaced. Raises: ClaimError when a marker is missing."""
+    """``text`` with the lines between the two markers replaced. Raises: ClaimError when a marker is
+    missing."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ClaimError(f"expected exactly one line {BEGIN!r} and one line {END!r}")
     before, _, rest = text.partition(BEGIN)
@@ -160,7 +181,9 @@ def _fill(claim, records):
     def value(match):
         id, _, spec = match[1].partition(" ")
         if id not in records:
-            raise ClaimError(f"claim {claim.id}: `measured` names {id}, which is not among its records")
+            raise ClaimError(
+                f"claim {claim.id}: `measured` names {id}, which is not among its records"
+            )
         return format_record(records[id], spec)
 
     return re.sub(r"\{([^{}]+)\}", value, claim.measured)
@@ -172,7 +195,9 @@ def _number(id, value, spec):
     if isinstance(value, str):
         return value
     try:
-        return format(value + 0, spec or ("," if isinstance(value, int) else ".4g"))  # -0.0 becomes 0.0
+        return format(
+            value + 0, spec or ("," if isinstance(value, int) else ".4g")
+        )  # -0.0 becomes 0.0
     except ValueError as error:
         raise ClaimError(f"record {id}: {spec!r} is no number format ({error})") from error
 
@@ -192,10 +217,14 @@ def _truth(node, names):
         value = _truth(node.operand, names)
         return None if value is None else not value
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        return _compare(type(node.ops[0]), _interval(node.left, names), _interval(node.comparators[0], names))
+        return _compare(
+            type(node.ops[0]), _interval(node.left, names), _interval(node.comparators[0], names)
+        )
     low, high = _interval(node, names)
     if not (isinstance(low, bool) and low == high):
-        raise ClaimError(f"predicate: {ast.unparse(node)!r} is neither a comparison nor a yes-or-no record")
+        raise ClaimError(
+            f"predicate: {ast.unparse(node)!r} is neither a comparison nor a yes-or-no record"
+        )
     return low
 
 
@@ -223,4 +252,6 @@ def _interval(node, names):
     if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)):
         (a, b), (c, d) = _interval(node.left, names), _interval(node.right, names)
         return (a + c, b + d) if isinstance(node.op, ast.Add) else (a - d, b - c)
-    raise ClaimError(f"predicate: {ast.unparse(node)!r} is not among the claim's records, and not a number")
+    raise ClaimError(
+        f"predicate: {ast.unparse(node)!r} is not among the claim's records, and not a number"
+    )

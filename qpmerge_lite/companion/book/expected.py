@@ -8,7 +8,16 @@ from ..paths import records_folder, repository
 from ..records import load_records, read_json, write_json
 
 ROUNDING = 1e-6  # a smaller value is what rounding left of zero
-TRAINED = ("vision.", "language.", "single.", "sequential.", "diagnostic.", "points.", "trial.", "calibration.")  # ids of results that hang on experts trained in float32
+TRAINED = (
+    "vision.",
+    "language.",
+    "single.",
+    "sequential.",
+    "diagnostic.",
+    "points.",
+    "trial.",
+    "calibration.",
+)  # ids of results that hang on experts trained in float32
 DEFAULTS = {
     "exact": (None, "a count or a truth value: the same on every machine"),
     "present": (None, "names the winner; winners within their intervals may change places"),
@@ -34,7 +43,8 @@ class Finding:
 
 
 def compare(tier="smoke", root=None, only=None):
-    """Findings of the records of a tier against ``tests/expected/<tier>``; an empty list means agreement.
+    """Findings of the records of a tier against ``tests/expected/<tier>``; an empty list means
+    agreement.
 
     Args:
         only: beginning of the notebooks' names; default all.
@@ -42,8 +52,16 @@ def compare(tier="smoke", root=None, only=None):
     root = Path(root or repository())
     fresh = _chosen(load_records(tier, records_folder(root)), only)
     expected = load_expected(tier, root, only)
-    findings = [Finding(i, e["notebook"], "missing: expected, but not recorded") for i, e in expected.items() if i not in fresh]
-    findings += [Finding(i, r.notebook, "extra: recorded, but not expected") for i, r in fresh.items() if i not in expected]
+    findings = [
+        Finding(i, e["notebook"], "missing: expected, but not recorded")
+        for i, e in expected.items()
+        if i not in fresh
+    ]
+    findings += [
+        Finding(i, r.notebook, "extra: recorded, but not expected")
+        for i, r in fresh.items()
+        if i not in expected
+    ]
     for id in sorted(set(fresh) & set(expected)):
         problem = disagreement(fresh[id], expected[id])
         if problem:
@@ -52,7 +70,8 @@ def compare(tier="smoke", root=None, only=None):
 
 
 def load_expected(tier, root, only=None):
-    """``{id: expectation}`` of ``tests/expected/<tier>/*.json``, each with the notebook it belongs to."""
+    """``{id: expectation}`` of ``tests/expected/<tier>/*.json``, each with the notebook it belongs
+    to."""
     expected = {}
     for path in sorted((Path(root) / "tests" / "expected" / tier).glob("*.json")):
         if only is None or path.stem.startswith(only):
@@ -70,12 +89,20 @@ def disagreement(record, expected):
     """Why a record is outside its expectation, in words; None when it is inside."""
     kind, by = expected["tolerance"]["kind"], expected["tolerance"].get("by")
     if kind not in JUDGES:
-        raise RegressionError(f"{record.id}: tolerance {kind!r}; expected one of {', '.join(JUDGES)}")
+        raise RegressionError(
+            f"{record.id}: tolerance {kind!r}; expected one of {', '.join(JUDGES)}"
+        )
     if _fits(record, kind) and JUDGES[kind](record, expected, by):
         return None
     ends = kind == "interval" and record.interval
     shown = f"[{ends[0]:.6g}, {ends[1]:.6g}]" if ends else repr(record.value)
-    aim = expected.get("interval") if kind == "interval" else by if kind.startswith("at_") else expected["value"]
+    aim = (
+        expected.get("interval")
+        if kind == "interval"
+        else by
+        if kind.startswith("at_")
+        else expected["value"]
+    )
     within = f" within {by:g}" if kind in ("relative", "absolute") else ""
     return f"found {shown}, expected {kind.replace('_', ' ')} {aim!r}{within} ({expected['why']})"
 
@@ -97,10 +124,12 @@ JUDGES = {
 
 
 def update(tier="smoke", root=None, only=None):
-    """Write the fresh values as the expected ones; ids that are gone go, new ones get the default of their type.
+    """Write the fresh values as the expected ones; ids that are gone go, new ones get the default
+    of their type.
 
-    Tolerances and reasons stay, so a bar (``at_least``) that the fresh value misses is still missed afterwards. Only a kind
-    that the record no longer has the type or the interval for gives way to the default.
+    Tolerances and reasons stay, so a bar (``at_least``) that the fresh value misses is still missed
+    afterwards. Only a kind that the record no longer has the type or the interval for gives way to
+    the default.
 
     Returns: paths written.
     """
@@ -110,7 +139,9 @@ def update(tier="smoke", root=None, only=None):
     folder = root / "tests" / "expected" / tier
     files = {}
     for id, record in fresh.items():
-        entry = {"value": record.value} | ({"interval": list(record.interval)} if record.interval else {})
+        entry = {"value": record.value} | (
+            {"interval": list(record.interval)} if record.interval else {}
+        )
         old = known.get(id)
         kept = old is not None and _fits(record, old["tolerance"]["kind"])
         entry |= {key: old[key] for key in ("tolerance", "why")} if kept else _default(record)

@@ -1,8 +1,10 @@
 """The book's one visual style and its figure functions: data in, ``Figure`` out.
 
-Colours are seaborn's colour-blind palette; whatever a colour says, a marker, a line style or a hatch says too.
-Figures are drawn at page width, with no lettering below 9 points and keys outside the data.
+Colours are seaborn's colour-blind palette; whatever a colour says, a marker, a line style or a
+hatch says too. Figures are drawn at page width, with no lettering below 9 points and keys outside
+the data.
 """
+
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
@@ -21,11 +23,31 @@ NOTHING = 2e-3  # differences of captured energy below this are no loss
 
 def style() -> None:
     """Set the style for every later figure of the process."""
-    sns.set_theme(context="paper", style="whitegrid", palette="colorblind", rc={
-        "figure.figsize": (WIDTH, 3.4), "figure.dpi": 150, "figure.constrained_layout.use": True, "font.size": 10,
-        "axes.labelsize": 10, "axes.titlesize": 10, "axes.titlelocation": "left", "xtick.labelsize": 9, "ytick.labelsize": 9,
-        "legend.fontsize": 9, "legend.frameon": False, "lines.linewidth": 1.8, "lines.markersize": 6, "grid.linewidth": 0.5,
-        "grid.color": "0.88", "axes.edgecolor": "0.4", "hatch.color": "0.25", "hatch.linewidth": 0.6})
+    sns.set_theme(
+        context="paper",
+        style="whitegrid",
+        palette="colorblind",
+        rc={
+            "figure.figsize": (WIDTH, 3.4),
+            "figure.dpi": 150,
+            "figure.constrained_layout.use": True,
+            "font.size": 10,
+            "axes.labelsize": 10,
+            "axes.titlesize": 10,
+            "axes.titlelocation": "left",
+            "xtick.labelsize": 9,
+            "ytick.labelsize": 9,
+            "legend.fontsize": 9,
+            "legend.frameon": False,
+            "lines.linewidth": 1.8,
+            "lines.markersize": 6,
+            "grid.linewidth": 0.5,
+            "grid.color": "0.88",
+            "axes.edgecolor": "0.4",
+            "hatch.color": "0.25",
+            "hatch.linewidth": 0.6,
+        },
+    )
 
 
 def _word(name: str) -> str:
@@ -47,19 +69,43 @@ def plane(panels: dict, points: dict, lines: dict) -> Figure:
     """Contours of functions of two coefficients, with named points and paths on each.
 
     Args:
-        panels: title -> (grid values (a,) of either coefficient, function (a, a) with d2 first, contour levels).
+        panels: title -> (grid values (a,) of either coefficient, function (a, a) with d2 first,
+            contour levels).
         points: name -> (d1, d2). lines: name -> (N, 2) path.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 4.4), sharex=True, sharey=True)
     for axis, (title, (grid, values, levels)) in zip(axes, panels.items()):
-        axis.contourf(grid, grid, values, levels, cmap=SEQUENTIAL, norm=BoundaryNorm(levels, 256, extend="both"), alpha=0.6, extend="both")
+        axis.contourf(
+            grid,
+            grid,
+            values,
+            levels,
+            cmap=SEQUENTIAL,
+            norm=BoundaryNorm(levels, 256, extend="both"),
+            alpha=0.6,
+            extend="both",
+        )
         contours = axis.contour(grid, grid, values, levels, colors="0.15", linewidths=0.7)
         axis.clabel(contours, levels[1:], fmt="%g", fontsize=9)
         for (name, path), line in zip(lines.items(), LINES):
             axis.plot(*np.asarray(path).T, color="black", linestyle=line, linewidth=1.2, label=name)
         for (name, point), marker, colour in zip(points.items(), MARKERS, sns.color_palette()):
-            axis.plot(*point, marker, color=colour, markeredgecolor="black", markersize=9, linestyle="none", label=name)
-        axis.set(title=title, xlabel="$d_1$", aspect="equal", xlim=(grid[0], grid[-1]), ylim=(grid[0], grid[-1]))
+            axis.plot(
+                *point,
+                marker,
+                color=colour,
+                markeredgecolor="black",
+                markersize=9,
+                linestyle="none",
+                label=name,
+            )
+        axis.set(
+            title=title,
+            xlabel="$d_1$",
+            aspect="equal",
+            xlim=(grid[0], grid[-1]),
+            ylim=(grid[0], grid[-1]),
+        )
         axis.grid(False)
     axes[0].set_ylabel("$d_2$")
     _key(figure, axis, 3)
@@ -67,11 +113,14 @@ def plane(panels: dict, points: dict, lines: dict) -> Figure:
 
 
 def ridge_path(ridges, coefficients, prior: float, curves: dict) -> Figure:
-    """Left: every coefficient (R, p) along the ridge, towards its prior. Right: curves (R,) on the same axis."""
+    """Left: every coefficient (R, p) along the ridge, towards its prior. Right: curves (R,) on the
+    same axis."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.2), sharex=True)
     left.plot(ridges, coefficients, color="0.35", linewidth=0.6)
     left.axhline(prior, color="black", linestyle="--", linewidth=1.2)
-    left.annotate("prior", (ridges[-1], prior), xytext=(0, 3), textcoords="offset points", ha="right")
+    left.annotate(
+        "prior", (ridges[-1], prior), xytext=(0, 3), textcoords="offset points", ha="right"
+    )
     for (name, values), line, marker in zip(curves.items(), LINES, MARKERS):
         right.plot(ridges, values, linestyle=line, marker=marker, markevery=4, label=name)
     left.set(xscale="log", xlabel="ridge λ", ylabel="coefficient", title="coefficients")
@@ -89,11 +138,40 @@ def nesting(families: dict, inclusions) -> Figure:
     """
     figure, axis = plt.subplots(figsize=(WIDTH, 4.2))
     for small, large in inclusions:
-        axis.annotate("", families[large][:2], families[small][:2],
-                      arrowprops={"arrowstyle": "->", "color": "0.6", "shrinkA": 6, "shrinkB": 6, "linewidth": 1})
-    for (name, (p, inside, outside)), marker, colour in zip(families.items(), MARKERS, sns.color_palette()):
-        axis.plot(p, inside, marker, color=colour, markeredgecolor="black", markersize=9, linestyle="none", label=_word(name))
-        axis.plot(p, outside, marker, color="none", markeredgecolor="black", markersize=9, linestyle="none")
+        axis.annotate(
+            "",
+            families[large][:2],
+            families[small][:2],
+            arrowprops={
+                "arrowstyle": "->",
+                "color": "0.6",
+                "shrinkA": 6,
+                "shrinkB": 6,
+                "linewidth": 1,
+            },
+        )
+    for (name, (p, inside, outside)), marker, colour in zip(
+        families.items(), MARKERS, sns.color_palette()
+    ):
+        axis.plot(
+            p,
+            inside,
+            marker,
+            color=colour,
+            markeredgecolor="black",
+            markersize=9,
+            linestyle="none",
+            label=_word(name),
+        )
+        axis.plot(
+            p,
+            outside,
+            marker,
+            color="none",
+            markeredgecolor="black",
+            markersize=9,
+            linestyle="none",
+        )
     axis.set(xscale="log", xlabel="coefficients p", ylabel="captured energy")
     axis.set_title("filled: in sample; hollow: cross-fitted; arrows: span inclusions")
     _key(figure, axis, 4)
@@ -101,26 +179,51 @@ def nesting(families: dict, inclusions) -> Figure:
 
 
 def projection(projected: dict, others: dict) -> Figure:
-    """Thales' circle: the residual R has length 1; every optimum P lies where OP ⟂ PR, at abscissa ρ.
+    """Thales' circle: the residual R has length 1; every optimum P lies where OP ⟂ PR, at abscissa
+    ρ.
 
     Args:
-        projected: name -> ρ. others: name -> (‖output of the update‖/‖R‖, ‖error‖/‖R‖) of any merge.
+        projected: name -> ρ. others: name -> (‖output of the update‖/‖R‖, ‖error‖/‖R‖) of any
+            merge.
     """
     figure, axis = plt.subplots(figsize=(WIDTH, 4.4))
     angle = np.linspace(0, np.pi, 200)
     axis.plot((1 + np.cos(angle)) / 2, np.sin(angle) / 2, color="0.6", linewidth=1)
     axis.plot([0, 1], [0, 0], color="black", linewidth=1.5)
     for x, text in ((0, "0: the base"), (1, "R: the experts")):
-        axis.annotate(text, (x, 0), xytext=(0, -8), textcoords="offset points", ha="center", va="top")
+        axis.annotate(
+            text, (x, 0), xytext=(0, -8), textcoords="offset points", ha="center", va="top"
+        )
     places = {name: (rho, np.sqrt(max(rho * (1 - rho), 0))) for name, rho in projected.items()}
     for name, (length, error) in others.items():
         x = (1 + length**2 - error**2) / 2
         places[name] = (x, np.sqrt(max(length**2 - x**2, 0)))
     for (name, (x, y)), marker, colour in zip(places.items(), MARKERS, sns.color_palette()):
-        axis.plot([0, x, 1], [0, y, 0], color=colour, linewidth=0.8, linestyle="-" if name in projected else ":")
-        axis.plot(x, y, marker, color=colour, markeredgecolor="black", markersize=9, linestyle="none", label=_word(name))
-    axis.set(aspect="equal", xlabel="captured energy of the optima", yticks=[], ylim=(-0.08, 0.62), xlim=(-0.2, 1.2),
-             xticks=np.linspace(0, 1, 6))
+        axis.plot(
+            [0, x, 1],
+            [0, y, 0],
+            color=colour,
+            linewidth=0.8,
+            linestyle="-" if name in projected else ":",
+        )
+        axis.plot(
+            x,
+            y,
+            marker,
+            color=colour,
+            markeredgecolor="black",
+            markersize=9,
+            linestyle="none",
+            label=_word(name),
+        )
+    axis.set(
+        aspect="equal",
+        xlabel="captured energy of the optima",
+        yticks=[],
+        ylim=(-0.08, 0.62),
+        xlim=(-0.2, 1.2),
+        xticks=np.linspace(0, 1, 6),
+    )
     _key(figure, axis, 4)
     return _finish(figure)
 
@@ -129,7 +232,14 @@ def cumulative(curves: dict, xlabel: str, ylabel: str) -> Figure:
     """Curves (p,) over 1..p kept directions, told apart by line style and marker."""
     figure, axis = plt.subplots(figsize=(WIDTH, 3.6))
     for (name, values), line, marker in zip(curves.items(), LINES, MARKERS):
-        axis.plot(np.arange(1, len(values) + 1), values, linestyle=line, marker=marker, markevery=max(1, len(values) // 12), label=name)
+        axis.plot(
+            np.arange(1, len(values) + 1),
+            values,
+            linestyle=line,
+            marker=marker,
+            markevery=max(1, len(values) // 12),
+            label=name,
+        )
     axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 1.03))
     _key(figure, axis, 2)
     return _finish(figure)
@@ -141,17 +251,38 @@ def phases(x, y, panels: dict, columns, xlabel: str, ylabel: str) -> Figure:
     Cells that lose more than NOTHING are hatched, and a thick contour bounds them.
 
     Args:
-        x, y: (a,), (b,) grid values. panels: row title -> (columns, b, a) values. columns: their titles.
+        x, y: (a,), (b,) grid values. panels: row title -> (columns, b, a) values. columns: their
+            titles.
     """
-    figure, axes = plt.subplots(len(panels), len(columns), figsize=(WIDTH, 2.35 * len(panels)), sharex=True, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        len(panels),
+        len(columns),
+        figsize=(WIDTH, 2.35 * len(panels)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
     for row, (title, values) in zip(axes, panels.items()):
         bound = np.abs(values).max()
         for axis, column, grid in zip(row, columns, values):
-            image = axis.pcolormesh(x, y, grid, cmap=DIVERGING, vmin=-bound, vmax=bound, shading="nearest")
+            image = axis.pcolormesh(
+                x, y, grid, cmap=DIVERGING, vmin=-bound, vmax=bound, shading="nearest"
+            )
             losing = np.ma.masked_where(grid > -NOTHING, grid)
-            axis.pcolor(x, y, losing, hatch="////", cmap=ListedColormap(["none"]), edgecolor="0.35", linewidth=0, shading="nearest")
+            axis.pcolor(
+                x,
+                y,
+                losing,
+                hatch="////",
+                cmap=ListedColormap(["none"]),
+                edgecolor="0.35",
+                linewidth=0,
+                shading="nearest",
+            )
             if losing.count():
-                axis.contour(x, y, grid, [-NOTHING], colors="black", linestyles="solid", linewidths=2)
+                axis.contour(
+                    x, y, grid, [-NOTHING], colors="black", linestyles="solid", linewidths=2
+                )
             axis.set_title(f"{title if axis is row[0] else ''}\n{column}")
             axis.grid(False)
         bar = figure.colorbar(image, ax=list(row), shrink=0.9)
@@ -174,14 +305,23 @@ def bands(x, curves: dict, xlabel: str, ylabel: str) -> Figure:
 
 
 def scatter(panels: dict, groups, label: str) -> Figure:
-    """One scatter per panel, title -> (x, y, xlabel, ylabel); ``groups`` (N,) tells points apart by marker and colour."""
+    """One scatter per panel, title -> (x, y, xlabel, ylabel); ``groups`` (N,) tells points apart by
+    marker and colour."""
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.6), squeeze=False)
     groups = np.asarray(groups)
     for axis, (title, (x, y, xlabel, ylabel)) in zip(axes[0], panels.items()):
         for group, marker, colour in zip(np.unique(groups), MARKERS, sns.color_palette()):
             chosen = groups == group
-            axis.plot(np.asarray(x)[chosen], np.asarray(y)[chosen], marker, color=colour, markersize=4, alpha=0.6, linestyle="none",
-                      label=f"{label}{group}")
+            axis.plot(
+                np.asarray(x)[chosen],
+                np.asarray(y)[chosen],
+                marker,
+                color=colour,
+                markersize=4,
+                alpha=0.6,
+                linestyle="none",
+                label=f"{label}{group}",
+            )
         axis.axhline(0, color="black", linewidth=1)
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
     _key(figure, axis, len(np.unique(groups)))
@@ -189,7 +329,8 @@ def scatter(panels: dict, groups, label: str) -> Figure:
 
 
 def agreement(panels: dict, labels, lined: int = 1) -> Figure:
-    """One scatter per panel, title -> (x, y, xlabel, ylabel), a line at y = 0 and, in the first ``lined`` ones, where y = x.
+    """One scatter per panel, title -> (x, y, xlabel, ylabel), a line at y = 0 and, in the first
+    ``lined`` ones, where y = x.
 
     Args:
         labels: (N,) names of the points' groups, told apart by marker and colour.
@@ -198,8 +339,17 @@ def agreement(panels: dict, labels, lined: int = 1) -> Figure:
     labels = np.asarray(labels)
     for number, (axis, (title, (x, y, xlabel, ylabel))) in enumerate(zip(axes, panels.items())):
         for label, marker, colour in zip(dict.fromkeys(labels), MARKERS, sns.color_palette()):
-            axis.plot(np.asarray(x)[labels == label], np.asarray(y)[labels == label], marker, color=colour, markeredgecolor="black",
-                      markersize=6, alpha=0.8, linestyle="none", label=label)
+            axis.plot(
+                np.asarray(x)[labels == label],
+                np.asarray(y)[labels == label],
+                marker,
+                color=colour,
+                markeredgecolor="black",
+                markersize=6,
+                alpha=0.8,
+                linestyle="none",
+                label=label,
+            )
         axis.axhline(0, color="black", linewidth=1)
         if number < lined:
             axis.axline((0, 0), slope=1, color="0.4", linewidth=1, linestyle="--")
@@ -209,14 +359,33 @@ def agreement(panels: dict, labels, lined: int = 1) -> Figure:
     return _finish(figure)
 
 
-def correlations(frames: dict, x: str, y: str, xlabel: str, ylabel: str, columns: int = 2) -> Figure:
-    """One scatter per ``pandas.DataFrame``, title -> frame with columns x, y and ``kind``, which marker and colour tell apart."""
+def correlations(
+    frames: dict, x: str, y: str, xlabel: str, ylabel: str, columns: int = 2
+) -> Figure:
+    """One scatter per ``pandas.DataFrame``, title -> frame with columns x, y and ``kind``, which
+    marker and colour tell apart."""
     rows = -(-len(frames) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 2.5 * rows + 0.6), squeeze=False)
     for axis, (title, frame) in zip(axes.flat, frames.items()):
-        for (kind, part), marker, colour in zip(frame.groupby("kind"), MARKERS, sns.color_palette()):
-            axis.plot(part[x], part[y], marker, color=colour, markeredgecolor="black", markeredgewidth=0.5, markersize=5, linestyle="none", label=kind)
-        axis.set(title=title, ylabel=ylabel if axis in axes[:, 0] else "", xlabel=xlabel if axis in axes[-1] else "")
+        for (kind, part), marker, colour in zip(
+            frame.groupby("kind"), MARKERS, sns.color_palette()
+        ):
+            axis.plot(
+                part[x],
+                part[y],
+                marker,
+                color=colour,
+                markeredgecolor="black",
+                markeredgewidth=0.5,
+                markersize=5,
+                linestyle="none",
+                label=kind,
+            )
+        axis.set(
+            title=title,
+            ylabel=ylabel if axis in axes[:, 0] else "",
+            xlabel=xlabel if axis in axes[-1] else "",
+        )
         axis.locator_params(axis="x", nbins=5)
     _key(figure, axes.flat[0], 3)
     return _finish(figure)
@@ -234,7 +403,8 @@ def gallery(images: dict, columns: int) -> Figure:
 
 
 def ranking(seeds: dict, intervals: dict, xlabel: str, line: float | None = None) -> Figure:
-    """Methods from top to bottom in the given order: a light dot per seed, the mean and its interval.
+    """Methods from top to bottom in the given order: a light dot per seed, the mean and its
+    interval.
 
     Args:
         seeds: label -> values per seed. intervals: label -> (mean, (low, high)).
@@ -244,11 +414,22 @@ def ranking(seeds: dict, intervals: dict, xlabel: str, line: float | None = None
         mean, (low, high) = intervals[label]
         axis.hlines(y, low, high, color="0.35", linewidth=1.6)
         axis.plot(values, np.full(len(values), y), "|", color="0.55", markersize=9)
-        axis.plot(mean, y, "D" if label.startswith("QP") else "o", color=sns.color_palette()[0 if label.startswith("QP") else 1],
-                  markeredgecolor="black", markersize=7)
+        axis.plot(
+            mean,
+            y,
+            "D" if label.startswith("QP") else "o",
+            color=sns.color_palette()[0 if label.startswith("QP") else 1],
+            markeredgecolor="black",
+            markersize=7,
+        )
     if line is not None:
         axis.axvline(line, color="black", linestyle=":", linewidth=1)
-    axis.set(yticks=range(len(seeds)), yticklabels=list(seeds), xlabel=xlabel, ylim=(len(seeds) - 0.4, -0.6))
+    axis.set(
+        yticks=range(len(seeds)),
+        yticklabels=list(seeds),
+        xlabel=xlabel,
+        ylim=(len(seeds) - 0.4, -0.6),
+    )
     axis.grid(axis="y", visible=False)
     return _finish(figure)
 
@@ -256,24 +437,46 @@ def ranking(seeds: dict, intervals: dict, xlabel: str, line: float | None = None
 def heat(table, label: str, low: float, high: float, fmt: str = ".2f") -> Figure:
     """A table of numbers (a ``pandas.DataFrame``) as annotated shades."""
     figure, axis = plt.subplots(figsize=(WIDTH, 0.3 * len(table) + 1.1))
-    sns.heatmap(table, annot=True, fmt=fmt, cmap=SEQUENTIAL, vmin=low, vmax=high, linewidths=0.6, annot_kws={"size": 9},
-                cbar_kws={"label": label}, ax=axis)
+    sns.heatmap(
+        table,
+        annot=True,
+        fmt=fmt,
+        cmap=SEQUENTIAL,
+        vmin=low,
+        vmax=high,
+        linewidths=0.6,
+        annot_kws={"size": 9},
+        cbar_kws={"label": label},
+        ax=axis,
+    )
     axis.set(xlabel="", ylabel="")
     plt.setp(axis.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
     return _finish(figure)
 
 
 def bars(names, panels: dict, ylabel: str, columns: int = 2) -> Figure:
-    """Stacked bars: panel title -> label -> heights; hatches tell the parts apart without colour. ``names`` of the bars, or those of each panel."""
+    """Stacked bars: panel title -> label -> heights; hatches tell the parts apart without colour.
+    ``names`` of the bars, or those of each panel."""
     rows, shared = -(-len(panels) // columns), not isinstance(names, dict)
     names = dict.fromkeys(panels, names) if shared else names
     height = (1.25 if shared else 2.2) * rows + (2.0 if shared else 0.8)
-    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, height), sharex=shared, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH, height), sharex=shared, sharey=True, squeeze=False
+    )
     for axis, (title, parts) in zip(axes.flat, panels.items()):
         places = range(len(names[title]))
         floor = np.zeros(len(places))
         for (label, heights), hatch, colour in zip(parts.items(), HATCHES, sns.color_palette()):
-            axis.bar(places, heights, 0.8, bottom=floor, color=colour, hatch=hatch, linewidth=0, label=label)
+            axis.bar(
+                places,
+                heights,
+                0.8,
+                bottom=floor,
+                color=colour,
+                hatch=hatch,
+                linewidth=0,
+                label=label,
+            )
             floor = floor + np.asarray(heights)
         axis.set_title(title)
         axis.grid(axis="x", visible=False)
@@ -285,14 +488,19 @@ def bars(names, panels: dict, ylabel: str, columns: int = 2) -> Figure:
 
 
 def depth(names, panels: dict, xlabel: str = "") -> Figure:
-    """Curves over the layers or blocks of a model: panel title -> label -> value per layer, the layers' names under the last panel."""
+    """Curves over the layers or blocks of a model: panel title -> label -> value per layer, the
+    layers' names under the last panel."""
     names = list(map(str, names))
     longest = max(map(len, names))
     below = 0.8 + 0.08 * longest if longest > 4 else 1.6  # inches for names that stand upright
-    figure, axes = plt.subplots(len(panels), 1, figsize=(WIDTH, 2.1 * len(panels) + below), sharex=True)
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(WIDTH, 2.1 * len(panels) + below), sharex=True
+    )
     for axis, (title, curves) in zip(np.atleast_1d(axes), panels.items()):
         for (label, values), line, marker in zip(curves.items(), LINES, MARKERS):
-            axis.plot(range(len(values)), values, linestyle=line, marker=marker, markersize=5, label=label)
+            axis.plot(
+                range(len(values)), values, linestyle=line, marker=marker, markersize=5, label=label
+            )
         axis.set_title(title)
         axis.set_xticks(range(len(names)), names, rotation=90 if longest > 4 else 0, fontsize=9)
     axis.set_xlabel(xlabel)

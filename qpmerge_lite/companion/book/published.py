@@ -11,7 +11,8 @@ def read(path: Path) -> dict:
 
 
 def table(family: str, published: dict, records: dict) -> str:
-    """Markdown table of a family, in per cent: published figures, and measured / published / difference where all of a row's are recorded.
+    """Markdown table of a family, in per cent: published figures, and measured / published /
+    difference where all of a row's are recorded.
 
     Args:
         published: that family's part of :func:`read`.
@@ -22,12 +23,27 @@ def table(family: str, published: dict, records: dict) -> str:
     for row in published["rows"]:
         values = row["values"]
         ids = [f"{family}.{row.get('entry')}.{task}.accuracy" for task in tasks]
-        measured = [100 * records[id].value for id in ids] if set(ids) <= records.keys() else [None] * len(tasks)
+        measured = (
+            [100 * records[id].value for id in ids]
+            if set(ids) <= records.keys()
+            else [None] * len(tasks)
+        )
         pairs = list(zip(measured, values, strict=True))
-        pairs.append((None if None in measured else sum(measured) / len(tasks), sum(values) / len(tasks)))
-        lines.append([row["label"] + (f" ({row['source']})" if "source" in row else ""), *(_cell(*pair) for pair in pairs)])
+        pairs.append(
+            (None if None in measured else sum(measured) / len(tasks), sum(values) / len(tasks))
+        )
+        lines.append(
+            [
+                row["label"] + (f" ({row['source']})" if "source" in row else ""),
+                *(_cell(*pair) for pair in pairs),
+            ]
+        )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _cell(measured, published) -> str:
-    return f"{published:.1f}" if measured is None else f"{measured:.1f} / {published:.1f} / {measured - published:+.1f}"
+    return (
+        f"{published:.1f}"
+        if measured is None
+        else f"{measured:.1f} / {published:.1f} / {measured - published:+.1f}"
+    )

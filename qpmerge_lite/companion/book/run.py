@@ -1,4 +1,5 @@
-"""The chapters: execute every notebook whose content changed, keep what failed, leave the rest alone."""
+"""The chapters: execute every notebook whose content changed, keep what failed, leave the rest
+alone."""
 
 import ast
 import hashlib
@@ -21,9 +22,11 @@ from ..plans import plan
 OUTSIDE_NOTEBOOKS = {"run.py", "claims.py", "cli.py", "expected.py"}
 # These train the experts and make the merges that the others find kept, and take longest.
 FIRST = ("06", "05", "04", "03", "08", "10", "11")
-# tqdm's advice to install ipywidgets, given to whoever imports something that imports tqdm.auto: the book draws no widgets.
+# tqdm's advice to install ipywidgets, given to whoever imports something that imports tqdm.auto:
+# the book draws no widgets.
 NO_WIDGETS = "ignore:IProgress not found"
-# glibc would hand every large tensor back to the system and ask for fresh pages, which takes up to a third of a merge's time; so it
+# glibc would hand every large tensor back to the system and ask for fresh pages, which takes up to
+# a third of a merge's time; so it
 # keeps up to 4 GiB that are free.
 KEEP_PAGES = f"glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={4 << 30}:glibc.malloc.hugetlb=1"
 
@@ -34,7 +37,8 @@ class BookError(MergeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one notebook: ``executed``, ``up to date`` or ``failed`` (then ``path`` is the kept copy)."""
+    """What became of one notebook: ``executed``, ``up to date`` or ``failed`` (then ``path`` is the
+    kept copy)."""
 
     notebook: str
     status: str
@@ -44,7 +48,8 @@ class Outcome:
 
 
 def notebooks(root=None, only=None):
-    """Source notebooks ``notebooks/NN_*.ipynb`` in order; ``only`` keeps those whose name starts with it.
+    """Source notebooks ``notebooks/NN_*.ipynb`` in order; ``only`` keeps those whose name starts
+    with it.
 
     Raises: BookError when nothing is left.
     """
@@ -52,14 +57,20 @@ def notebooks(root=None, only=None):
     chosen = [path for path in found if only is None or path.stem.startswith(only)]
     if not chosen:
         names = ", ".join(path.stem for path in found) or "none"
-        raise BookError(f"no notebook starts with {only!r}; there are: {names}" if only else "notebooks/ is empty")
+        raise BookError(
+            f"no notebook starts with {only!r}; there are: {names}"
+            if only
+            else "notebooks/ is empty"
+        )
     return chosen
 
 
 def declared(path):
-    """Parameters of a notebook and their defaults, ``{name: literal}``, from its one cell tagged ``parameters``.
+    """Parameters of a notebook and their defaults, ``{name: literal}``, from its one cell tagged
+    ``parameters``.
 
-    Raises: BookError unless there is exactly one such cell and it holds nothing but ``name = literal`` lines.
+    Raises: BookError unless there is exactly one such cell and it holds nothing but
+        ``name = literal`` lines.
     """
     cells = _read_notebook(path)["cells"]
     tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
@@ -68,7 +79,9 @@ def declared(path):
     parameters = {}
     for statement in ast.parse("".join(tagged[0]["source"])).body:
         if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1):
-            raise BookError(f"{path.name}: line {statement.lineno} of the parameters cell is not `name = literal`")
+            raise BookError(
+                f"{path.name}: line {statement.lineno} of the parameters cell is not `name = literal`"
+            )
         try:
             parameters[statement.targets[0].id] = ast.literal_eval(statement.value)
         except (ValueError, AttributeError) as error:
@@ -80,7 +93,8 @@ def declared(path):
 
 
 def overrides(path, given):
-    """The ``given`` parameters that differ from the notebook's own. Raises: BookError for a name it does not have."""
+    """The ``given`` parameters that differ from the notebook's own. Raises: BookError for a name it
+    does not have."""
     own = declared(path)
     unknown = sorted(set(given) - set(own))
     if unknown:
@@ -89,7 +103,8 @@ def overrides(path, given):
 
 
 def fingerprint(path, parameters):
-    """sha256 of all that decides a notebook's outputs: its cells, the package, parameters, lock and data manifests."""
+    """sha256 of all that decides a notebook's outputs: its cells, the package, parameters, lock and
+    data manifests."""
     root = path.parent.parent
     cells = [
         (cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", []))
@@ -105,22 +120,39 @@ def fingerprint(path, parameters):
     return digest.hexdigest()
 
 
-def run(root=None, tier="smoke", only=None, force=False, parameters=None, progress=True, report=lambda outcome: None):
-    """Execute the notebooks that are not up to date into ``book/chapters``, two at a time, and go on after a failure.
+def run(
+    root=None,
+    tier="smoke",
+    only=None,
+    force=False,
+    parameters=None,
+    progress=True,
+    report=lambda outcome: None,
+):
+    """Execute the notebooks that are not up to date into ``book/chapters``, two at a time, and go
+    on after a failure.
 
-    Models this small leave a second core idle, so each of two has half the cores (``OMP_NUM_THREADS``, unless it is set).
+    Models this small leave a second core idle, so each of two has half the cores
+    (``OMP_NUM_THREADS``, unless it is set).
 
     Args:
         only: beginning of a notebook's name, e.g. ``05``; default all that the tier's plan names.
-        force: also execute those whose fingerprint has not changed, and make the merges again that were kept; experts stay.
-        parameters: values for the parameters cells; a name that a chosen notebook does not have is an error.
+        force: also execute those whose fingerprint has not changed, and make the merges again that
+            were kept; experts stay.
+        parameters: values for the parameters cells; a name that a chosen notebook does not have is
+            an error.
         report: called with each ``Outcome`` as it is known.
-    Returns: the outcomes. Raises: BookError before anything runs when a parameter is unknown, or when what reads the tier's
+    Returns: the outcomes. Raises: BookError before anything runs when a parameter is unknown, or
+        when what reads the tier's
     checkpoints is not installed.
     """
     root = Path(root or repository())
     names = ("",) if only else plan(tier).chapters
-    chosen = {path: overrides(path, {"tier": tier} | (parameters or {})) for path in notebooks(root, only) if path.stem.startswith(names)}
+    chosen = {
+        path: overrides(path, {"tier": tier} | (parameters or {}))
+        for path in notebooks(root, only)
+        if path.stem.startswith(names)
+    }
     chapters = root / "book" / "chapters"
     chapters.mkdir(parents=True, exist_ok=True)
     if only is None:
@@ -135,7 +167,9 @@ def run(root=None, tier="smoke", only=None, force=False, parameters=None, progre
             stale.append((path, chapters, tier, chosen[path], marks[path], progress))
     if stale:
         _require_readers(tier)
-        not_before = time.time() if force else 0  # chapters share the merges made during one forced run
+        not_before = (
+            time.time() if force else 0
+        )  # chapters share the merges made during one forced run
         outcomes |= _run_all(stale, not_before, report)
     return [outcomes[path] for path in chosen]
 
@@ -152,15 +186,25 @@ def _require_readers(tier):
 def _run_all(stale, not_before, report):
     """Path -> outcome of the notebooks, given as arguments of ``_run_one``."""
     outcomes, workers = {}, min(2, os.cpu_count() or 1, len(stale))
-    with _environment(not_before, workers), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        order = sorted(stale, key=lambda job: FIRST.index(job[0].stem[:2]) if job[0].stem[:2] in FIRST else len(FIRST))
+    with (
+        _environment(not_before, workers),
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
+    ):
+        order = sorted(
+            stale,
+            key=lambda job: (
+                FIRST.index(job[0].stem[:2]) if job[0].stem[:2] in FIRST else len(FIRST)
+            ),
+        )
         futures = {pool.submit(_run_one, *job): job[0] for job in order}
         try:
             for future in as_completed(futures):
                 outcomes[futures[future]] = future.result()
                 report(future.result())
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # an interrupted run starts no further notebook
+            pool.shutdown(
+                wait=False, cancel_futures=True
+            )  # an interrupted run starts no further notebook
             raise
     return outcomes
 
@@ -181,7 +225,10 @@ def _run_one(path, chapters, tier, parameters, mark, progress):
         _stamp(partial, mark, tier, parameters, _records(tier, path))
         os.replace(partial, chapter)
         failed.unlink(missing_ok=True)
-    except (PapermillExecutionError, RuntimeError) as error:  # nbclient's RuntimeErrors: the kernel died or never answered
+    except (
+        PapermillExecutionError,
+        RuntimeError,
+    ) as error:  # nbclient's RuntimeErrors: the kernel died or never answered
         os.replace(partial, failed)
         told = isinstance(error, PapermillExecutionError)
         summary = f"{error.ename}: {error.evalue}" if told else f"{type(error).__name__}: {error}"
@@ -203,8 +250,11 @@ def _execute(path, target, parameters, progress):
             cwd=str(path.parent),
             kernel_name="python3",
             progress_bar=progress,
-            # Kernels that several processes start pick TCP ports that are free at that moment, and can pick the same one.
-            config=Config(ConnectionFileMixin={"transport": "ipc", "ip": os.path.join(sockets, "kernel")}),
+            # Kernels that several processes start pick TCP ports that are free at that moment, and
+            # can pick the same one.
+            config=Config(
+                ConnectionFileMixin={"transport": "ipc", "ip": os.path.join(sockets, "kernel")}
+            ),
         )
 
 
@@ -212,10 +262,16 @@ def _execute(path, target, parameters, progress):
 def _environment(not_before, workers):
     """Kernels started inside inherit these variables; afterwards the environment is as it was."""
     values = {
-        "PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), NO_WIDGETS])),  # of several filters the last one counts
+        "PYTHONWARNINGS": ",".join(
+            filter(None, [os.environ.get("PYTHONWARNINGS"), NO_WIDGETS])
+        ),  # of several filters the last one counts
         "QPMERGE_NOT_BEFORE": str(not_before),
-        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", KEEP_PAGES),  # no other C library looks at it
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers))),
+        "GLIBC_TUNABLES": os.environ.get(
+            "GLIBC_TUNABLES", KEEP_PAGES
+        ),  # no other C library looks at it
+        "OMP_NUM_THREADS": os.environ.get(
+            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers))
+        ),
     }
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -228,7 +284,8 @@ def _environment(not_before, workers):
 
 
 def _stamp(path, mark, tier, parameters, records):
-    """Replace papermill's bookkeeping (which names paths and times) by what decides whether to run again."""
+    """Replace papermill's bookkeeping (which names paths and times) by what decides whether to run
+    again."""
     notebook = _read_notebook(path)
     notebook["metadata"].pop("papermill", None)
     for cell in notebook["cells"]:
@@ -241,7 +298,8 @@ def _stamp(path, mark, tier, parameters, records):
 
 
 def _is_current(chapter, mark, records):
-    """Whether a chapter was made from these sources and wrote the records that are there; a later run that broke off did not."""
+    """Whether a chapter was made from these sources and wrote the records that are there; a later
+    run that broke off did not."""
     if not chapter.is_file():
         return False
     stamp = _read_notebook(chapter)["metadata"].get("qpmerge", {})

@@ -1,6 +1,8 @@
-"""Data sets and checkpoints from the first source that serves: the mirror, an installed package, the Hugging Face Hub.
+"""Data sets and checkpoints from the first source that serves: the mirror, an installed package,
+the Hugging Face Hub.
 
-Whichever serves, the rows are the same (``tables``). Nothing is unpickled and no code comes with the data.
+Whichever serves, the rows are the same (``tables``). Nothing is unpickled and no code comes with
+the data.
 """
 
 import warnings
@@ -11,7 +13,8 @@ from .manifests import Absent, ManifestError, Source, check, load_manifest, loca
 
 
 def fetch(name: str) -> dict[str, Path]:
-    """Files of a data set, or of one checkpoint of a family (``family/checkpoint``; ``base`` where none is named).
+    """Files of a data set, or of one checkpoint of a family (``family/checkpoint``; ``base`` where
+    none is named).
 
     Returns: path inside the source -> where the file is here, every one held to its size and hash.
     Raises: ManifestError naming every source that was tried, why it does not serve, and what to do.
@@ -21,33 +24,45 @@ def fetch(name: str) -> dict[str, Path]:
 
 
 def checkpoint(name: str) -> Path:
-    """Folder of the verified files of a checkpoint, for ``from_pretrained(folder)`` of transformers; errors as of ``fetch``."""
+    """Folder of the verified files of a checkpoint, for ``from_pretrained(folder)`` of
+    transformers; errors as of ``fetch``."""
     for path, found in fetch(name).items():
         if Path(path).name == "config.json":
             return found.parent
-    raise ManifestError(f"{name}: expected a checkpoint with a config.json, found none; see data_manifests/README.md")
+    raise ManifestError(
+        f"{name}: expected a checkpoint with a config.json, found none; see data_manifests/README.md"
+    )
 
 
 def rows(name: str):
     """A data set as ``datasets.DatasetDict`` with splits train, validation and test.
 
-    Columns: ``text`` (and ``pair``), or ``image``; and ``label``, a ``ClassLabel`` with the manifest's names. Where the manifest
-    has digests of the rows, images are uint8 of shape (H, W) or (H, W, 3) and rows are in the order of their digests;
-    elsewhere images are as their files hold them, and rows as the files order them.
+    Columns: ``text`` (and ``pair``), or ``image``; and ``label``, a ``ClassLabel`` with the
+    manifest's names. Where the manifest has digests of the rows, images are uint8 of shape (H, W)
+    or (H, W, 3) and rows are in the order of their digests; elsewhere images are as their files
+    hold them, and rows as the files order them.
 
     Raises: ManifestError naming every source that was tried, why it does not serve, and what to do.
     """
     manifest, sources = _find(name)
     if manifest.kind != "dataset":
         raise ManifestError(f"{name}: expected a data set, found a {manifest.kind}; use checkpoint")
-    return _first(name, manifest, sources, lambda source: readers.read(manifest, source, files_of(manifest, source)))
+    return _first(
+        name,
+        manifest,
+        sources,
+        lambda source: readers.read(manifest, source, files_of(manifest, source)),
+    )
 
 
 def members(manifest) -> list[str]:
     """Names under which ``fetch`` serves what a manifest lists."""
     if manifest.kind != "checkpoint":
         return [manifest.name]
-    return [f"{manifest.name}/{name}" for name in dict.fromkeys(source.checkpoint for source in manifest.sources)]
+    return [
+        f"{manifest.name}/{name}"
+        for name in dict.fromkeys(source.checkpoint for source in manifest.sources)
+    ]
 
 
 def here(manifest) -> dict[str, tuple]:
@@ -69,7 +84,9 @@ def _find(name):
     family, _, member = name.partition("/")
     manifest = load_manifest(family)
     if manifest.kind == "suite":
-        raise ManifestError(f"{name}: a suite reads its sources where they are; run: qpmerge data verify {name}")
+        raise ManifestError(
+            f"{name}: a suite reads its sources where they are; run: qpmerge data verify {name}"
+        )
     if manifest.kind == "dataset":
         return manifest, manifest.sources
     sources = [source for source in manifest.sources if source.checkpoint == (member or "base")]
@@ -79,7 +96,8 @@ def _find(name):
 
 
 def _first(name, manifest, sources, use):
-    """What ``use`` makes of the first source it can; a source that is there but wrong is warned of even then."""
+    """What ``use`` makes of the first source it can; a source that is there but wrong is warned of
+    even then."""
     failures = []
     for source in sources:
         try:
@@ -102,7 +120,9 @@ def files_of(manifest, source: Source, network=True) -> dict[str, Path]:
         if source.kind != "hub":
             found[file.path] = check(manifest, source, file, locate(source, file))
         elif "*" in file.path or not (file.sha256 or readers.counted(manifest)):
-            raise Absent(f"{source.id}: {source.extra['repo']} is not pinned; run: qpmerge data lock {manifest.name}")
+            raise Absent(
+                f"{source.id}: {source.extra['repo']} is not pinned; run: qpmerge data lock {manifest.name}"
+            )
         else:
             found[file.path] = hub.download(manifest, source, file, network)
     return found

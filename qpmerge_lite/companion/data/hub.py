@@ -1,4 +1,5 @@
-"""The Hugging Face Hub through its own client: files into the client's cache, why one does not come, and pins."""
+"""The Hugging Face Hub through its own client: files into the client's cache, why one does not
+come, and pins."""
 
 import os
 import re
@@ -18,9 +19,11 @@ def endpoint() -> str:
 
 
 def download(manifest, source: Source, file: File, network=True, revision=None) -> Path:
-    """One file of a repository, by way of the client's cache, which does not keep it if a byte differs.
+    """One file of a repository, by way of the client's cache, which does not keep it if a byte
+    differs.
 
-    Raises: Absent saying why the Hub does not give it and what to do; ManifestError when it is not what the manifest says.
+    Raises: Absent saying why the Hub does not give it and what to do; ManifestError when it is not
+        what the manifest says.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError
@@ -28,10 +31,17 @@ def download(manifest, source: Source, file: File, network=True, revision=None) 
     kind, revision = _type(manifest), revision or source.extra["revision"]
     try:
         where = hf_hub_download(
-            source.extra["repo"], file.path, repo_type=kind, revision=revision, endpoint=endpoint(), local_files_only=not network
+            source.extra["repo"],
+            file.path,
+            repo_type=kind,
+            revision=revision,
+            endpoint=endpoint(),
+            local_files_only=not network,
         )
     except (OSError, HTTPError) as error:
-        raise Absent(f"{source.id}: {source.extra['repo']}/{file.path} at {revision}: {reason(source, kind, error)}") from error
+        raise Absent(
+            f"{source.id}: {source.extra['repo']}/{file.path} at {revision}: {reason(source, kind, error)}"
+        ) from error
     try:
         return check(manifest, source, file, Path(where))
     except ManifestError:
@@ -54,20 +64,24 @@ def reason(source: Source, kind: str, error: Exception) -> str:
     if isinstance(error, errors.LocalEntryNotFoundError):
         return f"not in the cache, and {endpoint()} was not reached; check the network, HF_HUB_OFFLINE and HF_ENDPOINT"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"no such repository at {page}, or a private one; correct the manifest, or set HF_TOKEN"
+        return (
+            f"no such repository at {page}, or a private one; correct the manifest, or set HF_TOKEN"
+        )
     if isinstance(error, (errors.RevisionNotFoundError, errors.EntryNotFoundError)):
         return f"no such file or revision at {page}; correct the manifest"
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}; try again"
 
 
 def lock(name: str) -> dict[str, str]:
-    """Pin the sources of a manifest that nobody has verified: commit, bytes and SHA-256 of their files as the Hub has them now.
+    """Pin the sources of a manifest that nobody has verified: commit, bytes and SHA-256 of their
+    files as the Hub has them now.
 
-    The manifest is replaced when all are known, and only if its rows, where it has digests of them, come out the same; comments
-    outside the lists of files stay.
+    The manifest is replaced when all are known, and only if its rows, where it has digests of them,
+    come out the same; comments outside the lists of files stay.
 
     Returns: id of each source that was pinned -> its commit.
-    Raises: Absent or ManifestError saying what the Hub does not give, or gives otherwise; the manifest is then as it was.
+    Raises: Absent or ManifestError saying what the Hub does not give, or gives otherwise; the
+        manifest is then as it was.
     """
     manifest = load_manifest(name)
     text, commits = manifest.path.read_text(encoding="utf-8"), {}
@@ -78,7 +92,9 @@ def lock(name: str) -> dict[str, str]:
                 readers.read(manifest, pinned, found)
             text, commits[source.id] = _rewritten(text, pinned), pinned.extra["revision"]
             if pinned not in parse(manifest.path, text).sources:
-                raise ManifestError(f"{name}: {source.id}: expected the layout of the other manifests, found another; lay it out as they are")
+                raise ManifestError(
+                    f"{name}: {source.id}: expected the layout of the other manifests, found another; lay it out as they are"
+                )
     if not commits:
         return commits
     partial = manifest.path.with_name(f".{manifest.path.name}.partial")
@@ -96,16 +112,24 @@ def _pin(manifest, source):
     try:
         info = HfApi(endpoint()).repo_info(repo, repo_type=_type(manifest), revision=revision)
     except (OSError, HTTPError) as error:
-        raise Absent(f"{source.id}: {repo} at {revision}: {reason(source, _type(manifest), error)}") from error
+        raise Absent(
+            f"{source.id}: {repo} at {revision}: {reason(source, _type(manifest), error)}"
+        ) from error
     files, places, there = [], {}, sorted(entry.rfilename for entry in info.siblings)
     for file in source.files:
         paths = [path for path in there if fnmatchcase(path, file.path)]
         if not paths:
-            raise ManifestError(f"{manifest.name}: {source.id}: expected {file.path} in {repo} at {info.sha}, found {', '.join(there)}")
+            raise ManifestError(
+                f"{manifest.name}: {source.id}: expected {file.path} in {repo} at {info.sha}, found {', '.join(there)}"
+            )
         for path in paths:
-            places[path] = found = download(manifest, source, replace(file, path=path), revision=info.sha)
+            places[path] = found = download(
+                manifest, source, replace(file, path=path), revision=info.sha
+            )
             files.append(File(path, found.stat().st_size, sha256(found), file.split))
-    return replace(source, files=tuple(files), verified=True, extra={**source.extra, "revision": info.sha}), places
+    return replace(
+        source, files=tuple(files), verified=True, extra={**source.extra, "revision": info.sha}
+    ), places
 
 
 def _rewritten(text: str, source: Source) -> str:
@@ -113,12 +137,16 @@ def _rewritten(text: str, source: Source) -> str:
     start = text.find(f"\n  - id: {source.id}\n") + 1
     end = re.compile(r"^(  - |\S|  #)|\Z", re.M).search(text, start + 1).start()
     block, rest = text[start:end], text[end:]
-    block = re.sub(r"^    revision: .*$", f"    revision: {source.extra['revision']}", block, flags=re.M)
+    block = re.sub(
+        r"^    revision: .*$", f"    revision: {source.extra['revision']}", block, flags=re.M
+    )
     block = re.sub(r"^    verified: .*$", "    verified: true", block, flags=re.M)
     entries = (
         f"      - path: {file.path}\n" + (f"        split: {file.split}\n" if file.split else "")
         + f"        bytes: {file.bytes}\n        sha256: {file.sha256}\n"
         for file in source.files
     )  # fmt: skip
-    block = re.sub(r"^    files:\n(      .*\n)*", "    files:\n" + "".join(entries), block, flags=re.M)
+    block = re.sub(
+        r"^    files:\n(      .*\n)*", "    files:\n" + "".join(entries), block, flags=re.M
+    )
     return text[:start] + block + rest

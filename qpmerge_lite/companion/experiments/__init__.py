@@ -1,1 +1,2 @@
-"""What the chapters measure: benchmarks, single layers, populations of merges, calibration studies, timings."""
+"""What the chapters measure: benchmarks, single layers, populations of merges, calibration studies,
+timings."""

@@ -1,41 +1,60 @@
 """Results of a comparison as tables, and intervals over what was repeated."""
+
 from __future__ import annotations
 
 
 def frame(results: list[dict]):
-    """Test results as a ``pandas.DataFrame``: one row per seed, method and task, ``mean`` among the tasks, and the validation score."""
+    """Test results as a ``pandas.DataFrame``: one row per seed, method and task, ``mean`` among the
+    tasks, and the validation score."""
     import pandas as pd
 
     rows = []
     for r in results:
         mean = sum(r["accuracy"].values()) / len(r["accuracy"])
         for task, normalised in r["normalised"].items():
-            rows.append({"seed": r["seed"], "method": r["method"], "label": r["label"], "task": task, "normalised": normalised,
-                         "accuracy": r["accuracy"].get(task, mean), "validation": r["validation"]})
+            rows.append(
+                {
+                    "seed": r["seed"],
+                    "method": r["method"],
+                    "label": r["label"],
+                    "task": task,
+                    "normalised": normalised,
+                    "accuracy": r["accuracy"].get(task, mean),
+                    "validation": r["validation"],
+                }
+            )
     return pd.DataFrame(rows)
 
 
 def seed_interval(values, level: float = 0.95) -> tuple[float, tuple[float, float] | None]:
-    """Mean over seeds and its Student-t interval, None for one seed; for paired differences pass the differences."""
+    """Mean over seeds and its Student-t interval, None for one seed; for paired differences pass
+    the differences."""
     import numpy as np
     from scipy import stats
 
     values = np.asarray(values, dtype=float)
     if len(values) == 1:
         return float(values[0]), None
-    mean, half = values.mean(), stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    mean, half = (
+        values.mean(),
+        stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5,
+    )
     return float(mean), (float(mean - half), float(mean + half))
 
 
 def units(results: list[dict]):
-    """What intervals are taken over, and its rows of :func:`frame`: the means of seeds, or the tasks where there is one seed."""
+    """What intervals are taken over, and its rows of :func:`frame`: the means of seeds, or the
+    tasks where there is one seed."""
     found = frame(results)
     unit = "seed" if found.seed.nunique() > 1 else "task"
     return unit, found[(found.task == "mean") == (unit == "seed")]
 
 
 def ranks(results: list[dict]):
-    """Place of every merge among all merges of a seed (or task, see ``summarise``), 1 the best, as a ``pandas.DataFrame`` with a column per method."""
+    """Place of every merge among all merges of a seed (or task, see ``summarise``), 1 the best, as
+    a ``pandas.DataFrame`` with a column per method."""
     unit, found = units(results)
     merges = found[~found.method.isin(("experts", "multitask"))]
-    return merges.pivot(index=unit, columns="method", values="normalised").rank(axis=1, ascending=False)
+    return merges.pivot(index=unit, columns="method", values="normalised").rank(
+        axis=1, ascending=False
+    )

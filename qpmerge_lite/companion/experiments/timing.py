@@ -1,4 +1,5 @@
-"""`python -m qpmerge_lite.companion.experiments.timing`: what a merge costs, in units of unavoidable forwards.
+"""`python -m qpmerge_lite.companion.experiments.timing`: what a merge costs, in units of
+unavoidable forwards.
 
 Unavoidable are one run of every expert over its own calibration inputs and one run of the merged
 model over all of them. Figures are medians of processor time on one thread, ratios of what ran in

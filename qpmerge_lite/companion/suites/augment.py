@@ -1,4 +1,5 @@
-"""Random variations for pre-training on colour pictures of 32 x 32: glyphs as if drawn by hand, painted; and views of a picture.
+"""Random variations for pre-training on colour pictures of 32 x 32: glyphs as if drawn by hand,
+painted; and views of a picture.
 
 Images are floats in [0, 1]; coordinates run from -1 to 1 across an image.
 """
@@ -14,23 +15,37 @@ def _draw(generator: Generator, *shape: int) -> Tensor:
     return torch.rand(*shape, generator=generator)
 
 
-def warp(images: Tensor, generator: Generator, strength: Tensor, zoom: Tensor, turn: float, shear: float, shift: Tensor | float,
-         bend: float, beyond: str) -> Tensor:
+def warp(
+    images: Tensor,
+    generator: Generator,
+    strength: Tensor,
+    zoom: Tensor,
+    turn: float,
+    shear: float,
+    shift: Tensor | float,
+    bend: float,
+    beyond: str,
+) -> Tensor:
     """Images (B, C, H, W) turned, sheared, shifted, zoomed and bent at random: (B, C, 32, 32).
 
     Args:
         strength: (B,) factor of everything that follows but the zoom.
         zoom: (B,) extent of the source that is shown.
         turn, shear, shift: largest angle in radians, slope, and displacement.
-        bend: standard deviation of the displacement at the knots of a 4 x 4 mesh, smooth between them.
+        bend: standard deviation of the displacement at the knots of a 4 x 4 mesh, smooth between
+            them.
         beyond: what is outside the source, as ``padding_mode`` of ``grid_sample``.
     """
     n = len(images)
     angle, slope, x, y, stretch = (2 * _draw(generator, 5, n) - 1) * strength
     cos, sin = (turn * angle).cos() * zoom, (turn * angle).sin() * zoom
-    affine = torch.stack([cos, shear * slope - sin, shift * x, sin, cos * (1 + 0.2 * stretch), shift * y], 1).view(n, 2, 3)
+    affine = torch.stack(
+        [cos, shear * slope - sin, shift * x, sin, cos * (1 + 0.2 * stretch), shift * y], 1
+    ).view(n, 2, 3)
     knots = bend * strength.view(-1, 1, 1, 1) * torch.randn(n, 2, 4, 4, generator=generator)
-    bent = F.interpolate(knots, size=(SIDE, SIDE), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+    bent = F.interpolate(knots, size=(SIDE, SIDE), mode="bicubic", align_corners=False).permute(
+        0, 2, 3, 1
+    )
     grid = F.affine_grid(affine, [n, 1, SIDE, SIDE], align_corners=False) + bent
     return F.grid_sample(images, grid, align_corners=False, padding_mode=beyond)
 
@@ -47,13 +62,16 @@ def _noisy(images: Tensor, spread: float, generator: Generator) -> Tensor:
 
 def _clouds(n: int, generator: Generator) -> Tensor:
     """Colour fields (n, 3, 32, 32), from flat to cloudy."""
-    clouds = F.interpolate(_draw(generator, n, 3, 4, 4), size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+    clouds = F.interpolate(
+        _draw(generator, n, 3, 4, 4), size=(SIDE, SIDE), mode="bilinear", align_corners=False
+    )
     flat, share = _draw(generator, n, 3, 1, 1), _draw(generator, n, 1, 1, 1) ** 2
     return flat * (1 - share) + clouds * share
 
 
 def paint(glyphs: Tensor, generator: Generator) -> Tensor:
-    """Ink (B, 1, 32, 32) as pictures (B, 3, 32, 32): half in light grey on black or the reverse, half in colours that differ."""
+    """Ink (B, 1, 32, 32) as pictures (B, 3, 32, 32): half in light grey on black or the reverse,
+    half in colours that differ."""
     n = len(glyphs)
     ink, paper, kind = _clouds(n, generator), _clouds(n, generator), _draw(generator, n, 1, 1, 1)
     light = lambda field: field.mean((1, 2, 3), keepdim=True)
@@ -67,7 +85,8 @@ def paint(glyphs: Tensor, generator: Generator) -> Tensor:
 
 
 def drawn(masters: Tensor, generator: Generator) -> Tensor:
-    """Glyphs (B, 56, 56) bytes as painted pictures (B, 3, 32, 32), from nearly as printed to as if drawn by an unsteady hand."""
+    """Glyphs (B, 56, 56) bytes as painted pictures (B, 3, 32, 32), from nearly as printed to as if
+    drawn by an unsteady hand."""
     strength = _draw(generator, len(masters)) ** 1.5
     zoom = 1 + 0.2 * strength * (2 * _draw(generator, len(masters)) - 1)
     images = masters[:, None].float() / 255
@@ -75,7 +94,8 @@ def drawn(masters: Tensor, generator: Generator) -> Tensor:
 
 
 def view(images: Tensor, generator: Generator) -> Tensor:
-    """A random view of pictures (B, 3, 32, 32): a part of it, somewhat distorted, in other light and colours."""
+    """A random view of pictures (B, 3, 32, 32): a part of it, somewhat distorted, in other light
+    and colours."""
     n = len(images)
     zoom = 0.5 + 0.6 * _draw(generator, n)
     shift = 0.5 * (1.1 - zoom).clamp(0.1)

@@ -1,7 +1,9 @@
-"""CLIP ViT-B/32 on eight tasks with public experts: vision towers fine-tuned under frozen text heads.
+"""CLIP ViT-B/32 on eight tasks with public experts: vision towers fine-tuned under frozen text
+heads.
 
-The protocol of task arithmetic (Ilharco et al., 2023) as fusion_bench serves it: only vision towers differ and are merged; projection
-and logit scale are the base's. A class scores by the cosine of the image's embedding and the mean of its prompts' embeddings.
+The protocol of task arithmetic (Ilharco et al., 2023) as fusion_bench serves it: only vision towers
+differ and are merged; projection and logit scale are the base's. A class scores by the cosine of
+the image's embedding and the mean of its prompts' embeddings.
 """
 
 from functools import lru_cache, partial
@@ -26,15 +28,19 @@ N_CLASSES = {task: len(public.prompts("clip")[task]["classes"]) for task in TASK
 
 
 class ImageEncoder(nn.Module):
-    """A CLIP vision tower with the frozen projection of its model; its blocks are ``vision.encoder.layers``.
+    """A CLIP vision tower with the frozen projection of its model; its blocks are
+    ``vision.encoder.layers``.
 
-    Projection and the pixels' mean and deviation are no part of the state dict, so no merge touches them.
+    Projection and the pixels' mean and deviation are no part of the state dict, so no merge touches
+    them.
     """
 
     def __init__(self, model, mean, std):
         super().__init__()
         self.vision = model.vision_model
-        self.register_buffer("projection", model.visual_projection.weight.detach().clone(), persistent=False)
+        self.register_buffer(
+            "projection", model.visual_projection.weight.detach().clone(), persistent=False
+        )
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -60,36 +66,55 @@ def base() -> tuple[ImageEncoder, str]:
 
 
 def experts(task: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """State dict of a task's encoder, and its head: e^(logit scale) times the classes' embeddings, no bias."""
+    """State dict of a task's encoder, and its head: e^(logit scale) times the classes' embeddings,
+    no bias."""
     from transformers import CLIPVisionModel
 
     tower = public.pretrained(CLIPVisionModel, checkpoint(f"{FAMILY}/{task.replace('_', '-')}"))
-    return {f"vision.{name}": value for name, value in tower.state_dict().items()}, head(checkpoint(FAMILY), **public.prompts("clip")[task])
+    return {f"vision.{name}": value for name, value in tower.state_dict().items()}, head(
+        checkpoint(FAMILY), **public.prompts("clip")[task]
+    )
 
 
 @torch.no_grad()
 def head(folder: Path, classes: list[str], templates: list[str]) -> dict[str, Tensor]:
-    """Frozen text head (classes, d): every prompt's embedding made of length 1, their mean over templates, that made of length 1."""
+    """Frozen text head (classes, d): every prompt's embedding made of length 1, their mean over
+    templates, that made of length 1."""
     model = _parts(folder)[0]
-    tokenizer, rows = public.tokenizer(folder, model.config.text_config.max_position_embeddings, PAD), []
+    tokenizer, rows = (
+        public.tokenizer(folder, model.config.text_config.max_position_embeddings, PAD),
+        [],
+    )
     for name in classes:
         texts = trim(public.encoded(tokenizer, [template.format(name) for template in templates]))
-        rows.append(normalize(normalize(model.get_text_features(**texts).pooler_output, dim=-1).mean(0), dim=-1))
+        rows.append(
+            normalize(
+                normalize(model.get_text_features(**texts).pooler_output, dim=-1).mean(0), dim=-1
+            )
+        )
     return {"weight": model.logit_scale.exp() * torch.stack(rows), "bias": torch.zeros(len(rows))}
 
 
 def data(task: str, seed: int):
-    """``datasets.DatasetDict`` of one task, read and cropped as needed: columns ``pixels`` (3, S, S) uint8 and ``label``."""
+    """``datasets.DatasetDict`` of one task, read and cropped as needed: columns ``pixels`` (3, S,
+    S) uint8 and ``label``."""
     rows, classes = public.rows(f"clip-{task}"), N_CLASSES[task]
     labels = rows["train"].features["label"]
     if getattr(labels, "num_classes", classes) != classes:
-        raise ManifestError(f"clip-{task}: expected the {classes} classes of data_manifests/prompts/clip.yaml, found {labels.num_classes}")
+        raise ManifestError(
+            f"clip-{task}: expected the {classes} classes of data_manifests/prompts/clip.yaml, found {labels.num_classes}"
+        )
     return rows.with_transform(partial(_cropped, _parts(checkpoint(FAMILY))[1]))
 
 
 def _cropped(processor, rows: dict) -> dict:
     images = [image.convert("RGB") for image in rows["image"]]
-    return {"pixels": processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"], "label": rows["label"]}
+    return {
+        "pixels": processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")[
+            "pixel_values"
+        ],
+        "label": rows["label"],
+    }
 
 
 def collate(rows: dict) -> dict[str, Tensor]:

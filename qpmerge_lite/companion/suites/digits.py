@@ -1,8 +1,11 @@
-"""The smallest real merge: one hidden layer fine-tuned on groups of scikit-learn's handwritten digits, in a second or two.
+"""The smallest real merge: one hidden layer fine-tuned on groups of scikit-learn's handwritten
+digits, in a second or two.
 
-An encoder ``relu(W [x, 1])`` and a head learn the parity of all ten digits (the base). Each expert then learns to tell
-the digits of its group apart, encoder and a head of its own together. Encoders are merged; heads are kept.
+An encoder ``relu(W [x, 1])`` and a head learn the parity of all ten digits (the base). Each expert
+then learns to tell the digits of its group apart, encoder and a head of its own together. Encoders
+are merged; heads are kept.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -19,7 +22,8 @@ HALVES = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9))
 
 @dataclass(frozen=True)
 class Digits:
-    """Base weight ``W0`` (m, 65) with the bias as last column, updates (K, m, 65), float64; per task and split inputs (N, 65) and labels."""
+    """Base weight ``W0`` (m, 65) with the bias as last column, updates (K, m, 65), float64; per
+    task and split inputs (N, 65) and labels."""
 
     W0: Tensor
     updates: Tensor
@@ -38,24 +42,32 @@ class Digits:
 
     def moments(self, split: str = "train", folds: int = 1) -> Moments:
         """Moments of the layer, images dealt to the folds in turn."""
-        moments = Moments.zeros(self.tasks, self.W0.shape[1], self.W0.shape[0], folds=folds, layer="encoder")
+        moments = Moments.zeros(
+            self.tasks, self.W0.shape[1], self.W0.shape[0], folds=folds, layer="encoder"
+        )
         for task in self.tasks:
             X, R = self.residuals(task, split)
             moments.update(task, X, R, torch.arange(len(X)) % folds)
         return moments
 
     def error(self, update: Tensor, split: str = "train") -> Tensor:
-        """``½ Σ_t ‖R_t - update X_t‖² / N_t`` from the outputs themselves, no moments: (...) for updates (..., m, 65)."""
+        """``½ Σ_t ‖R_t - update X_t‖² / N_t`` from the outputs themselves, no moments: (...) for
+        updates (..., m, 65)."""
         pairs = [self.residuals(task, split) for task in self.tasks]
         return sum((R - X @ update.mT).square().sum((-2, -1)) / len(X) for X, R in pairs) / 2
 
     def on_plane(self, axis: Tensor, function) -> Tensor:
-        """``function(d1 Δ_1 + d2 Δ_2)`` at every node of a square grid, (d2, d1) for ``axis`` (a,)."""
-        return torch.tensor([[function(a * self.updates[0] + b * self.updates[1]) for a in axis] for b in axis], dtype=torch.float64)
+        """``function(d1 Δ_1 + d2 Δ_2)`` at every node of a square grid, (d2, d1) for ``axis``
+        (a,)."""
+        return torch.tensor(
+            [[function(a * self.updates[0] + b * self.updates[1]) for a in axis] for b in axis],
+            dtype=torch.float64,
+        )
 
     @torch.no_grad()
     def correct(self, update: Tensor, split: str = "test") -> int:
-        """How many images of all tasks together ``W0 + update`` (m, 65) gets right, each under its own task's head."""
+        """How many images of all tasks together ``W0 + update`` (m, 65) gets right, each under its
+        own task's head."""
         right = 0
         for task, splits in self.data.items():
             X, labels = splits[split]
@@ -83,8 +95,11 @@ def _weight(encoder):
     return torch.cat([encoder.weight, encoder.bias[:, None]], 1).detach()
 
 
-def load(groups=HALVES, width: int = 16, steps: int = 150, seed: int = 0, tier: str = "smoke") -> Digits:
-    """Train base and experts (full-batch Adam on the training split) and hand them out as one layer's merge.
+def load(
+    groups=HALVES, width: int = 16, steps: int = 150, seed: int = 0, tier: str = "smoke"
+) -> Digits:
+    """Train base and experts (full-batch Adam on the training split) and hand them out as one
+    layer's merge.
 
     Args:
         groups: digits of each task.
@@ -93,8 +108,10 @@ def load(groups=HALVES, width: int = 16, steps: int = 150, seed: int = 0, tier: 
     Raises: MergeError for any other tier.
     """
     if tier != "smoke":
-        raise MergeError(f"suite digits: expected tier 'smoke', the only one it has, found {tier!r}; run this chapter with "
-                         "tier='smoke', and larger tiers on the benchmark chapters (qpmerge book run --only)")
+        raise MergeError(
+            f"suite digits: expected tier 'smoke', the only one it has, found {tier!r}; run this chapter with "
+            "tier='smoke', and larger tiers on the benchmark chapters (qpmerge book run --only)"
+        )
     from sklearn.datasets import load_digits
 
     images, labels = (torch.tensor(z) for z in load_digits(return_X_y=True))

@@ -40,7 +40,8 @@ def _font(name: str):
 
 @cache
 def master(name: str, character: str) -> np.ndarray | None:
-    """Glyph centred by its ink on a (56, 56) uint8 canvas; None for one that is blank or too large."""
+    """Glyph centred by its ink on a (56, 56) uint8 canvas; None for one that is blank or too
+    large."""
     from PIL import Image, ImageDraw
 
     left, top, right, bottom = _font(name).getbbox(character)
@@ -54,14 +55,16 @@ def master(name: str, character: str) -> np.ndarray | None:
 
 
 def signature(image: np.ndarray) -> np.ndarray:
-    """Unit vector of a blurred, centred master: the cosine of two says how alike the glyphs look."""
+    """Unit vector of a blurred, centred master: the cosine of two says how alike the glyphs
+    look."""
     small = F.avg_pool2d(torch.from_numpy(image.astype(np.float32))[None], 5, stride=3).flatten()
     small = small - small.mean()
     return (small / small.norm()).numpy()
 
 
 def affine(masters: Tensor, generator: Generator) -> Tensor:
-    """Slightly rotated, scaled, sheared and shifted images: (B, 56, 56) bytes to (B, 28, 28) in [0, 1]."""
+    """Slightly rotated, scaled, sheared and shifted images: (B, 56, 56) bytes to (B, 28, 28) in [0,
+    1]."""
     n = len(masters)
     turn, grow, shear, dx, dy = 2 * torch.rand(5, n, generator=generator) - 1
     turn, grow, shear = 0.12 * turn, 1 + 0.1 * grow, 0.1 * shear
@@ -118,7 +121,9 @@ def striped(g, generator):
 def screened(g, generator):
     """Ink printed as a dot screen."""
     n = len(g)
-    return g * (0.3 + 0.7 * _wave(n, generator, 0.0) * _wave(n, generator, torch.pi / 2)).clamp(0, 1)
+    return g * (0.3 + 0.7 * _wave(n, generator, 0.0) * _wave(n, generator, torch.pi / 2)).clamp(
+        0, 1
+    )
 
 
 def faint(g, generator):
@@ -167,7 +172,9 @@ def struck(g, generator):
     y, x = _axes()
     for _ in range(2):
         angle = _uniform(len(g), 0, torch.pi, generator)
-        distance = (y * angle.cos() + x * angle.sin() - _uniform(len(g), -0.8, 0.8, generator)).abs()
+        distance = (
+            y * angle.cos() + x * angle.sin() - _uniform(len(g), -0.8, 0.8, generator)
+        ).abs()
         g = torch.maximum(g, 0.6 * (1.5 - (SIDE / 2) * distance).clamp(0, 1))
     return g
 

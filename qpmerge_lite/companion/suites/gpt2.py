@@ -1,7 +1,9 @@
-"""GPT-2 on seven tasks of GLUE with public experts: backbones are merged, every task keeps its own ``score`` head.
+"""GPT-2 on seven tasks of GLUE with public experts: backbones are merged, every task keeps its own
+``score`` head.
 
-Test is GLUE's validation split, as labels of its test split are not public. Texts are padded to ``LENGTH`` with the token that ends
-texts; the feature of a text is the state of its last token before the padding, which is also what transformers classifies by.
+Test is GLUE's validation split, as labels of its test split are not public. Texts are padded to
+``LENGTH`` with the token that ends texts; the feature of a text is the state of its last token
+before the padding, which is also what transformers classifies by.
 """
 
 from functools import lru_cache
@@ -24,17 +26,21 @@ LENGTH, PAD = 512, "<|endoftext|>"
 
 
 class TextEncoder(nn.Module):
-    """A GPT-2 backbone with the state of a text's last token as its feature; its blocks are ``transformer.h``."""
+    """A GPT-2 backbone with the state of a text's last token as its feature; its blocks are
+    ``transformer.h``."""
 
     def __init__(self, transformer: nn.Module):
         super().__init__()
         self.transformer = transformer
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Feature of every text: tokens (B, L) and their mask, 1 for text and then 0 for padding, to (B, d)."""
+        """Feature of every text: tokens (B, L) and their mask, 1 for text and then 0 for padding,
+        to (B, d)."""
         batch = trim({"input_ids": input_ids, "attention_mask": attention_mask})
         states = self.transformer(**batch, use_cache=False).last_hidden_state
-        return states[torch.arange(len(states), device=states.device), batch["attention_mask"].sum(1) - 1]
+        return states[
+            torch.arange(len(states), device=states.device), batch["attention_mask"].sum(1) - 1
+        ]
 
 
 def base() -> tuple[TextEncoder, str]:
@@ -51,11 +57,15 @@ def experts(task: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
     model = public.pretrained(GPT2ForSequenceClassification, checkpoint(f"{FAMILY}/{task}"))
     weight = model.score.weight.detach()
-    return TextEncoder(model.transformer).state_dict(), {"weight": weight, "bias": torch.zeros(len(weight))}
+    return TextEncoder(model.transformer).state_dict(), {
+        "weight": weight,
+        "bias": torch.zeros(len(weight)),
+    }
 
 
 def data(task: str, seed: int):
-    """``datasets.DatasetDict`` of one task: columns ``text``, ``pair`` where it has two, and ``label``."""
+    """``datasets.DatasetDict`` of one task: columns ``text``, ``pair`` where it has two, and
+    ``label``."""
     return public.rows(f"glue-{task}")
 
 
@@ -65,6 +75,11 @@ def _tokenizer(folder: Path):
 
 
 def collate(rows: dict) -> dict[str, Tensor]:
-    """Arguments of the encoder from columns of a split: ``input_ids`` and ``attention_mask`` (B, LENGTH)."""
-    texts = [list(map(str, part)) for part in (rows["text"], *([rows["pair"]] if "pair" in rows else []))]
-    return public.encoded(_tokenizer(checkpoint(FAMILY)), list(zip(*texts)) if len(texts) > 1 else texts[0])
+    """Arguments of the encoder from columns of a split: ``input_ids`` and ``attention_mask`` (B,
+    LENGTH)."""
+    texts = [
+        list(map(str, part)) for part in (rows["text"], *([rows["pair"]] if "pair" in rows else []))
+    ]
+    return public.encoded(
+        _tokenizer(checkpoint(FAMILY)), list(zip(*texts)) if len(texts) > 1 else texts[0]
+    )

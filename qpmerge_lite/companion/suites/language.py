@@ -1,7 +1,9 @@
-"""The embedded language suite: naming the language of three words, written as the base never saw them.
+"""The embedded language suite: naming the language of three words, written as the base never saw
+them.
 
-Eight tasks tell related languages apart, character by character. Words come from the frequency lists of ``wordfreq``; a word
-belongs to one split in every language, and validation and test texts are the same for every seed; training texts vary with it.
+Eight tasks tell related languages apart, character by character. Words come from the frequency
+lists of ``wordfreq``; a word belongs to one split in every language, and validation and test texts
+are the same for every seed; training texts vary with it.
 """
 
 import hashlib
@@ -56,7 +58,8 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Task:
-    """The languages to tell apart, and the styles their words are written in, one after the other."""
+    """The languages to tell apart, and the styles their words are written in, one after the
+    other."""
 
     languages: str
     styles: tuple[str, ...]
@@ -91,7 +94,11 @@ def words(language: str) -> tuple[str, ...]:
     """The most frequent words of a language that have letters only, 3 to 8 of them."""
     from wordfreq import top_n_list
 
-    return tuple(w for w in top_n_list(language, TOP, wordlist="small") if w.isalpha() and SHORTEST <= len(w) <= LONGEST)
+    return tuple(
+        w
+        for w in top_n_list(language, TOP, wordlist="small")
+        if w.isalpha() and SHORTEST <= len(w) <= LONGEST
+    )
 
 
 @cache
@@ -100,15 +107,28 @@ def lexicon(task: str) -> dict[str, dict[str, tuple[str, ...]]]:
     languages = DEFINITIONS[task].languages.split()
     times = Counter(w for language in languages for w in set(words(language)))
     english = set(words("en"))
-    own = {language: [w for w in words(language) if times[w] == 1 and w not in english] for language in languages}
-    return {split: {language: tuple(w for w in chosen if split_of(w) == split) for language, chosen in own.items()} for split in SPLITS}
+    own = {
+        language: [w for w in words(language) if times[w] == 1 and w not in english]
+        for language in languages
+    }
+    return {
+        split: {
+            language: tuple(w for w in chosen if split_of(w) == split)
+            for language, chosen in own.items()
+        }
+        for split in SPLITS
+    }
 
 
 def text(task: str, split: str, label: int, generator: Generator) -> str:
     """Three words of a language, drawn with replacement, in the styles of the task."""
     pool = lexicon(task)[split][DEFINITIONS[task].languages.split()[label]]
     chosen = torch.randint(len(pool), (WORDS,), generator=generator)
-    return reduce(lambda words, style: STYLES[style](words), DEFINITIONS[task].styles, " ".join(pool[i] for i in chosen))
+    return reduce(
+        lambda words, style: STYLES[style](words),
+        DEFINITIONS[task].styles,
+        " ".join(pool[i] for i in chosen),
+    )
 
 
 def data(task: str, seed: int):
@@ -120,7 +140,10 @@ def data(task: str, seed: int):
     for split, count in SPLITS.items():
         generator = seeded(seed if split == "train" else 0, task, split)
         labels = [i % len(names) for i in range(count)]
-        splits[split] = Dataset.from_dict({"text": [text(task, split, label, generator) for label in labels], "label": labels}, features=schema)
+        splits[split] = Dataset.from_dict(
+            {"text": [text(task, split, label, generator) for label in labels], "label": labels},
+            features=schema,
+        )
     return DatasetDict(splits)
 
 
@@ -139,14 +162,17 @@ def encode(texts) -> Tensor:
 
 
 def collate(rows: dict) -> dict[str, Tensor]:
-    """Arguments of the encoder from columns of a split: ``input_ids`` and ``attention_mask`` (B, LENGTH)."""
+    """Arguments of the encoder from columns of a split: ``input_ids`` and ``attention_mask`` (B,
+    LENGTH)."""
     ids = encode(rows["text"])
     return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
 
 
 def build() -> TextTransformer:
     """The encoder with random weights."""
-    return TextTransformer(characters=len(alphabet()) + 2, length=LENGTH, width=64, depth=4, heads=4, ratio=2)
+    return TextTransformer(
+        characters=len(alphabet()) + 2, length=LENGTH, width=64, depth=4, heads=4, ratio=2
+    )
 
 
 def base() -> tuple[TextTransformer, str]:
@@ -156,24 +182,35 @@ def base() -> tuple[TextTransformer, str]:
 
 @cache
 def pretraining_data() -> tuple[Tensor, Tensor]:
-    """Training words of all languages as identifiers (N, 8) padded with 0, and the language (N,) of each."""
-    chosen = [(w, i) for i, language in enumerate(LANGUAGES) for w in words(language) if split_of(w) == "train"]
+    """Training words of all languages as identifiers (N, 8) padded with 0, and the language (N,) of
+    each."""
+    chosen = [
+        (w, i)
+        for i, language in enumerate(LANGUAGES)
+        for w in words(language)
+        if split_of(w) == "train"
+    ]
     ids = encode(w for w, _ in chosen)[:, :LONGEST]
     return ids, torch.tensor([i for _, i in chosen])
 
 
 def pretraining_head(encoder: TextTransformer) -> nn.Linear:
     """Scores of every character, for masked ones, and of every language, for whole texts."""
-    return nn.Linear(encoder.norm.normalized_shape[0], encoder.embed.num_embeddings + len(LANGUAGES))
+    return nn.Linear(
+        encoder.norm.normalized_shape[0], encoder.embed.num_embeddings + len(LANGUAGES)
+    )
 
 
 def pretraining_batch(encoder, head, generator: Generator, size: int) -> tuple[Tensor, Tensor]:
-    """Scores and targets of the masked characters, and of the language, of ``size`` texts of three words."""
+    """Scores and targets of the masked characters, and of the language, of ``size`` texts of three
+    words."""
     ids, language = pretraining_data()
     first, count = torch.searchsorted(language, torch.arange(len(LANGUAGES))), language.bincount()
     chosen = torch.randint(len(LANGUAGES), (size, 1), generator=generator)
     picks = first[chosen] + (torch.rand(size, WORDS, generator=generator) * count[chosen]).long()
-    gapped = nn.functional.pad(ids[picks], (0, 1), value=alphabet()[" "]).flatten(1)[:, :-1]  # padding behind every word
+    gapped = nn.functional.pad(ids[picks], (0, 1), value=alphabet()[" "]).flatten(1)[
+        :, :-1
+    ]  # padding behind every word
     texts = gapped.gather(1, (gapped == PAD).to(torch.uint8).sort(dim=1, stable=True).indices)
     hidden = (torch.rand(texts.shape, generator=generator) < MASKED) & (texts != PAD)
     mask = (texts != PAD).long()

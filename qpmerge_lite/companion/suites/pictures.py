@@ -1,8 +1,10 @@
-"""The standard vision suite: eight public sets of small pictures, and a base that was trained here on none of their test images.
+"""The standard vision suite: eight public sets of small pictures, and a base that was trained here
+on none of their test images.
 
-The encoder is pre-trained on two things at once: to tell apart 400 glyphs that no task uses, in colour and as if drawn by
-hand, and to find the other view of a training picture among many (Chen et al., 2020: SimCLR), without labels. Both
-ask for features that serve all tasks and none in particular.
+The encoder is pre-trained on two things at once: to tell apart 400 glyphs that no task uses, in
+colour and as if drawn by hand, and to find the other view of a training picture among many (Chen et
+al., 2020: SimCLR), without labels. Both ask for features that serve all tasks and none in
+particular.
 """
 
 from functools import cache
@@ -21,7 +23,9 @@ from .training import Recipe, shipped
 
 WEIGHTS = Path(__file__).parent / "weights" / "pictures_base.safetensors"
 MANIFEST = "standard-vision"
-RECIPE = Recipe(steps=400, batch=64, rate=1e-3, probe_decay=0.1)  # a strong ridge, for the reason given in sentences.py
+RECIPE = Recipe(
+    steps=400, batch=64, rate=1e-3, probe_decay=0.1
+)  # a strong ridge, for the reason given in sentences.py
 LAYERS = ("blocks.0.attention.value", "blocks.1.up")
 LAYER_RECIPE = Recipe(steps=80, batch=64, rate=1e-2)
 SPLITS = {"train": 8192, "validation": 512, "test": 1024}  # rows a task, at most
@@ -29,13 +33,15 @@ TASKS = "mnist fashion_mnist cifar10 gtsrb notmnist arabic_chars kannada_mnist o
 N_CLASSES = dict(zip(TASKS, (10, 10, 10, 43, 10, 28, 10, 8), strict=True))
 SIDE = 32
 
-# Pre-training: the sets whose training pictures are shown without labels, and the shares of a batch.
+# Pre-training: the sets whose training pictures are shown without labels, and the shares of a
+# batch.
 UNLABELLED = ("cifar10", "gtsrb", "fashion_mnist")
 GLYPHS, PAIRS, TEMPERATURE, PROJECTED = 3 / 4, 1 / 4, 0.2, 64
 
 
 def data(task: str, seed: int):
-    """``datasets.DatasetDict`` of one task: columns ``image`` and ``label`` of at most so many rows as ``SPLITS`` says.
+    """``datasets.DatasetDict`` of one task: columns ``image`` and ``label`` of at most so many rows
+    as ``SPLITS`` says.
 
     Training rows are drawn anew for each seed; those for validation and test never change.
     """
@@ -43,7 +49,8 @@ def data(task: str, seed: int):
 
 
 def pixels(images) -> Tensor:
-    """Colour pictures (B, 3, 32, 32) in [0, 1], from bytes (B, 28, 28) or (B, 32, 32, 3); a grey one gets a black margin."""
+    """Colour pictures (B, 3, 32, 32) in [0, 1], from bytes (B, 28, 28) or (B, 32, 32, 3); a grey
+    one gets a black margin."""
     images = torch.as_tensor(np.asarray(images)).float() / 255
     if images.dim() == 4:
         return images.permute(0, 3, 1, 2)
@@ -57,13 +64,24 @@ def standard(images: Tensor) -> Tensor:
 
 
 def collate(rows: dict) -> dict[str, Tensor]:
-    """Arguments of the encoder from columns of a split: float pixels (B, 3, 32, 32), standardised picture by picture."""
+    """Arguments of the encoder from columns of a split: float pixels (B, 3, 32, 32), standardised
+    picture by picture."""
     return {"pixels": standard(pixels(rows["image"]))}
 
 
 def build() -> VisionTransformer:
     """The encoder with random weights."""
-    return VisionTransformer(width=128, depth=4, heads=4, ratio=2, side=SIDE, patch=2, channels=3, stem=(32, 64), token=False)
+    return VisionTransformer(
+        width=128,
+        depth=4,
+        heads=4,
+        ratio=2,
+        side=SIDE,
+        patch=2,
+        channels=3,
+        stem=(32, 64),
+        token=False,
+    )
 
 
 def base() -> tuple[VisionTransformer, str]:
@@ -73,19 +91,27 @@ def base() -> tuple[VisionTransformer, str]:
 
 @cache
 def pretraining_data() -> tuple[Tensor, Tensor, Tensor]:
-    """Masters (N, 56, 56) of the glyphs, their classes (N,), and training pictures (M, 32, 32, 3), all but the classes bytes."""
+    """Masters (N, 56, 56) of the glyphs, their classes (N,), and training pictures (M, 32, 32, 3),
+    all but the classes bytes."""
     masters, classes = vision.pretraining_data()
     shown = [pixels(rows(task)["train"].with_format("numpy")[:]["image"]) for task in UNLABELLED]
-    return masters, classes, (255 * torch.cat(shown)).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return (
+        masters,
+        classes,
+        (255 * torch.cat(shown)).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(),
+    )
 
 
 class Heads(nn.Module):
-    """What pre-training adds to the encoder: scores of the glyphs, and a projection in which views of one picture are close."""
+    """What pre-training adds to the encoder: scores of the glyphs, and a projection in which views
+    of one picture are close."""
 
     def __init__(self, width: int, classes: int):
         super().__init__()
         self.classes = nn.Linear(width, classes)
-        self.project = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, PROJECTED))
+        self.project = nn.Sequential(
+            nn.Linear(width, width), nn.GELU(), nn.Linear(width, PROJECTED)
+        )
 
 
 def pretraining_head(encoder: VisionTransformer) -> Heads:
@@ -94,15 +120,27 @@ def pretraining_head(encoder: VisionTransformer) -> Heads:
 
 
 def pretraining_batch(encoder, head, generator: Generator, size: int) -> tuple[Tensor, Tensor]:
-    """Scores and their right columns: of glyphs among all glyphs, and of views of pictures among all other views of the batch."""
+    """Scores and their right columns: of glyphs among all glyphs, and of views of pictures among
+    all other views of the batch."""
     masters, classes, pictures = pretraining_data()
     glyphs = torch.randint(len(classes), (int(GLYPHS * size),), generator=generator)
     pairs = int(PAIRS * size)
     shown = pixels(pictures[torch.randint(len(pictures), (pairs,), generator=generator)])
-    images = [augment.drawn(masters[glyphs], generator), augment.view(shown, generator), augment.view(shown, generator)]
+    images = [
+        augment.drawn(masters[glyphs], generator),
+        augment.view(shown, generator),
+        augment.view(shown, generator),
+    ]
     features = encoder(standard(torch.cat(images)).to(head.classes.weight.device))
-    named, places = head.classes(features[: len(glyphs)]), F.normalize(head.project(features[len(glyphs) :]), dim=1)
+    named, places = (
+        head.classes(features[: len(glyphs)]),
+        F.normalize(head.project(features[len(glyphs) :]), dim=1),
+    )
     alike = (places @ places.T / TEMPERATURE).fill_diagonal_(-torch.inf)
     columns = max(named.shape[1], alike.shape[1])
-    scores = [F.pad(part, (0, columns - part.shape[1]), value=-torch.inf) for part in (named, alike)]
-    return torch.cat(scores), torch.cat([classes[glyphs], torch.arange(2 * pairs).roll(pairs)]).to(features.device)
+    scores = [
+        F.pad(part, (0, columns - part.shape[1]), value=-torch.inf) for part in (named, alike)
+    ]
+    return torch.cat(scores), torch.cat([classes[glyphs], torch.arange(2 * pairs).roll(pairs)]).to(
+        features.device
+    )

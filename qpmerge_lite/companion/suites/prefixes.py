@@ -9,7 +9,8 @@ from ...engine.survey import block_paths
 
 
 def blocks_before(model: nn.Module, layer: str) -> list[nn.Module]:
-    """Blocks of one list that run before the one that holds a layer, in order; none for a layer outside of blocks."""
+    """Blocks of one list that run before the one that holds a layer, in order; none for a layer
+    outside of blocks."""
     paths = block_paths(model)
     holding = next((path for path in paths if layer.startswith(f"{path}.")), None)
     if holding is None:
@@ -18,7 +19,9 @@ def blocks_before(model: nn.Module, layer: str) -> list[nn.Module]:
     return [model.get_submodule(path) for path in siblings[: siblings.index(holding)]]
 
 
-def put_out(model: nn.Module, blocks: list[nn.Module], state: dict[str, Tensor], batch: dict) -> Tensor | None:
+def put_out(
+    model: nn.Module, blocks: list[nn.Module], state: dict[str, Tensor], batch: dict
+) -> Tensor | None:
     """What the last of some blocks puts out for a batch under a state dict; None without blocks."""
     if not blocks:
         return None

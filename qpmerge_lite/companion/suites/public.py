@@ -1,4 +1,5 @@
-"""What the suites of public sets and checkpoints share: rows and prompts under the manifests, and weights that fit without a remainder."""
+"""What the suites of public sets and checkpoints share: rows and prompts under the manifests, and
+weights that fit without a remainder."""
 
 from functools import cache
 from pathlib import Path
@@ -12,12 +13,15 @@ from ..data import manifests
 from ..paths import MANIFESTS
 from .training import seeded
 
-HELD_OUT = 2000  # at most so many of the rows held out of the training split choose a method's options
+HELD_OUT = (
+    2000  # at most so many of the rows held out of the training split choose a method's options
+)
 SPLITS = manifests.SPLITS
 
 
 def rows(name: str):
-    """A data set as ``sources.rows`` gives it, with at most ``HELD_OUT`` validation rows, the same ones every time."""
+    """A data set as ``sources.rows`` gives it, with at most ``HELD_OUT`` validation rows, the same
+    ones every time."""
     found = data.rows(name)
     order = torch.randperm(len(found["validation"]), generator=seeded(0, name, "validation"))
     found["validation"] = found["validation"].select(sorted(order[:HELD_OUT].tolist()))
@@ -25,10 +29,13 @@ def rows(name: str):
 
 
 def some(name: str, most: dict[str, int], seed: int):
-    """A data set with at most so many rows of every split, drawn; training rows anew for each seed, the others never change."""
+    """A data set with at most so many rows of every split, drawn; training rows anew for each seed,
+    the others never change."""
     found = data.rows(name)
     for split, count in most.items():
-        order = torch.randperm(len(found[split]), generator=seeded(seed if split == "train" else 0, name, split))
+        order = torch.randperm(
+            len(found[split]), generator=seeded(seed if split == "train" else 0, name, split)
+        )
         found[split] = found[split].select(order[:count].tolist())
     return found
 
@@ -42,14 +49,20 @@ def prompts(name: str) -> dict:
 
 
 def pretrained(kind, folder: Path, **options) -> nn.Module:
-    """A model of transformers with the weights of a checkpoint's folder, float32, in evaluation mode.
+    """A model of transformers with the weights of a checkpoint's folder, float32, in evaluation
+    mode.
 
-    Raises: MissingLayer naming a weight that the checkpoint lacks or has in another shape: none is left as it was initialised.
+    Raises: MissingLayer naming a weight that the checkpoint lacks or has in another shape: none is
+        left as it was initialised.
     """
-    model, found = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options)
+    model, found = kind.from_pretrained(
+        folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options
+    )
     lacking = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
     if lacking:
-        raise MissingLayer(f"{folder}: expected every weight of a {kind.__name__}, found none that fits {lacking[0]} ({len(lacking)} in all)")
+        raise MissingLayer(
+            f"{folder}: expected every weight of a {kind.__name__}, found none that fits {lacking[0]} ({len(lacking)} in all)"
+        )
     return model.eval()
 
 
@@ -60,7 +73,8 @@ def base_of(family: str) -> tuple[Path, str]:
 
 
 def tokenizer(folder: Path, length: int, pad: str):
-    """The ``tokenizers.Tokenizer`` of a checkpoint's folder, cutting and padding to ``length`` with the token ``pad``."""
+    """The ``tokenizers.Tokenizer`` of a checkpoint's folder, cutting and padding to ``length`` with
+    the token ``pad``."""
     from tokenizers import Tokenizer
 
     made = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -72,4 +86,7 @@ def tokenizer(folder: Path, length: int, pad: str):
 def encoded(tokenizer, texts) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask`` (N, length), int64, of texts or pairs of them."""
     found = tokenizer.encode_batch(texts)
-    return {"input_ids": torch.tensor([f.ids for f in found]), "attention_mask": torch.tensor([f.attention_mask for f in found])}
+    return {
+        "input_ids": torch.tensor([f.ids for f in found]),
+        "attention_mask": torch.tensor([f.attention_mask for f in found]),
+    }

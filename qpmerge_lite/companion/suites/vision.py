@@ -1,8 +1,9 @@
 """The embedded vision suite: eight scripts, each in a medium that the base never saw.
 
-Seven tasks draw their glyphs from the typefaces shipped with matplotlib, with typefaces of their own for training,
-validation and test; the eighth is scikit-learn's handwritten digits, split in the order of the file, so that few
-writers appear in two splits. Validation and test images are the same for every seed; training images vary with it.
+Seven tasks draw their glyphs from the typefaces shipped with matplotlib, with typefaces of their
+own for training, validation and test; the eighth is scikit-learn's handwritten digits, split in the
+order of the file, so that few writers appear in two splits. Validation and test images are the same
+for every seed; training images vary with it.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ FACES = {
         "DejaVuSans DejaVuSans-Bold DejaVuSansMono DejaVuSansMono-BoldOblique DejaVuSerif DejaVuSerif-BoldItalic STIXGeneral"
     ).split(),
     "validation": "DejaVuSans-Oblique DejaVuSansMono-Oblique STIXGeneralBolIta".split(),
-    "test": ("DejaVuSans-BoldOblique DejaVuSansMono-Bold DejaVuSerif-Italic DejaVuSerif-Bold STIXGeneralBol STIXGeneralItalic").split(),
+    "test": (
+        "DejaVuSans-BoldOblique DejaVuSansMono-Bold DejaVuSerif-Italic DejaVuSerif-Bold STIXGeneralBol STIXGeneralItalic"
+    ).split(),
 }
 # Computer Modern has ASCII letters only.
 LATIN_FACES = {
@@ -37,7 +40,8 @@ LATIN_FACES = {
     "validation": FACES["validation"],
     "test": [*FACES["test"], "cmtt10"],
 }
-# Slanted typefaces draw operators upright, exactly as their upright sisters do: these are split by weight.
+# Slanted typefaces draw operators upright, exactly as their upright sisters do: these are split by
+# weight.
 OPERATOR_FACES = {
     "train": "DejaVuSans DejaVuSansMono DejaVuSerif STIXGeneral".split(),
     "validation": ["DejaVuSansMono-Bold"],
@@ -47,7 +51,8 @@ OPERATOR_FACES = {
 
 @dataclass(frozen=True)
 class Script:
-    """One task: the characters to tell apart, the medium they are shown in, and the typefaces of each split."""
+    """One task: the characters to tell apart, the medium they are shown in, and the typefaces of
+    each split."""
 
     characters: str
     medium: object
@@ -58,7 +63,8 @@ def _span(first: str, last: str, without: str = "") -> str:
     return "".join(chr(c) for c in range(ord(first), ord(last) + 1) if chr(c) not in without)
 
 
-# Left out: final sigma, and one of each pair that can hardly be told apart (Щ beside Ш, Ց beside Յ).
+# Left out: final sigma, and one of each pair that can hardly be told apart (Щ beside Ш, Ց beside
+# Յ).
 SCRIPTS = {
     "latin": Script(_span("a", "z"), glyphs.grainy, LATIN_FACES),
     "greek": Script(_span("α", "ω", "ς"), glyphs.diagonal, FACES),
@@ -66,7 +72,9 @@ SCRIPTS = {
     "armenian": Script(_span("Ա", "Ֆ", "Ց"), glyphs.backlit, FACES),
     "georgian": Script(_span("\u10d0", "\u10f0"), glyphs.struck, FACES),
     "hebrew": Script(_span("\u05d0", "\u05ea"), glyphs.meshed, FACES),
-    "operators": Script("∀∃∈∉∋∏∑−∕∘√∞∟∠∧∨∩∪∫∬≂≐≑≒≓≠≡≤≥⊂⊃⊄⊅⊆⊇⊏⊐⊑⊒⊓⊔⊕⊘⊞⊠⊢⊤⊥⋄", glyphs.blotched, OPERATOR_FACES),
+    "operators": Script(
+        "∀∃∈∉∋∏∑−∕∘√∞∟∠∧∨∩∪∫∬≂≐≑≒≓≠≡≤≥⊂⊃⊄⊅⊆⊇⊏⊐⊑⊒⊓⊔⊕⊘⊞⊠⊢⊤⊥⋄", glyphs.blotched, OPERATOR_FACES
+    ),
 }
 DIGITS_MEDIUM = glyphs.squared
 TASKS = [*SCRIPTS, "digits"]
@@ -94,12 +102,14 @@ ALIKE_CLASSES, ALIKE_TASKS = 0.96, 0.90
 
 
 def masters(characters, faces) -> tuple[Tensor, Tensor]:
-    """All glyphs of the characters in the typefaces that have them: (N, 56, 56) bytes and (N,) class indices."""
+    """All glyphs of the characters in the typefaces that have them: (N, 56, 56) bytes and (N,)
+    class indices."""
     found = [
         (image, index)
         for index, character in enumerate(characters)
         for face in faces
-        if ord(character) in glyphs.characters(face) and (image := glyphs.master(face, character)) is not None
+        if ord(character) in glyphs.characters(face)
+        and (image := glyphs.master(face, character)) is not None
     ]
     images, labels = zip(*found, strict=True)
     return torch.from_numpy(np.stack(images)), torch.tensor(labels)
@@ -107,21 +117,27 @@ def masters(characters, faces) -> tuple[Tensor, Tensor]:
 
 @cache
 def digit_masters(split: str) -> tuple[Tensor, Tensor]:
-    """Handwritten digits, 8 x 8 pixels enlarged to 40 on a (N, 56, 56) byte canvas, and their values."""
-    rows = {"train": slice(0, 1000), "validation": slice(1000, 1200), "test": slice(1200, None)}[split]
+    """Handwritten digits, 8 x 8 pixels enlarged to 40 on a (N, 56, 56) byte canvas, and their
+    values."""
+    rows = {"train": slice(0, 1000), "validation": slice(1000, 1200), "test": slice(1200, None)}[
+        split
+    ]
     source = load_manifest(MANIFEST).source("digits")
     table = np.loadtxt(locate(source, source.files[0]), delimiter=",", dtype=np.int64)[rows]
     images, labels = table[:, :64], torch.from_numpy(table[:, 64])
     small = torch.from_numpy(images).float().view(-1, 1, 8, 8) / 16
-    large = torch.nn.functional.interpolate(small, size=40, mode="bicubic", align_corners=False).clamp(0, 1)
+    large = torch.nn.functional.interpolate(
+        small, size=40, mode="bicubic", align_corners=False
+    ).clamp(0, 1)
     return torch.nn.functional.pad(255 * large[:, 0], (8,) * 4).to(torch.uint8), labels
 
 
 def draw(task: str, split: str, seed: int) -> dict[str, Tensor]:
-    """Images of one task and split: ``image`` (N, 28, 28) bytes and ``label`` (N,), classes in equal shares.
+    """Images of one task and split: ``image`` (N, 28, 28) bytes and ``label`` (N,), classes in
+    equal shares.
 
-    Digits for validation and test appear once each; every other example is drawn several times, and each draw varies
-    place, size and medium.
+    Digits for validation and test appear once each; every other example is drawn several times, and
+    each draw varies place, size and medium.
     """
     if task == "digits":
         (images, labels), medium = digit_masters(split), DIGITS_MEDIUM
@@ -137,7 +153,8 @@ def draw(task: str, split: str, seed: int) -> dict[str, Tensor]:
 
 
 def balanced(labels: Tensor, n: int, generator: Generator) -> Tensor:
-    """n indices with every class equally often (up to one) and, within a class, every example equally often."""
+    """n indices with every class equally often (up to one) and, within a class, every example
+    equally often."""
     order = torch.randperm(len(labels), generator=generator)
     order = order[labels[order].argsort(stable=True)]
     groups = order.split(labels.bincount().tolist())
@@ -151,9 +168,16 @@ def data(task: str, seed: int):
     from datasets import Array2D, ClassLabel, Dataset, DatasetDict, Features
 
     names = list(SCRIPTS[task].characters) if task in SCRIPTS else list("0123456789")
-    schema = Features(image=Array2D((glyphs.SIDE, glyphs.SIDE), "uint8"), label=ClassLabel(names=names))
+    schema = Features(
+        image=Array2D((glyphs.SIDE, glyphs.SIDE), "uint8"), label=ClassLabel(names=names)
+    )
     columns = {split: draw(task, split, seed) for split in SPLITS}
-    return DatasetDict({s: Dataset.from_dict({k: v.numpy() for k, v in c.items()}, features=schema) for s, c in columns.items()})
+    return DatasetDict(
+        {
+            s: Dataset.from_dict({k: v.numpy() for k, v in c.items()}, features=schema)
+            for s, c in columns.items()
+        }
+    )
 
 
 def collate(rows: dict) -> dict[str, Tensor]:
@@ -173,25 +197,37 @@ def base() -> tuple[VisionTransformer, str]:
 
 @cache
 def base_characters() -> tuple[str, ...]:
-    """The 400 characters of pre-training: no two nearly identical, none nearly identical to a task's."""
+    """The 400 characters of pre-training: no two nearly identical, none nearly identical to a
+    task's."""
     faces = FACES["train"]
-    foreign = [glyphs.signature(image) for s in SCRIPTS.values() for image in masters(s.characters, faces)[0].numpy()]
+    foreign = [
+        glyphs.signature(image)
+        for s in SCRIPTS.values()
+        for image in masters(s.characters, faces)[0].numpy()
+    ]
     foreign, kept, chosen = np.stack(foreign), [], []
     for first, last, count in BASE_BLOCKS.values():
         before = len(chosen)
         for character in map(chr, range(first, last + 1)):
-            image = glyphs.master(faces[0], character) if ord(character) in glyphs.characters(faces[0]) else None
+            image = (
+                glyphs.master(faces[0], character)
+                if ord(character) in glyphs.characters(faces[0])
+                else None
+            )
             if image is None or len(chosen) == before + count:
                 continue
             look = glyphs.signature(image)
-            if (foreign @ look).max() < ALIKE_TASKS and (not kept or np.max(kept @ look) < ALIKE_CLASSES):
+            if (foreign @ look).max() < ALIKE_TASKS and (
+                not kept or np.max(kept @ look) < ALIKE_CLASSES
+            ):
                 kept, chosen = [*kept, look], [*chosen, character]
     return tuple(chosen)
 
 
 @cache
 def pretraining_data() -> tuple[Tensor, Tensor]:
-    """Masters (N, 56, 56) of the pre-training characters in the training typefaces, and their classes (N,)."""
+    """Masters (N, 56, 56) of the pre-training characters in the training typefaces, and their
+    classes (N,)."""
     return masters(base_characters(), FACES["train"])
 
 
@@ -201,7 +237,8 @@ def pretraining_head(encoder: VisionTransformer) -> nn.Linear:
 
 
 def pretraining_batch(encoder, head, generator: Generator, size: int) -> tuple[Tensor, Tensor]:
-    """Scores and classes of ``size`` masters drawn at random, shown in the mild media of the base in turn."""
+    """Scores and classes of ``size`` masters drawn at random, shown in the mild media of the base
+    in turn."""
     images, labels = pretraining_data()
     chosen = torch.randint(len(labels), (size,), generator=generator)
     shown = torch.empty(size, glyphs.SIDE, glyphs.SIDE, dtype=torch.uint8)
