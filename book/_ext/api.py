@@ -99,6 +99,11 @@ def rewrite(app, what, name, obj, options, lines):
     lines[:] = formulas.typeset(joined).split("\n")
 
 
+def readable(app, what, name, obj, options, signature, returned):
+    """Listens to ``autodoc-process-signature``: a default that is made anew is no expression."""
+    return signature and signature.replace("<factory>", "..."), returned
+
+
 class Public(SphinxDirective):
     """``{public} module …``: see above."""
 
@@ -139,5 +144,6 @@ class Public(SphinxDirective):
 def setup(app):
     app.setup_extension("sphinx.ext.autodoc")
     app.connect("autodoc-process-docstring", rewrite)
+    app.connect("autodoc-process-signature", readable)
     app.add_directive("public", Public)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
