@@ -23,7 +23,7 @@ nitpick_ignore_regex = [("py:class", ".*")]
 NEW = '''
 import qpmerge_lite
 def fresh(a):
-    """A name that nobody has listed.
+    """A name that nobody has listed, |a| and b* or ``|c|``.
 
     Args:
         a: ``λ ≥ 0`` of :func:`qp`, see :func:`nowhere.secret`.
@@ -63,6 +63,7 @@ def test_every_public_name_is_on_the_page_and_a_new_one_comes_by_itself(page):
     rest = html[html.index("Everything else") :]
     assert "fresh" in rest and not set(re.findall(r'id="qpmerge_lite\.(\w+)"', rest)) - {"fresh"}
     assert r"\(\lambda \ge 0\)" in rest and "code_of</span>" in rest
+    assert "|a| and b* or" in rest and "|c|</span>" in rest
     assert 'href="#qpmerge_lite.qp"' in rest and "nowhere.secret" in rest
     fields = re.findall(r"<dt class=\"field-\w+\">(\w+)", rest)
     assert fields == ["Arguments", "Returns", "Raises"]

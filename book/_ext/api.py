@@ -43,6 +43,11 @@ def line(name):
     return inspect.findsource(value)[1] if callable(value) else 0
 
 
+def plain(text):
+    """RST in which bars and stars outside of backticks are bars and stars."""
+    return re.sub(r"(``.+?``|`[^`]*`)|([|*])", lambda m: m[1] or f"\\{m[2]}", text, flags=re.DOTALL)
+
+
 def sections(lines):
     """Docstring as [(heading or None, its lines)], a text beside the heading first."""
     parts = [(None, [])]
@@ -93,7 +98,7 @@ def rewrite(app, what, name, obj, options, lines):
     known = {*qpmerge_lite.__all__, *(dir(obj) if inspect.isclass(obj) else ())}
     owner = getattr(qpmerge_lite, name.split(".")[1], None) if name.count(".") > 1 else None
     known |= set(dir(owner)) if owner is not None else set()
-    head, *rest = sections(lines)
+    head, *rest = sections(plain("\n".join(lines)).split("\n"))
     text = [*head[1], "", *(line for part in rest for line in field(*part))]
     joined = ROLE.sub(lambda match: reference(match, known), "\n".join(text))
     lines[:] = formulas.typeset(joined).split("\n")
