@@ -89,7 +89,8 @@ def certify(
     the residual energy E.
 
     Args:
-        layers: of :func:`layer_moments`. state: merged state dict, by any method.
+        layers: of :func:`layer_moments`.
+        state: merged state dict, by any method.
     Returns: layer -> ``captured`` (``1 - L(W)/E`` of the merge) and ``gap``
         (``(L(W) - L(W*))/E ≥ 0``, W* the unrestricted least squares). Layers without residual
         energy are left out.

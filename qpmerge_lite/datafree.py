@@ -97,7 +97,8 @@ def slerp(base, experts, calibration=None, *, t: float = 0.5) -> Merge:
     """Spherical interpolation of two experts, from the first (t = 0) to the second.
 
     Per parameter ``sin((1-t)φ)/sin φ · θ_1 + sin(tφ)/sin φ · θ_2``, φ the angle between whole
-    tensors; linear where |cos φ| > 0.9995 (Shoemake 1985). The base's own weights do not matter.
+    tensors; linear where ``|cos φ| > 0.9995`` (Shoemake 1985). The base's own weights do not
+    matter.
 
     Raises: MergeError unless there are two experts that fit the base.
     """

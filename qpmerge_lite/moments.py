@@ -166,8 +166,8 @@ class Moments:
         often each copy occurs.
 
         Args:
-            counts: (F, g) occurrences. update: (g, m, 1), the expert's residual update, which is
-                its residual output.
+            counts: (F, g) occurrences.
+            update: (g, m, 1), the expert's residual update, which is its residual output.
         """
         t, c, d = self.tasks.index(task), counts.to(self.C), update.to(self.C)[..., 0]
         self.C[t, :, :, 0, 0] += c

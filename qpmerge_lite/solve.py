@@ -124,7 +124,8 @@ class Factored:
             to choose a ridge by.
 
     Attributes:
-        gamma: (b, q) float64. values, kept: (b, q) eigenvalues of ``Γ^-½ H Γ^-½``, noise set to 0.
+        gamma: (b, q) float64.
+        values, kept: (b, q) eigenvalues of ``Γ^-½ H Γ^-½``, noise set to 0.
         vectors: (b, q, q) eigenvectors, in ``dtype``.
     """
 
