@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from ...errors import MergeError
 from .. import staleness
 from ..paths import records_folder, repository
-from ..plans import plan
+from ..plans import EMBEDDED, plan
 
 # These train the experts and make the merges that the others find kept, and take longest.
 FIRST = ("06", "05", "04", "03", "08", "10", "11")
@@ -175,7 +175,7 @@ def run(
 
 def _require_readers(tier):
     lacking = [name for name in ("transformers", "tokenizers") if find_spec(name) is None]
-    if lacking and (plan(tier).suites or tier) != "smoke":
+    if lacking and plan(tier).data != EMBEDDED:
         raise BookError(
             f"tier {tier}: {' and '.join(lacking)}, which read its checkpoints, are not installed; "
             f"run `make notebooks TIER={tier}`, which installs requirements-hub.lock first"
