@@ -68,44 +68,44 @@ def reached(
         registered: modules that a string alone does not bring in: those of a registry of which the
             result uses one, to be given among ``names``.
     """
-    files = modules(root)
-    todo = [name for name in names if name in files]
+    known = _sources(root)
+    todo = [name for name in names if name in known]
     for cell in cells:
         try:
             source = _digested(MAGIC.sub("", cell), "", "")
         except SyntaxError:  # IPython may still make sense of it, and import what it likes
-            return set(files)
-        todo += _targets(source, files, registered)
+            return set(known)
+        todo += _targets(source, known, registered)
     found: set[str] = set()
     while todo:
         name = todo.pop()
         if name not in found:
             found.add(name)
-            todo += _targets(_source(files[name], name), files, registered)
-            todo += _known(name.rpartition(".")[0], files)
+            todo += _targets(known[name], known, registered)
+            todo += _among(known, name.rpartition(".")[0])
     return found
 
 
 def digest(root: Path, names: Iterable[str]) -> str:
     """SHA-256 of the sources of some modules, without comments, docstrings and layout."""
-    files, total = modules(root), hashlib.sha256()
+    known, total = _sources(root), hashlib.sha256()
     for name in sorted(names):
-        total.update(f"{name}\0{_source(files[name], name).sha256}\0".encode())
+        total.update(f"{name}\0{known[name].sha256}\0".encode())
     return total.hexdigest()
 
 
-def _source(path: Path, name: str) -> Source:
-    """A module's file, read again only when it has changed."""
-    state = path.stat()
-    return _read(path, name, state.st_mtime_ns, state.st_size)
+def _sources(root: Path) -> dict[str, Source]:
+    """Every module of a checkout, as it is now."""
+    return {
+        name: _read(path.read_text(encoding="utf-8"), name, path.stem == "__init__")
+        for name, path in modules(root).items()
+    }
 
 
 @lru_cache(maxsize=1024)
-def _read(path: Path, name: str, changed: int, size: int) -> Source:
-    text = path.read_text(encoding="utf-8")
-    package = name if path.stem == "__init__" else name.rpartition(".")[0]
+def _read(text: str, name: str, is_package: bool) -> Source:
     try:
-        return _digested(text, name, package)
+        return _digested(text, name, name if is_package else name.rpartition(".")[0])
     except SyntaxError:  # whatever imports it fails and says so
         return Source(hashlib.sha256(text.encode()).hexdigest())
 
@@ -239,27 +239,27 @@ def _bound(body: list[ast.stmt]) -> Iterator[str]:
             )
 
 
-def _known(name: str, files: Collection[str]) -> list[str]:
-    return [name] if name in files else []
+def _among(known: Collection[str], name: str) -> list[str]:
+    return [name] if name in known else []
 
 
-def _targets(source: Source, files: dict[str, Path], registered: Collection[str]) -> set[str]:
+def _targets(source: Source, known: dict[str, Source], registered: Collection[str]) -> set[str]:
     """Modules of the package that one source imports."""
     asked = set(source.imports)
     for pattern in source.named:
-        asked |= {(n, ANY) for n in files if n not in registered and re.fullmatch(pattern, n)}
-    return {target for module, name in asked for target in _resolved(module, name, files)}
+        asked |= {(n, ANY) for n in known if n not in registered and re.fullmatch(pattern, n)}
+    return {target for module, name in asked for target in _resolved(module, name, known)}
 
 
-def _resolved(module: str, name: str, files: dict[str, Path]) -> Iterator[str]:
+def _resolved(module: str, name: str, known: dict[str, Source]) -> Iterator[str]:
     """Modules that are loaded when a name is taken from a module."""
-    yield from _known(module, files)
-    yield from _known(f"{module}.{name}", files)
-    if module not in files:
+    yield from _among(known, module)
+    yield from _among(known, f"{module}.{name}")
+    if module not in known:
         return
-    package = _source(files[module], module)
+    package = known[module]
     if name in package.lazy:
-        yield from _known(package.lazy[name], files)
-    elif name == ANY or not (name in package.bound or f"{module}.{name}" in files):
+        yield from _among(known, package.lazy[name])
+    elif name == ANY or not (name in package.bound or f"{module}.{name}" in known):
         for home in package.lazy.values():
-            yield from _known(home, files)
+            yield from _among(known, home)
