@@ -1,10 +1,12 @@
 # make book       run the notebooks that changed and build the pages      make test   the same, then every test
 # make notebooks  only run them       make html   only build the pages    make check  run all again, compare the records
+# make core       the tests of the core alone, in an environment without the companion's packages
 # make bench      time a merge        make lock   resolve the pins anew   make clean  drop chapters, records and pages
 # make oracles    hold the methods to other people's implementations of them, in a second environment
 # make peers      time them and their memory beside fusion_bench's, in the same one: half an hour
 #
 # Options of the two benchmarks: make bench BENCH="--plot time.png --repeats 5"; make peers BENCH="--experts 3 --repeats 1"
+# Versions of make core: those of the locks, or with OLDEST=1 the oldest that pyproject.toml allows.
 #
 # A notebook that has not changed is not executed again, by make test neither; after make clean, every one is.
 # make clean keeps the environment and the trained experts (.cache); .ci/run starts without either.
@@ -23,16 +25,21 @@ STAMP := $(VENV)/.installed
 HUB := $(VENV)/.installed-hub
 NEEDED := $(STAMP) $(HUB)
 QPMERGE := $(BIN)/qpmerge
+CORE := $(VENV)-core
+# constraints for pip: what was locked, and what the core claims to work with at least
+LOCKED = sed -nE 's/^([a-z0-9_.-]+==[^\]*[^\ ]) *\\?$$/\1/p' requirements.lock requirements-torch.txt
+LOWER_BOUNDS = sed -nE '/^dependencies = /{s/[^"]*"([^"]*)>=([^"]*)"[^"]*/\1==\2\n/g;p;}' pyproject.toml
+OLDEST ?=
 export QPMERGE_TIER := $(TIER)
 
-.PHONY: book test notebooks html check bench oracles peers lock clean
+.PHONY: book test notebooks html check core bench oracles peers lock clean
 .DELETE_ON_ERROR:
 
 book: notebooks
 	$(MAKE) html
 
 test: book $(HUB)
-	$(BIN)/python -m pytest
+	QPMERGE_BUILT=1 $(BIN)/python -m pytest
 
 notebooks: $(NEEDED)
 	$(QPMERGE) book run --tier $(TIER)
@@ -42,6 +49,13 @@ html: $(STAMP)
 
 check: $(NEEDED)
 	$(QPMERGE) book check --tier $(TIER)
+
+core:
+	$(PYTHON) -m venv $(CORE)
+	$(if $(OLDEST),$(LOWER_BOUNDS),$(LOCKED)) > $(CORE)/constraints.txt
+	$(CORE)/bin/pip install --quiet -c $(CORE)/constraints.txt $(TORCH_ARGS) torch
+	$(CORE)/bin/pip install --quiet -c $(CORE)/constraints.txt -e '.[qp,test]'
+	$(CORE)/bin/python -m pytest --core
 
 bench: $(STAMP)
 	$(BIN)/python -m qpmerge_lite.companion.experiments.timing $(BENCH)

@@ -3,18 +3,32 @@
 import sys
 from importlib.util import find_spec
 
+from . import __version__
+
+MODULE = f"""qpmerge-lite {__version__}, the module. To be used from Python:
+
+    from qpmerge_lite import qp
+    merge = qp(base, experts, calibration)
+    model = merge.model(base)
+
+    help(qpmerge_lite)    what else it exports
+    help(qp)              what a merge takes and gives back
+"""
+REPOSITORY = "the commands for the book and its data come with the repository, not with the module"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; its verbs for the book and its data are those of the repository."""
-    if find_spec("qpmerge_lite.companion") is None:
-        print(
-            "qpmerge: the commands for the book and its data come with the repository, not with the module; run it there",
-            file=sys.stderr,
-        )
-        return 2
-    from .companion.cli import main as run
+    if find_spec("qpmerge_lite.companion") is not None:
+        from .companion.cli import main as run
 
-    return run(arguments)
+        return run(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not set(arguments) - {"-h", "--help"}:
+        print(f"{MODULE}\n{REPOSITORY[0].upper()}{REPOSITORY[1:]}.")
+        return 0
+    print(f"qpmerge: {REPOSITORY}; run it there", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
 """The few ways a merge can be refused, each with its cause and its cure in the message."""
 
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class MergeError(ValueError):

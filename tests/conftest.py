@@ -1,4 +1,10 @@
-"""Shared by every test: a derandomised hypothesis profile, seeds, and the devices present."""
+"""Shared by every test: a derandomised hypothesis profile, seeds, the devices present, and which
+tests belong to the core and which to a built book."""
+
+import ast
+import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +21,50 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("derandomised")
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "book" / "_build" / "html" / "intro.html"
+# What tests of the core import: the packages it needs, those of its qp extra, those of tests.
+CORE = {"qpmerge_lite", "torch", "numpy", "safetensors", "tqdm", "greenlet", "scipy", "clarabel"}
+CORE |= {"pytest", "hypothesis", "packaging"}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--core", action="store_true", help="only tests that need neither companion nor extras"
+    )
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With ``--core``, leave out the modules that import the companion or what it needs."""
+    if config.getoption("--core") and collection_path.name.startswith("test_"):
+        return True if not belongs_to_core(collection_path) else None
+
+
+def belongs_to_core(path):
+    """Whether a test module imports the core and its packages only."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        if any(name.startswith("qpmerge_lite.companion") for name in names):
+            return False
+        outside = {name.partition(".")[0] for name in names} - CORE - sys.stdlib_module_names
+        if node in tree.body and any(not (path.parent / f"{n}.py").exists() for n in outside):
+            return False
+    return True
+
+
+def pytest_runtest_setup(item):
+    """Tests of the built book are skipped where there is none, unless ``make test`` has just built
+    it."""
+    if item.get_closest_marker("book") and not PAGES.is_file():
+        told = f"no pages in {PAGES.parent.relative_to(ROOT)}; run `make book` first"
+        if os.environ.get("QPMERGE_BUILT"):
+            pytest.fail(f"{told} (QPMERGE_BUILT says that it was run)", pytrace=False)
+        pytest.skip(f"the book is not built: {told}")
 
 
 @pytest.fixture(autouse=True)

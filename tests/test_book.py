@@ -16,6 +16,7 @@ from qpmerge_lite.companion.book import expected, run
 ROOT = Path(__file__).parents[1]
 BOOK, HTML = ROOT / "book", ROOT / "book" / "_build" / "html"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+of_the_built_book = pytest.mark.book
 every_chapter = pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
 
 
@@ -40,10 +41,12 @@ def test_the_contents_list_exactly_the_notebooks():
     ]
 
 
+@of_the_built_book
 def test_every_page_of_the_contents_was_built():
     assert {f"{entry}.html" for entry in toc()} | {"index.html", "intro.html"} <= set(pages())
 
 
+@of_the_built_book
 @every_chapter
 def test_a_chapter_was_executed_from_the_present_sources(name):
     stamp = chapter(name)["metadata"]["qpmerge"]
@@ -53,6 +56,7 @@ def test_a_chapter_was_executed_from_the_present_sources(name):
     assert stamp["parameters"] == {}, "executed with other parameters than its own: run `make book`"
 
 
+@of_the_built_book
 @every_chapter
 def test_a_chapter_has_no_error_and_no_warning(name):
     outputs = [output for cell in chapter(name)["cells"] for output in cell.get("outputs", [])]
@@ -61,6 +65,7 @@ def test_a_chapter_has_no_error_and_no_warning(name):
     assert [text for text in stderr if "Warning" in text] == []
 
 
+@of_the_built_book
 @every_chapter
 def test_a_chapter_shows_what_it_computed(name):
     cells = chapter(name)["cells"]
@@ -72,6 +77,7 @@ def test_a_chapter_shows_what_it_computed(name):
     assert all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code")
 
 
+@of_the_built_book
 def test_the_pages_need_no_network():
     """No script, style, image, frame or font comes from elsewhere; MathJax may where there was no
     npm to install it."""
@@ -87,6 +93,7 @@ def test_the_pages_need_no_network():
         assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", text), style.name
 
 
+@of_the_built_book
 def test_the_pages_and_the_notebooks_to_download_name_no_machine():
     downloads = {
         path.name: path.read_text(encoding="utf-8") for path in (HTML / "_sources").rglob("*.ipynb")
@@ -98,6 +105,7 @@ def test_the_pages_and_the_notebooks_to_download_name_no_machine():
         ), name
 
 
+@of_the_built_book
 def test_the_pages_show_no_markup():
     """No raw role, directive, citation or docutils message reaches the reader."""
     for name, html in pages().items():
@@ -108,6 +116,7 @@ def test_the_pages_show_no_markup():
         ), name
 
 
+@of_the_built_book
 def test_there_is_one_search_box():
     assert all(
         len(re.findall(r"class=\"[^\"]*\bsearch-button-field\b", html)) <= 1
@@ -115,6 +124,7 @@ def test_there_is_one_search_box():
     )
 
 
+@of_the_built_book
 def test_measured_numbers_say_where_they_come_from():
     for name, html in pages().items():
         for title in re.findall(r"<abbr class=\"record\" title=\"([^\"]*)\"", html):
@@ -125,5 +135,6 @@ def test_measured_numbers_say_where_they_come_from():
     assert any('<abbr class="record"' in html for html in pages().values())
 
 
+@of_the_built_book
 def test_the_records_agree_with_the_expected_ones():
     assert expected.compare("smoke", ROOT) == []

@@ -178,6 +178,7 @@ def test_only_what_is_between_the_markers_is_replaced():
         claims.replace_between_markers(f"{BEGIN}\n", "new")
 
 
+@pytest.mark.book
 def test_every_claim_of_the_book_can_be_judged_and_the_readme_says_the_same():
     """Verdicts in README.md are those of the records of this build; `qpmerge book claims` rewrites
     them."""

@@ -6,7 +6,7 @@ from toys import TASKS
 
 from qpmerge_lite import datafree
 from qpmerge_lite.companion import suites
-from qpmerge_lite.companion.experiments import benchmark
+from qpmerge_lite.companion.experiments import benchmark, cache
 from qpmerge_lite.companion.records import Records, load_records
 from qpmerge_lite.companion.suites import Suite
 
@@ -64,10 +64,10 @@ def test_results_are_kept_and_belong_to_their_experts(suite, monkeypatch):
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_results_belong_to_the_images_they_are_judged_on(suite, split):
-    before = benchmark._fingerprint(suite)
-    assert benchmark._fingerprint(suite) == before
+    before = cache._experts_and_data(suite)
+    assert cache._experts_and_data(suite) == before
     suite.tensors("b", split)[0]["pixels"] += 1
-    assert benchmark._fingerprint(suite) != before
+    assert cache._experts_and_data(suite) != before
 
 
 @pytest.mark.parametrize(

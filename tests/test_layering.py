@@ -37,6 +37,7 @@ COMPANION = [
     "paths",
     "plans",
     "records",
+    "staleness",
     "data",
     "suites",
     "experiments",

@@ -1,12 +1,14 @@
 """Records: what is written is what is read, and nothing unreadable gets in."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from qpmerge_lite.companion import records
 from qpmerge_lite.companion.records import (
     PROVENANCE,
     RecordError,
@@ -145,6 +147,16 @@ def test_provenance_says_what_ran(root):
     provenance = json.loads((root / "smoke" / "01_a.json").read_text())["provenance"]
     assert provenance["packages"]["torch"] == torch.__version__
     assert {"date", "device", "python", "machine", "threads", "commit"} <= set(provenance)
+
+
+def test_no_manifests_are_no_data(root, tmp_path, monkeypatch):
+    """Rather than the SHA-256 of nothing, which would pass for that of some data."""
+    assert re.fullmatch("[0-9a-f]{64}", records.provenance()["data"])
+    monkeypatch.setattr(records, "MANIFESTS", tmp_path / "nowhere")
+    assert records.provenance()["data"] is None
+    Records("01_a", "standard", root).record("a.b", 1.0)
+    with pytest.raises(RecordError, match="01_a.json: expected a provenance with .*data"):
+        keep("standard", root)
 
 
 def test_recorded_tiers_keep_their_provenance(root):

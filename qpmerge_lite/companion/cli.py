@@ -10,10 +10,10 @@ from dataclasses import asdict
 from ..errors import MergeError
 from .book import claims, expected, run
 from .paths import repository
+from .plans import DATA_TIERS, PLANS
 from .records import keep
 
-TIERS = ("smoke", "standard", "paper")
-FULL = "full"  # the embedded suites with a larger population of merges; no data of its own
+TIERS = tuple(PLANS)  # of runs, under whose names records are filed
 
 
 def main(argv=None):
@@ -52,7 +52,7 @@ def parser():
         _record,
         "keep the records of a tier that the build machine does not run, to be committed",
     )
-    record.add_argument("--tier", choices=(*TIERS[1:], FULL), default="standard")
+    record.add_argument("--tier", choices=TIERS[1:], default="standard")
     for command in (run, check):
         command.add_argument("--only", metavar="NN", help="only notebooks whose name starts so")
         command.add_argument(
@@ -65,7 +65,7 @@ def parser():
         )
     run.add_argument("--force", action="store_true", help="execute even what has not changed")
     for command in (run, check, table):
-        command.add_argument("--tier", choices=(*TIERS, FULL), default="smoke")
+        command.add_argument("--tier", choices=TIERS, default="smoke")
     data = groups.add_parser("data", help="the data behind the suites").add_subparsers(
         required=True, metavar="VERB"
     )
@@ -89,7 +89,7 @@ def parser():
     }
     for name, (command, count, help) in verbs.items():
         _verb(data, name, command, help).add_argument(
-            "name", nargs=count, help="manifests, or a tier for all of its"
+            "name", nargs=count, help="manifests, or a data tier for all of its"
         )
     return top
 
@@ -259,10 +259,12 @@ def _data_lock(arguments):
 
 
 def _manifests(words):
-    """Names of manifests; the name of a tier stands for all of its."""
+    """Names of manifests; the name of a data tier stands for all of its."""
     from .data import manifests
 
-    return [name for word in words for name in (manifests.names(word) if word in TIERS else [word])]
+    return [
+        name for word in words for name in (manifests.names(word) if word in DATA_TIERS else [word])
+    ]
 
 
 def _assignment(text):

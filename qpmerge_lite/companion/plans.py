@@ -1,22 +1,29 @@
-"""How much the chapters do at each tier."""
+"""What a run's tier stands for: which data the suites have, and how much the chapters do with them.
+
+There are more tiers of runs than of data: *full* runs the embedded suites of *smoke* at a larger size.
+Records are filed under the run's tier; manifests, suites and trained experts under that of the data.
+"""
 
 from dataclasses import dataclass
 
 from ..errors import MergeError
 
+EMBEDDED = "smoke"  # the data tier that needs nothing but the repository
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What the chapters do with the suites of a tier where their parameters leave it open.
+    """The data tier of a run and its size: what the chapters do where their parameters leave it
+    open.
 
     Attributes:
+        data: the data tier that suites are loaded at.
         seeds: how many are run; with one, intervals are taken over tasks.
         calibration: examples per task in merges of many layers.
         options: most options of a method's grid that are tried, spread evenly over it; None tries
             all.
         chapters: how the names of the notebooks begin that are run; the others study the embedded
             suites only.
-        suites: the tier whose suites are used, where it is another one.
         subsets: of the population of ``population.py``, how many experts its problems have, per
             suite and seed.
         merges: how many of every kind are drawn for each of its problems.
@@ -24,11 +31,11 @@ class Plan:
         tested: most test examples per task that they are judged on.
     """
 
+    data: str = EMBEDDED
     seeds: int = 3
     calibration: int = 64
     options: int | None = None
     chapters: tuple[str, ...] = ("",)
-    suites: str | None = None
     subsets: tuple[int, ...] = (2, 4)
     merges: tuple[int, int, int, int] = (2, 3, 3, 2)
     largest: int = 64
@@ -43,19 +50,19 @@ class Plan:
 PLANS = {
     "smoke": Plan(),
     "full": Plan(
-        suites="smoke",
         chapters=("10", "11"),
         subsets=(2, 3, 4, 5, 6, 7, 8),
         merges=(2, 3, 5, 2),
         largest=512,
     ),
-    "standard": Plan(seeds=1, options=3, chapters=("05", "06", "07")),
-    "paper": Plan(seeds=1, calibration=256, options=3, chapters=("09",)),
+    "standard": Plan("standard", seeds=1, options=3, chapters=("05", "06", "07")),
+    "paper": Plan("paper", seeds=1, calibration=256, options=3, chapters=("09",)),
 }
+DATA_TIERS = tuple(dict.fromkeys(planned.data for planned in PLANS.values()))
 
 
 def plan(tier: str) -> Plan:
-    """The plan of a tier. Raises: MergeError for a tier that has none."""
+    """The plan of a run's tier. Raises: MergeError for a tier that has none."""
     if tier not in PLANS:
         raise MergeError(f"tier: expected one of {', '.join(PLANS)}, found {tier!r}")
     return PLANS[tier]

@@ -191,7 +191,8 @@ def provenance(device="cpu"):
     """What ran: package versions, Python, machine type, threads, device, date (UTC), git commit if
     there is one, and on which data.
 
-    ``data`` is one SHA-256 over all data manifests, which hold that of every file.
+    ``data`` is one SHA-256 over all data manifests, which hold that of every file; None where there
+    are none.
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -264,10 +265,10 @@ def _version(name):
 
 
 def _data():
-    digest = hashlib.sha256()
-    for path in sorted(MANIFESTS.glob("*.yaml")):
+    manifests, digest = sorted(MANIFESTS.glob("*.yaml")), hashlib.sha256()
+    for path in manifests:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+    return digest.hexdigest() if manifests else None
 
 
 def _device(device):

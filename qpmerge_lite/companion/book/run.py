@@ -15,11 +15,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ...errors import MergeError
+from .. import staleness
 from ..paths import records_folder, repository
-from ..plans import plan
+from ..plans import EMBEDDED, plan
 
-# Modules that no notebook imports: changing them does not change what a notebook computes.
-OUTSIDE_NOTEBOOKS = {"run.py", "claims.py", "cli.py", "expected.py"}
 # These train the experts and make the merges that the others find kept, and take longest.
 FIRST = ("06", "05", "04", "03", "08", "10", "11")
 # tqdm's advice to install ipywidgets, given to whoever imports something that imports tqdm.auto:
@@ -103,18 +102,18 @@ def overrides(path, given):
 
 
 def fingerprint(path, parameters):
-    """sha256 of all that decides a notebook's outputs: its cells, the package, parameters, lock and
-    data manifests."""
+    """sha256 of all that decides a notebook's outputs: its cells, the modules of the package that
+    they reach (see ``staleness``), the suites' weights, parameters, lock and data manifests."""
     root = path.parent.parent
     cells = [
         (cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", []))
         for cell in _read_notebook(path)["cells"]
     ]
     digest = hashlib.sha256(json.dumps([cells, parameters], sort_keys=True).encode())
-    package = [p for p in (root / "qpmerge_lite").rglob("*") if p.suffix in {".py", ".safetensors"}]
-    inputs = [p for p in package if p.name not in OUTSIDE_NOTEBOOKS]
+    code = [source for kind, source, _ in cells if kind == "code"]
+    digest.update(staleness.digest(root, staleness.reached(root, cells=code)).encode())
+    inputs = [*(root / "qpmerge_lite").rglob("*.safetensors"), *root.glob("requirements*")]
     inputs += [p for p in (root / "data_manifests").rglob("*") if p.is_file()]
-    inputs += sorted(root.glob("requirements*"))
     for file in sorted(inputs):
         digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
@@ -176,7 +175,7 @@ def run(
 
 def _require_readers(tier):
     lacking = [name for name in ("transformers", "tokenizers") if find_spec(name) is None]
-    if lacking and (plan(tier).suites or tier) != "smoke":
+    if lacking and plan(tier).data != EMBEDDED:
         raise BookError(
             f"tier {tier}: {' and '.join(lacking)}, which read its checkpoints, are not installed; "
             f"run `make notebooks TIER={tier}`, which installs requirements-hub.lock first"

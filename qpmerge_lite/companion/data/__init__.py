@@ -8,7 +8,6 @@ the data.
 import warnings
 from pathlib import Path
 
-from . import hub, readers
 from .manifests import Absent, ManifestError, Source, check, load_manifest, locate
 
 
@@ -44,6 +43,8 @@ def rows(name: str):
 
     Raises: ManifestError naming every source that was tried, why it does not serve, and what to do.
     """
+    from . import readers  # which brings NumPy: listing the manifests has no need of it
+
     manifest, sources = _find(name)
     if manifest.kind != "dataset":
         raise ManifestError(f"{name}: expected a data set, found a {manifest.kind}; use checkpoint")
@@ -115,6 +116,8 @@ def _first(name, manifest, sources, use):
 
 def files_of(manifest, source: Source, network=True) -> dict[str, Path]:
     """Every file of a source, verified."""
+    from . import hub, readers
+
     found = {}
     for file in source.files:
         if source.kind != "hub":

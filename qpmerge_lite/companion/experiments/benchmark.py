@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from ... import datafree, gradient, methods
 from ...assess import audit
 from ...merge import Merge
-from ..paths import HOME, cache_folder
-from ..records import read_json, write_json
-from ..suites import Suite, is_public, load, multitask, plan, training
+from ..suites import Suite, is_public, load, multitask, plan
+from .cache import kept as kept
 from .summary import frame as frame
 from .summary import ranks, seed_interval, units
 
@@ -182,53 +176,6 @@ ENTRIES = {
 }
 
 
-def _fingerprint(suite: Suite) -> str:
-    """Hash of the experts, the data they are judged on, the device, torch, and every source file a
-    merge depends on."""
-    package = HOME / "qpmerge_lite"
-    skip = {
-        "timing.py",
-        "costs.py",
-        "architectures.py",
-        "small_models.py",
-        "small_problems.py",
-        "compatibility.py",
-        "digits.py",
-        "synthetic.py",
-        "statistics.py",
-        "calibration_records.py",
-    }
-    folders = ("", "engine", "companion/suites", "companion/experiments")
-    sources = sorted(path for folder in folders for path in (package / folder).glob("*.py"))
-    code = b"".join(p.read_bytes() for p in sources if p.name not in skip)
-    judged = [suite.tensors(t, s) for t in suite.tasks for s in ("validation", "test")]
-    data = [training.digest(*inputs.values(), labels) for inputs, labels in judged]
-    states = [
-        training.digest(*e.values()) for e in (*suite.experts.values(), *suite.heads.values())
-    ]
-    return hashlib.sha256(
-        code + json.dumps([data, states, str(suite.device), torch.__version__]).encode()
-    ).hexdigest()
-
-
-def kept(suite: Suite, name: str, settings, make: Callable[[], dict]) -> dict:
-    """What ``make`` returns, from the cache or computed and kept under the hash of all it depends
-    on.
-
-    Args:
-        settings: whatever else decides the result, as JSON.
-    The environment variable ``QPMERGE_NOT_BEFORE`` (seconds since the epoch) has results made again
-    that were kept before that moment.
-    """
-    key = hashlib.sha256(
-        json.dumps([_fingerprint(suite), suite.tier, suite.seed, name, settings]).encode()
-    ).hexdigest()
-    path = cache_folder() / f"{suite.name}-{suite.tier}" / "merges" / f"{name}-{key[:16]}.json"
-    if not path.exists() or path.stat().st_mtime < float(os.environ.get("QPMERGE_NOT_BEFORE", 0)):
-        write_json(path, make())
-    return read_json(path)
-
-
 def judged(
     suite: Suite, name: str, label: str, merge: Merge, options: dict, scores: list[float]
 ) -> dict:
@@ -290,7 +237,7 @@ def result(suite: Suite, name: str, size: int) -> dict:
         }
         return found | {"captured": energies(suite, merge.state_dict, size), "tables": tables}
 
-    return kept(suite, name, [entry.grid(len(suite.experts), suite.seed), size], make)
+    return kept(suite, name, [entry.grid(len(suite.experts), suite.seed), size], make, entry.call)
 
 
 def variant(suite: Suite, size: int, **options) -> dict:

@@ -439,7 +439,7 @@ def population(name: str, tier: str, seeds: int, device="cpu", first_seed=0) -> 
     with their ``suite`` and ``problem``."""
     planned, rows = plan(tier), []
     for seed in range(first_seed, first_seed + seeds):
-        suite = load(name, planned.suites or tier, seed, device, progress=False)
+        suite = load(name, tier, seed, device, progress=False)
         for tasks in subsets(suite.tasks, planned.subsets, seed):
             for spec in drawn(tasks, seed, planned.merges, planned.largest):
                 rows.append(

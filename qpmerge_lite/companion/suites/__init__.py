@@ -269,11 +269,17 @@ def _data(definition: str, task: str, seed: int):
     return data, training.tensors(data["train"], module.collate) if module.RECIPE else None
 
 
-def _definition(name: str, tier: str):
-    if (name, tier) not in REGISTRY:
+def _data_tier(name: str, tier: str) -> str:
+    """The data tier that a suite is registered under, for the tier of a run (see ``plans``)."""
+    found = PLANS[tier].data if tier in PLANS else tier
+    if (name, found) not in REGISTRY:
         known = ", ".join(f"{n} ({t})" for n, t in REGISTRY)
         raise MergeError(f"suite: expected one of {known}, found {name} ({tier})")
-    return importlib.import_module(REGISTRY[name, tier])
+    return found
+
+
+def _definition(name: str, tier: str):
+    return importlib.import_module(REGISTRY[name, _data_tier(name, tier)])
 
 
 def task_names(name: str, tier="smoke") -> list[str]:
@@ -323,6 +329,8 @@ def load(
     one, and kept.
 
     Args:
+        tier: of the run; the suite returned is of the data tier that its plan names, and its experts
+            are those of every run on these data.
         seed: of training images, batch order, heads and calibration; base, public experts,
             validation and test never vary.
         tasks: a selection of the suite's tasks; all by default.
@@ -331,6 +339,7 @@ def load(
     Raises: MergeError for an unknown suite, tier or task; ManifestError when a source is not what
         the manifest says.
     """
+    tier = _data_tier(name, tier)
     tasks = _choose(tasks, task_names(name, tier), f"suite {name!r}")
     if layer and is_public(name, tier):
         raise MergeError(
