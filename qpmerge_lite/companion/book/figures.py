@@ -65,13 +65,28 @@ def _finish(figure: Figure) -> Figure:
     return figure
 
 
+def _point(axis, x, y, marker: str, colour, *, size: float, **options) -> None:
+    """One or several points with a black edge."""
+    axis.plot(
+        x,
+        y,
+        marker,
+        color=colour,
+        markeredgecolor="black",
+        markersize=size,
+        linestyle="none",
+        **options,
+    )
+
+
 def plane(panels: dict, points: dict, lines: dict) -> Figure:
     """Contours of functions of two coefficients, with named points and paths on each.
 
     Args:
         panels: title -> (grid values (a,) of either coefficient, function (a, a) with d2 first,
             contour levels).
-        points: name -> (d1, d2). lines: name -> (N, 2) path.
+        points: name -> (d1, d2).
+        lines: name -> (N, 2) path.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 4.4), sharex=True, sharey=True)
     for axis, (title, (grid, values, levels)) in zip(axes, panels.items()):
@@ -90,15 +105,7 @@ def plane(panels: dict, points: dict, lines: dict) -> Figure:
         for (name, path), line in zip(lines.items(), LINES):
             axis.plot(*np.asarray(path).T, color="black", linestyle=line, linewidth=1.2, label=name)
         for (name, point), marker, colour in zip(points.items(), MARKERS, sns.color_palette()):
-            axis.plot(
-                *point,
-                marker,
-                color=colour,
-                markeredgecolor="black",
-                markersize=9,
-                linestyle="none",
-                label=name,
-            )
+            _point(axis, *point, marker, colour, size=9, label=name)
         axis.set(
             title=title,
             xlabel="$d_1$",
@@ -153,25 +160,8 @@ def nesting(families: dict, inclusions) -> Figure:
     for (name, (p, inside, outside)), marker, colour in zip(
         families.items(), MARKERS, sns.color_palette()
     ):
-        axis.plot(
-            p,
-            inside,
-            marker,
-            color=colour,
-            markeredgecolor="black",
-            markersize=9,
-            linestyle="none",
-            label=_word(name),
-        )
-        axis.plot(
-            p,
-            outside,
-            marker,
-            color="none",
-            markeredgecolor="black",
-            markersize=9,
-            linestyle="none",
-        )
+        _point(axis, p, inside, marker, colour, size=9, label=_word(name))
+        _point(axis, p, outside, marker, "none", size=9)
     axis.set(xscale="log", xlabel="coefficients p", ylabel="captured energy")
     axis.set_title("filled: in sample; hollow: cross-fitted; arrows: span inclusions")
     _key(figure, axis, 4)
@@ -183,8 +173,8 @@ def projection(projected: dict, others: dict) -> Figure:
     ρ.
 
     Args:
-        projected: name -> ρ. others: name -> (‖output of the update‖/‖R‖, ‖error‖/‖R‖) of any
-            merge.
+        projected: name -> ρ.
+        others: name -> (‖output of the update‖/‖R‖, ‖error‖/‖R‖) of any merge.
     """
     figure, axis = plt.subplots(figsize=(WIDTH, 4.4))
     angle = np.linspace(0, np.pi, 200)
@@ -206,16 +196,7 @@ def projection(projected: dict, others: dict) -> Figure:
             linewidth=0.8,
             linestyle="-" if name in projected else ":",
         )
-        axis.plot(
-            x,
-            y,
-            marker,
-            color=colour,
-            markeredgecolor="black",
-            markersize=9,
-            linestyle="none",
-            label=_word(name),
-        )
+        _point(axis, x, y, marker, colour, size=9, label=_word(name))
     axis.set(
         aspect="equal",
         xlabel="captured energy of the optima",
@@ -251,8 +232,9 @@ def phases(x, y, panels: dict, columns, xlabel: str, ylabel: str) -> Figure:
     Cells that lose more than NOTHING are hatched, and a thick contour bounds them.
 
     Args:
-        x, y: (a,), (b,) grid values. panels: row title -> (columns, b, a) values. columns: their
-            titles.
+        x, y: (a,), (b,) grid values.
+        panels: row title -> (columns, b, a) values.
+        columns: their titles.
     """
     figure, axes = plt.subplots(
         len(panels),
@@ -339,15 +321,15 @@ def agreement(panels: dict, labels, lined: int = 1) -> Figure:
     labels = np.asarray(labels)
     for number, (axis, (title, (x, y, xlabel, ylabel))) in enumerate(zip(axes, panels.items())):
         for label, marker, colour in zip(dict.fromkeys(labels), MARKERS, sns.color_palette()):
-            axis.plot(
-                np.asarray(x)[labels == label],
-                np.asarray(y)[labels == label],
+            chosen = labels == label
+            _point(
+                axis,
+                np.asarray(x)[chosen],
+                np.asarray(y)[chosen],
                 marker,
-                color=colour,
-                markeredgecolor="black",
-                markersize=6,
+                colour,
+                size=6,
                 alpha=0.8,
-                linestyle="none",
                 label=label,
             )
         axis.axhline(0, color="black", linewidth=1)
@@ -370,17 +352,7 @@ def correlations(
         for (kind, part), marker, colour in zip(
             frame.groupby("kind"), MARKERS, sns.color_palette()
         ):
-            axis.plot(
-                part[x],
-                part[y],
-                marker,
-                color=colour,
-                markeredgecolor="black",
-                markeredgewidth=0.5,
-                markersize=5,
-                linestyle="none",
-                label=kind,
-            )
+            _point(axis, part[x], part[y], marker, colour, size=5, markeredgewidth=0.5, label=kind)
         axis.set(
             title=title,
             ylabel=ylabel if axis in axes[:, 0] else "",
@@ -407,21 +379,16 @@ def ranking(seeds: dict, intervals: dict, xlabel: str, line: float | None = None
     interval.
 
     Args:
-        seeds: label -> values per seed. intervals: label -> (mean, (low, high)).
+        seeds: label -> values per seed.
+        intervals: label -> (mean, (low, high)).
     """
     figure, axis = plt.subplots(figsize=(WIDTH, 0.27 * len(seeds) + 0.9))
     for y, (label, values) in enumerate(seeds.items()):
         mean, (low, high) = intervals[label]
         axis.hlines(y, low, high, color="0.35", linewidth=1.6)
         axis.plot(values, np.full(len(values), y), "|", color="0.55", markersize=9)
-        axis.plot(
-            mean,
-            y,
-            "D" if label.startswith("QP") else "o",
-            color=sns.color_palette()[0 if label.startswith("QP") else 1],
-            markeredgecolor="black",
-            markersize=7,
-        )
+        marker, colour = ("D", 0) if label.startswith("QP") else ("o", 1)
+        _point(axis, mean, y, marker, sns.color_palette()[colour], size=7)
     if line is not None:
         axis.axvline(line, color="black", linestyle=":", linewidth=1)
     axis.set(
