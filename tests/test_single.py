@@ -188,7 +188,7 @@ def test_evidence_has_a_row_per_merge(one_layer):
         == 6 + len(single_layer.ANYWHERE) + 3 + len(single_layer.FAMILIES)
         and frame.problem.nunique() == 1
     )
-    assert set(frame.kind) == {population.HEURISTIC, population.NEIGHBOUR, population.PROGRAMME}
+    assert set(frame.kind) == {population.HEURISTIC, population.BASELINE, population.PROGRAMME}
 
 
 def test_of_one_problem_the_merges_are_resampled():
