@@ -54,13 +54,12 @@ def _word(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _key(figure: Figure, axis, columns: int) -> None:
-    """One key under the whole figure."""
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-
-
-def _finish(figure: Figure) -> Figure:
+def _finish(figure: Figure, keyed=None, columns: int = 1) -> Figure:
+    """The figure, with one key under the whole of it where there is an axis that it is taken
+    from."""
+    if keyed is not None:
+        handles, labels = keyed.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     plt.close(figure)  # shown once, as the value of its cell
     return figure
 
@@ -115,8 +114,7 @@ def plane(panels: dict, points: dict, lines: dict) -> Figure:
         )
         axis.grid(False)
     axes[0].set_ylabel("$d_2$")
-    _key(figure, axis, 3)
-    return _finish(figure)
+    return _finish(figure, axis, 3)
 
 
 def ridge_path(ridges, coefficients, prior: float, curves: dict) -> Figure:
@@ -132,8 +130,7 @@ def ridge_path(ridges, coefficients, prior: float, curves: dict) -> Figure:
         right.plot(ridges, values, linestyle=line, marker=marker, markevery=4, label=name)
     left.set(xscale="log", xlabel="ridge λ", ylabel="coefficient", title="coefficients")
     right.set(xlabel="ridge λ", ylabel="captured energy 1 − L/E", title="what the merge captures")
-    _key(figure, right, 3)
-    return _finish(figure)
+    return _finish(figure, right, 3)
 
 
 def nesting(families: dict, inclusions) -> Figure:
@@ -164,8 +161,7 @@ def nesting(families: dict, inclusions) -> Figure:
         _point(axis, p, outside, marker, "none", size=9)
     axis.set(xscale="log", xlabel="coefficients p", ylabel="captured energy")
     axis.set_title("filled: in sample; hollow: cross-fitted; arrows: span inclusions")
-    _key(figure, axis, 4)
-    return _finish(figure)
+    return _finish(figure, axis, 4)
 
 
 def projection(projected: dict, others: dict) -> Figure:
@@ -205,8 +201,7 @@ def projection(projected: dict, others: dict) -> Figure:
         xlim=(-0.2, 1.2),
         xticks=np.linspace(0, 1, 6),
     )
-    _key(figure, axis, 4)
-    return _finish(figure)
+    return _finish(figure, axis, 4)
 
 
 def cumulative(curves: dict, xlabel: str, ylabel: str) -> Figure:
@@ -222,8 +217,7 @@ def cumulative(curves: dict, xlabel: str, ylabel: str) -> Figure:
             label=name,
         )
     axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 1.03))
-    _key(figure, axis, 2)
-    return _finish(figure)
+    return _finish(figure, axis, 2)
 
 
 def phases(x, y, panels: dict, columns, xlabel: str, ylabel: str) -> Figure:
@@ -282,8 +276,7 @@ def bands(x, curves: dict, xlabel: str, ylabel: str) -> Figure:
         axis.fill_between(x, values.min(0), values.max(0), alpha=0.15)
     axis.axhline(0, color="black", linewidth=1)
     axis.set(xlabel=xlabel, ylabel=ylabel)
-    _key(figure, axis, 4)
-    return _finish(figure)
+    return _finish(figure, axis, 4)
 
 
 def scatter(panels: dict, groups, label: str) -> Figure:
@@ -306,8 +299,7 @@ def scatter(panels: dict, groups, label: str) -> Figure:
             )
         axis.axhline(0, color="black", linewidth=1)
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    _key(figure, axis, len(np.unique(groups)))
-    return _finish(figure)
+    return _finish(figure, axis, len(np.unique(groups)))
 
 
 def agreement(panels: dict, labels, lined: int = 1) -> Figure:
@@ -337,8 +329,7 @@ def agreement(panels: dict, labels, lined: int = 1) -> Figure:
             axis.axline((0, 0), slope=1, color="0.4", linewidth=1, linestyle="--")
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.locator_params(axis="x", nbins=3)
-    _key(figure, axis, 2)
-    return _finish(figure)
+    return _finish(figure, axis, 2)
 
 
 def correlations(
@@ -359,8 +350,7 @@ def correlations(
             xlabel=xlabel if axis in axes[-1] else "",
         )
         axis.locator_params(axis="x", nbins=5)
-    _key(figure, axes.flat[0], 3)
-    return _finish(figure)
+    return _finish(figure, axes.flat[0], 3)
 
 
 def gallery(images: dict, columns: int) -> Figure:
@@ -449,9 +439,7 @@ def bars(names, panels: dict, ylabel: str, columns: int = 2) -> Figure:
         axis.grid(axis="x", visible=False)
         axis.set_xticks(places, list(names[title]), rotation=90, fontsize=9)
     figure.supylabel(ylabel, fontsize=10)
-    if len(parts) > 1:
-        _key(figure, axes.flat[0], 2)
-    return _finish(figure)
+    return _finish(figure, axes.flat[0] if len(parts) > 1 else None, 2)
 
 
 def depth(names, panels: dict, xlabel: str = "") -> Figure:
@@ -471,5 +459,4 @@ def depth(names, panels: dict, xlabel: str = "") -> Figure:
         axis.set_title(title)
         axis.set_xticks(range(len(names)), names, rotation=90 if longest > 4 else 0, fontsize=9)
     axis.set_xlabel(xlabel)
-    _key(figure, axis, 3)
-    return _finish(figure)
+    return _finish(figure, axis, 3)

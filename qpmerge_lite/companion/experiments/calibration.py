@@ -21,7 +21,7 @@ from ...solve import Factored
 from ..suites import Suite, training
 from .baselines import FAMILIES, qp_label
 from .benchmark import kept
-from .population import scrambled
+from .merge_specs import scrambled
 
 POOL = 256  # examples per task that a rule chooses from, and the largest calibration set
 HELD_OUT = 64  # examples per task behind the pool that judge a merge without labels

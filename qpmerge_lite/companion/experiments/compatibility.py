@@ -1,6 +1,7 @@
 """What a merge keeps on published architectures (copies, batches, padding), and what it solves.
 
-Every property holds for any weights or for none, so models are tiny and random (``small_problems``).
+Every property holds for any weights or for none, so models are tiny and random
+(``small_problems``).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .population import BAD
+from .merge_specs import BAD
 from .summary import Interval
 
 PRIMARY = "output.disjoint"
