@@ -24,7 +24,7 @@ BASELINES = (
     "regmean",
     "regmean_plus_plus",
 )
-ANCHOR = 0.66  # FeatCal's anchor, in units of the sum of the updates
+ANCHOR = methods.FeatCal.anchor  # in units of the sum of the updates
 ALPHAS = (0.5, 0.9, 0.95, 1.0)
 
 

@@ -28,8 +28,17 @@ RECIPE = Recipe(steps=400, batch=64, rate=1e-3, probe_decay=0.1)
 LAYERS = ("blocks.0.attention.value", "blocks.1.up")
 LAYER_RECIPE = Recipe(steps=80, batch=64, rate=1e-2)
 SPLITS = {"train": 8192, "validation": 512, "test": 1024}  # rows a task, at most
-TASKS = "mnist fashion_mnist cifar10 gtsrb notmnist arabic_chars kannada_mnist omniglot_alphabets".split()
-N_CLASSES = dict(zip(TASKS, (10, 10, 10, 43, 10, 28, 10, 8), strict=True))
+N_CLASSES = {
+    "mnist": 10,
+    "fashion_mnist": 10,
+    "cifar10": 10,
+    "gtsrb": 43,
+    "notmnist": 10,
+    "arabic_chars": 28,
+    "kannada_mnist": 10,
+    "omniglot_alphabets": 8,
+}
+TASKS = list(N_CLASSES)
 SIDE = 32
 
 # Pre-training: the sets whose training pictures are shown without labels, and the shares of a

@@ -116,7 +116,7 @@ class SuiteSpec:
             return self.recipes.get(task, self.recipe)
         if self.layer_recipe is None:
             raise MergeError(
-                f"{task}: expected a suite with LAYERS and a LAYER_RECIPE to train {layer!r} alone, "
-                "found none; leave the layer out"
+                f"{task}: expected a suite with LAYERS and a LAYER_RECIPE to train {layer!r} "
+                "alone, found none; leave the layer out"
             )
         return replace(self.layer_recipe, layer=layer)

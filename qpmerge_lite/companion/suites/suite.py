@@ -229,8 +229,8 @@ class Suite:
         if not accuracy > 0:
             raise MergeError(
                 f"{task}/{split}: expected an expert that is right at times, "
-                f"found a score of {accuracy:g}; its weights or its head do not belong to the task: "
-                "make them again or leave the task out"
+                f"found a score of {accuracy:g}; its weights or its head do not belong to the "
+                "task: make them again or leave the task out"
             )
         return accuracy
 
