@@ -85,10 +85,10 @@ def ready(place, hub, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(place / "tables"))
     monkeypatch.setenv("QPMERGE_CACHE", str(place / "results"))
-    suites._data.cache_clear()
+    suites.task_data.cache_clear()
     torch.manual_seed(0)
     yield place, hub
-    suites._data.cache_clear()
+    suites.task_data.cache_clear()
 
 
 # --- CLIP

@@ -52,14 +52,14 @@ def test_certificates_are_those_of_the_merge(suite):
         suite.base,
         suite.experts,
         suite.calibration(SIZE),
-        along=benchmark.again(suite, "ties", SIZE).state_dict,
+        along=benchmark.chosen_merge(suite, "ties", SIZE).state_dict,
         folds=1,
     )
     assert found == pytest.approx(
         {
             k: c["gap"]
             for k, c in q.certify(
-                layers, suite.base, benchmark.again(suite, "ties", SIZE).state_dict
+                layers, suite.base, benchmark.chosen_merge(suite, "ties", SIZE).state_dict
             ).items()
         }
     )

@@ -15,7 +15,7 @@ from qpmerge_lite.diagnostic import OPTIMISM
 @pytest.fixture
 def small(suite, monkeypatch):
     monkeypatch.setattr(calibration, "POOL", 16)
-    monkeypatch.setattr(calibration, "HELD", 4)
+    monkeypatch.setattr(calibration, "HELD_OUT", 4)
     return suite
 
 
@@ -92,7 +92,7 @@ def test_a_study_is_recorded(small, tmp_path):
 
 
 def test_gaps_are_recorded(small, tmp_path):
-    gaps = pd.DataFrame(calibration.gaps(small, [8], 2, 0.1, held=8, tasks=3)).assign(
+    gaps = pd.DataFrame(calibration.gaps(small, [8], 2, 0.1, held_out=8, tasks=3)).assign(
         suite="toy", seed=0
     )
     gaps["measured"] = gaps.in_sample - gaps.disjoint

@@ -7,7 +7,13 @@ import torch
 from toys import TASKS
 
 import qpmerge_lite as q
-from qpmerge_lite.companion.experiments import benchmark, population, single_layer, statistics
+from qpmerge_lite.companion.experiments import (
+    benchmark,
+    merge_specs,
+    population,
+    single_layer,
+    statistics,
+)
 from qpmerge_lite.companion.records import Records, load_records
 
 LAYER = "blocks.0.up"
@@ -188,7 +194,7 @@ def test_evidence_has_a_row_per_merge(one_layer):
         == 6 + len(single_layer.ANYWHERE) + 3 + len(single_layer.FAMILIES)
         and frame.problem.nunique() == 1
     )
-    assert set(frame.kind) == {population.HEURISTIC, population.NEIGHBOUR, population.PROGRAMME}
+    assert set(frame.kind) == {merge_specs.HEURISTIC, merge_specs.BASELINE, merge_specs.PROGRAMME}
 
 
 def test_of_one_problem_the_merges_are_resampled():

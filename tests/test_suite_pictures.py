@@ -121,7 +121,7 @@ def test_experts_and_their_heads_are_trained_from_the_base(sets, tmp_path, monke
     monkeypatch.setenv("QPMERGE_CACHE", str(tmp_path))
     monkeypatch.setattr(pictures, "SPLITS", {"train": 512, "validation": 128, "test": 64})
     monkeypatch.setattr(pictures, "RECIPE", training.Recipe(steps=5, batch=32, probe_iterations=20))
-    monkeypatch.setattr(suites, "_data", suites._data.__wrapped__)
+    monkeypatch.setattr(suites, "task_data", suites.task_data.__wrapped__)
     suite = suites.load(
         "vision", "standard", progress=False, tasks=["kannada_mnist", "omniglot_alphabets"]
     )

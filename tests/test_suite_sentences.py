@@ -7,7 +7,7 @@ import torch
 from qpmerge_lite import gradient, qp
 from qpmerge_lite.companion import data, suites
 from qpmerge_lite.companion.data.manifests import ManifestError
-from qpmerge_lite.companion.suites import sentences, training
+from qpmerge_lite.companion.suites import prefixes, sentences, training
 
 transformers = pytest.importorskip("transformers", reason="the hub extra is not installed")
 TEXTS = ("what is a word", "who wrote this play and when was it first shown", "how far")
@@ -69,9 +69,10 @@ def test_an_expert_learns_its_task_and_a_seed_decides_it(encoder, tmp_path, prec
     inputs = training.trim(written(96))
     labels = (inputs["input_ids"][:, 0] > 32).long()
     recipe = training.Recipe(steps=30, batch=32, rate=1e-2, precision=precision, chunk=40)
+    facts = {"task": "t", "classes": 2, "seed": 0, "progress": False}
     (state, head), (again, _) = (
         training.expert(
-            encoder, "sha", (inputs, labels), 2, recipe, 0, "t", tmp_path / str(i), False
+            encoder, "sha", (inputs, labels), recipe=recipe, folder=tmp_path / str(i), **facts
         )
         for i in (0, 1)
     )
@@ -82,7 +83,7 @@ def test_an_expert_learns_its_task_and_a_seed_decides_it(encoder, tmp_path, prec
     assert (found.argmax(1) == labels).float().mean() > 0.9
     (kept,) = (tmp_path / "0").glob("*.safetensors")
     other = training.Recipe(steps=30, batch=32, rate=1e-2, chunk=41)
-    training.expert(encoder, "sha", (inputs, labels), 2, other, 0, "t", tmp_path / "0", False)
+    training.expert(encoder, "sha", (inputs, labels), recipe=other, folder=tmp_path / "0", **facts)
     assert len(list(kept.parent.glob("*.safetensors"))) == 2
 
 
@@ -127,7 +128,9 @@ def test_the_base_is_the_checkpoint_and_reads_its_own_word_pieces():
         for file in source.files
         if source.id == "package" and file.path.endswith("model.safetensors")
     )
-    assert sha256 == weights.sha256 and suites.Walker(base).paths == ("bert.encoder.layer",)
+    assert sha256 == weights.sha256
+    before = prefixes.blocks_before(base, "bert.encoder.layer.2.output.dense")
+    assert before == list(base.bert.encoder.layer[:2])
     batch = sentences.collate({"text": TEXTS})
     plain = transformers.AutoTokenizer.from_pretrained(folder)(
         list(TEXTS), padding="max_length", max_length=sentences.LENGTH
@@ -154,9 +157,9 @@ def test_two_tasks_are_trained_merged_and_judged(monkeypatch, tmp_path):
     monkeypatch.setattr(
         sentences, "RECIPE", training.Recipe(steps=4, batch=16, rate=1e-4, chunk=16)
     )
-    suites._data.cache_clear()
+    suites.task_data.cache_clear()
     suite = suites.load("language", "standard", tasks=["trec", "snips"], progress=False)
-    suites._data.cache_clear()
+    suites.task_data.cache_clear()
     assert suite.data["trec"].num_rows == sentences.SPLITS
     for split in sentences.SPLITS:
         lengths = [len(text) for text in suite.data["trec"][split]["text"]]

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,7 +11,15 @@ from safetensors import safe_open
 from qpmerge_lite import methods
 from qpmerge_lite.companion import suites
 from qpmerge_lite.companion.data.manifests import load_manifest
-from qpmerge_lite.companion.suites import glyphs, language, pretrain, training, vision
+from qpmerge_lite.companion.suites import (
+    SuiteSpec,
+    glyphs,
+    language,
+    prefixes,
+    pretrain,
+    training,
+    vision,
+)
 from qpmerge_lite.errors import MergeError, MissingLayer, ShapeMismatch
 
 QUICK = training.Recipe(steps=2, batch=16, probe_iterations=3)
@@ -32,7 +40,7 @@ def counted(tmp_path, monkeypatch):
     monkeypatch.setenv("QPMERGE_CACHE", str(tmp_path))
     monkeypatch.setattr(vision, "RECIPE", QUICK)
     monkeypatch.setattr(vision, "SPLITS", {"train": 64, "validation": 24, "test": 24})
-    monkeypatch.setattr(suites, "_data", suites._data.__wrapped__)
+    monkeypatch.setattr(suites, "task_data", suites.task_data.__wrapped__)
     trained, original = [], training.train
 
     def train(*args, **options):
@@ -260,8 +268,26 @@ def test_one_encoder_is_trained_on_all_tasks_and_kept(counted):
     )
 
 
+@pytest.mark.parametrize(
+    "said, lacking",
+    [
+        ({}, "TASKS, N_CLASSES, MANIFEST, RECIPE, base, data, collate, CHUNK, experts"),
+        (vars(vision) | {"RECIPE": None}, "CHUNK, experts"),
+        ({k: v for k, v in vars(vision).items() if k != "LAYER_RECIPE"}, "LAYER_RECIPE"),
+    ],
+)
+def test_a_definition_that_lacks_something_is_refused(said, lacking):
+    module = ModuleType("odd")
+    vars(module).update(said, __name__="odd")
+    with pytest.raises(MergeError, match=f"odd: expected a suite that defines .* no {lacking}; "):
+        SuiteSpec.of(module)
+
+
 def test_an_expert_that_is_never_right_is_named(quick):
-    suite = replace(quick, _ceilings={("greek", "test"): 0.0})
+    classes, width = quick.heads["greek"]["weight"].shape
+    bias = torch.nn.functional.one_hot(torch.tensor(classes)).float()  # a class that no row has
+    never = {"weight": torch.zeros(classes + 1, width), "bias": bias}
+    suite = quick.with_heads({**quick.heads, "greek": never})
     with pytest.raises(
         MergeError,
         match="greek/test: expected an expert that is right at times, found a score of 0; its weights or its head",
@@ -270,15 +296,23 @@ def test_an_expert_that_is_never_right_is_named(quick):
 
 
 def test_evaluation_from_the_changed_block_on_is_evaluation(single, monkeypatch):
-    """With a kept prefix or from the start, for states that differ in the layer, and for one that
+    """With a cached prefix or from the start, for states that differ in the layer, and for one that
     differs elsewhere too."""
+    runs, original = [], prefixes.last_output
+
+    def counted_output(*args):
+        runs.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(prefixes, "last_output", counted_output)
     elsewhere = {
         **single.experts["greek"],
         "blocks.0.up.bias": torch.ones_like(single.base.blocks[0].up.bias),
     }
     states = [single.base.state_dict(), *single.experts.values(), elsewhere]
     quickly = [single.evaluate(state) for state in states]
-    assert list(single._prefixes) == [(task, "test") for task in PAIR]
+    sizes = [len(single.tensors(task, "test")[1]) for task in PAIR]
+    assert len(runs) == sum(-(-size // single.chunk) for size in sizes)
     features = single._features(states[1], "greek", "test")
     monkeypatch.setattr(single, "layer", None)
     torch.testing.assert_close(single._features(states[1], "greek", "test"), features)

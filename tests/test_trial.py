@@ -18,7 +18,14 @@ from toys import TASKS, tokens
 
 import qpmerge_lite as q
 from qpmerge_lite.assess import layer_moments
-from qpmerge_lite.companion.experiments import benchmark, population, statistics
+from qpmerge_lite.companion.experiments import (
+    baselines,
+    benchmark,
+    judging,
+    merge_specs,
+    population,
+    statistics,
+)
 from qpmerge_lite.companion.suites import plan
 
 ROOT = Path(__file__).parents[1]
@@ -26,13 +33,13 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def judge(suite, monkeypatch):
-    for name, value in (("APART", 12), ("AUDITED", 8), ("LAYERED", 8), ("VALIDATED", 10)):
-        monkeypatch.setattr(population, name, value)
-    return population.Judge(suite, 30)
+    for name, value in (("DISJOINT", 12), ("AUDITED", 8), ("LAYERED", 8), ("VALIDATED", 10)):
+        monkeypatch.setattr(judging, name, value)
+    return judging.Judge(suite, 30)
 
 
 def spec(method="regmean", options=None, size=4, source="own"):
-    return population.Spec("neighbours", "a label", method, options or {}, size, source)
+    return merge_specs.Spec("neighbours", "a label", method, options or {}, size, source)
 
 
 def test_energies_are_those_of_an_audit_and_of_moments(judge):
@@ -48,11 +55,11 @@ def test_energies_are_those_of_an_audit_and_of_moments(judge):
                 "output"
             ]
         )
-    apart = suite.calibration(8, skip=12, tasks=tasks)
+    disjoint = suite.calibration(8, skip=12, tasks=tasks)
     assert found["layers"]["layers"] == pytest.approx(
-        q.audit(suite.base, state, experts, apart)["layers"]
+        q.audit(suite.base, state, experts, disjoint)["layers"]
     )
-    for name, (view, moments, _) in layer_moments(suite.base, experts, apart, folds=1).items():
+    for name, (view, moments, _) in layer_moments(suite.base, experts, disjoint, folds=1).items():
         assert found["layers"]["static"][name] == pytest.approx(
             moments.pool().captured(view.matrix(state) - view.matrix(suite.base.state_dict()))
         )
@@ -64,9 +71,9 @@ def test_energies_are_those_of_an_audit_and_of_moments(judge):
 
 
 def test_an_expert_agrees_with_itself_and_the_base_captures_nothing(judge):
-    own = judge.ends(judge.suite.experts["a"], "a", judge.apart["a"], (12, 8))
+    own = judge.ends(judge.suite.experts["a"], "a", judge.disjoint["a"], (12, 8))
     assert own["output"] == own["head"] == 0 and own["agreement"] == 1
-    base = judge.ends(judge.base, "a", judge.apart["a"])
+    base = judge.ends(judge.base, "a", judge.disjoint["a"])
     assert base["output"] == base["output_base"] > 0 and base["head"] == base["head_base"] > 0
 
 
@@ -80,18 +87,18 @@ def test_directions_that_the_head_does_not_read_do_not_count_for_it(judge):
     )
     moved = {k: v.clone() for k, v in judge.suite.experts["a"].items()}
     moved["norm.bias"][1:] += 1
-    ends = judge.ends(moved, "a", judge.apart["a"], (12, 8))
+    ends = judge.ends(moved, "a", judge.disjoint["a"], (12, 8))
     assert ends["output"] > 1 and ends["head"] < 1e-12 and ends["agreement"] == 1
 
 
 def test_what_a_merge_is_solved_on(judge):
     suite = judge.suite
-    assert population.examples(suite, ["a"], spec(source="none")) is None
-    foreign = population.examples(suite, ["a", "c"], spec(source="foreign"))
+    assert merge_specs.examples(suite, ["a"], spec(source="none")) is None
+    foreign = merge_specs.examples(suite, ["a", "c"], spec(source="foreign"))
     assert torch.equal(foreign["a"][0]["pixels"], suite.calibration(4)["b"][0]["pixels"])
     assert torch.equal(foreign["c"][0]["pixels"], suite.calibration(4)["a"][0]["pixels"])
     mixed, plain = (
-        population.examples(suite, ["a"], spec(source=s))["a"][0]["pixels"]
+        merge_specs.examples(suite, ["a"], spec(source=s))["a"][0]["pixels"]
         for s in ("scrambled", "own")
     )
     assert not torch.equal(mixed, plain) and torch.equal(
@@ -102,7 +109,7 @@ def test_what_a_merge_is_solved_on(judge):
 def test_scrambling_keeps_padding():
     batch = tokens()[2]["a"][0]
     mixed, mask = (
-        population.scrambled(batch, torch.Generator().manual_seed(0)),
+        merge_specs.scrambled(batch, torch.Generator().manual_seed(0)),
         batch["attention_mask"].bool(),
     )
     assert torch.equal(mixed["attention_mask"], batch["attention_mask"]) and torch.equal(
@@ -119,13 +126,13 @@ def test_the_population_is_as_large_as_asked_for(tier):
     merge twice."""
     planned, names, total = plan(tier), [f"task {i}" for i in range(8)], 0
     for seed in range(planned.seeds):
-        for tasks in population.subsets(names, planned.subsets, seed):
-            specs = population.drawn(tasks, seed, planned.merges, planned.largest)
+        for tasks in merge_specs.subsets(names, planned.subsets, seed):
+            specs = merge_specs.drawn(tasks, seed, planned.merges, planned.largest)
             assert len({repr(s) for s in specs}) == len(specs) == sum(planned.merges)
-            assert {s.kind for s in specs} == set(population.KINDS) and max(
+            assert {s.kind for s in specs} == set(merge_specs.KINDS) and max(
                 s.size for s in specs
-            ) <= min(planned.largest, population.APART)
-            assert specs == population.drawn(tasks, seed, planned.merges, planned.largest)
+            ) <= min(planned.largest, judging.DISJOINT)
+            assert specs == merge_specs.drawn(tasks, seed, planned.merges, planned.largest)
             total += 2 * len(specs)
     assert total >= {"smoke": 120, "full": 400}[tier]
 
@@ -133,20 +140,20 @@ def test_the_population_is_as_large_as_asked_for(tier):
 def test_every_baseline_may_be_drawn_at_several_strengths():
     """All but the base itself, of the kind that chapters count them to, once each; gradients are
     spared large sets."""
-    found = [s for specs in population._specs(5, 0, 512).values() for s in specs]
+    found = [s for specs in merge_specs.possible(5, 0, 512).values() for s in specs]
     assert len({json.dumps(asdict(s)) for s in found}) == len(found)
     plausible = {
-        m: [s for s in found if s.method == m and s.kind != population.BAD]
+        m: [s for s in found if s.method == m and s.kind != merge_specs.BAD]
         for m in benchmark.ENTRIES
     }
     for method, specs in plausible.items():
         if method != "base" and not method.startswith("qp_"):
-            assert {s.kind for s in specs} == {population._kind(method)} and all(
+            assert {s.kind for s in specs} == {merge_specs.kind_of(method)} and all(
                 (s.size > 0) == (s.source == "own") for s in specs
             )
             assert len({json.dumps(s.options) for s in specs}) > 1 or method in ("soup", "lot")
             assert max(s.size for s in specs) == (
-                0 if method in population.FREE else population.MOST.get(method, 512)
+                0 if method in merge_specs.FREE else merge_specs.MOST.get(method, 512)
             )
 
 
@@ -154,17 +161,17 @@ def test_methods_are_drawn_as_often_as_each_other():
     labels = [
         s.label
         for seed in range(400)
-        for s in population.drawn(["a", "b"], seed, (1, 3, 1, 1), 512)
-        if s.kind == population.NEIGHBOUR
+        for s in merge_specs.drawn(["a", "b"], seed, (1, 3, 1, 1), 512)
+        if s.kind == merge_specs.BASELINE
     ]
     assert (
-        len(set(labels)) == len(benchmark.NEIGHBOURS)
+        len(set(labels)) == len(baselines.BASELINES)
         and min(map(labels.count, set(labels))) > 400 * 3 / 9 * 0.75
     )
 
 
 def test_every_merge_that_may_be_drawn_can_be_made(judge):
-    for specs in population._specs(2, 0, 4).values():
+    for specs in merge_specs.possible(2, 0, 4).values():
         for one in [*{s.label: s for s in specs}.values(), *specs[:: max(1, len(specs) // 12)]]:
             one = replace(one, size=min(one.size, 8))
             assert np.isfinite(
@@ -361,7 +368,7 @@ def test_claims_repeat_the_questions():
 
 
 def test_labels_tell_methods_apart_that_a_user_would(judge):
-    labels = {s.label for specs in population._specs(2, 0, 64).values() for s in specs}
+    labels = {s.label for specs in merge_specs.possible(2, 0, 64).values() for s in specs}
     assert {
         "uniform soup",
         "TIES",

@@ -54,15 +54,28 @@ def _word(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _key(figure: Figure, axis, columns: int) -> None:
-    """One key under the whole figure."""
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-
-
-def _finish(figure: Figure) -> Figure:
+def _finish(figure: Figure, keyed=None, columns: int = 1) -> Figure:
+    """The figure, with one key under the whole of it where there is an axis that it is taken
+    from."""
+    if keyed is not None:
+        handles, labels = keyed.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     plt.close(figure)  # shown once, as the value of its cell
     return figure
+
+
+def _point(axis, x, y, marker: str, colour, *, size: float, **options) -> None:
+    """One or several points with a black edge."""
+    axis.plot(
+        x,
+        y,
+        marker,
+        color=colour,
+        markeredgecolor="black",
+        markersize=size,
+        linestyle="none",
+        **options,
+    )
 
 
 def plane(panels: dict, points: dict, lines: dict) -> Figure:
@@ -71,7 +84,8 @@ def plane(panels: dict, points: dict, lines: dict) -> Figure:
     Args:
         panels: title -> (grid values (a,) of either coefficient, function (a, a) with d2 first,
             contour levels).
-        points: name -> (d1, d2). lines: name -> (N, 2) path.
+        points: name -> (d1, d2).
+        lines: name -> (N, 2) path.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 4.4), sharex=True, sharey=True)
     for axis, (title, (grid, values, levels)) in zip(axes, panels.items()):
@@ -90,15 +104,7 @@ def plane(panels: dict, points: dict, lines: dict) -> Figure:
         for (name, path), line in zip(lines.items(), LINES):
             axis.plot(*np.asarray(path).T, color="black", linestyle=line, linewidth=1.2, label=name)
         for (name, point), marker, colour in zip(points.items(), MARKERS, sns.color_palette()):
-            axis.plot(
-                *point,
-                marker,
-                color=colour,
-                markeredgecolor="black",
-                markersize=9,
-                linestyle="none",
-                label=name,
-            )
+            _point(axis, *point, marker, colour, size=9, label=name)
         axis.set(
             title=title,
             xlabel="$d_1$",
@@ -108,8 +114,7 @@ def plane(panels: dict, points: dict, lines: dict) -> Figure:
         )
         axis.grid(False)
     axes[0].set_ylabel("$d_2$")
-    _key(figure, axis, 3)
-    return _finish(figure)
+    return _finish(figure, axis, 3)
 
 
 def ridge_path(ridges, coefficients, prior: float, curves: dict) -> Figure:
@@ -125,8 +130,7 @@ def ridge_path(ridges, coefficients, prior: float, curves: dict) -> Figure:
         right.plot(ridges, values, linestyle=line, marker=marker, markevery=4, label=name)
     left.set(xscale="log", xlabel="ridge λ", ylabel="coefficient", title="coefficients")
     right.set(xlabel="ridge λ", ylabel="captured energy 1 − L/E", title="what the merge captures")
-    _key(figure, right, 3)
-    return _finish(figure)
+    return _finish(figure, right, 3)
 
 
 def nesting(families: dict, inclusions) -> Figure:
@@ -153,29 +157,11 @@ def nesting(families: dict, inclusions) -> Figure:
     for (name, (p, inside, outside)), marker, colour in zip(
         families.items(), MARKERS, sns.color_palette()
     ):
-        axis.plot(
-            p,
-            inside,
-            marker,
-            color=colour,
-            markeredgecolor="black",
-            markersize=9,
-            linestyle="none",
-            label=_word(name),
-        )
-        axis.plot(
-            p,
-            outside,
-            marker,
-            color="none",
-            markeredgecolor="black",
-            markersize=9,
-            linestyle="none",
-        )
+        _point(axis, p, inside, marker, colour, size=9, label=_word(name))
+        _point(axis, p, outside, marker, "none", size=9)
     axis.set(xscale="log", xlabel="coefficients p", ylabel="captured energy")
     axis.set_title("filled: in sample; hollow: cross-fitted; arrows: span inclusions")
-    _key(figure, axis, 4)
-    return _finish(figure)
+    return _finish(figure, axis, 4)
 
 
 def projection(projected: dict, others: dict) -> Figure:
@@ -183,8 +169,8 @@ def projection(projected: dict, others: dict) -> Figure:
     ρ.
 
     Args:
-        projected: name -> ρ. others: name -> (‖output of the update‖/‖R‖, ‖error‖/‖R‖) of any
-            merge.
+        projected: name -> ρ.
+        others: name -> (‖output of the update‖/‖R‖, ‖error‖/‖R‖) of any merge.
     """
     figure, axis = plt.subplots(figsize=(WIDTH, 4.4))
     angle = np.linspace(0, np.pi, 200)
@@ -206,16 +192,7 @@ def projection(projected: dict, others: dict) -> Figure:
             linewidth=0.8,
             linestyle="-" if name in projected else ":",
         )
-        axis.plot(
-            x,
-            y,
-            marker,
-            color=colour,
-            markeredgecolor="black",
-            markersize=9,
-            linestyle="none",
-            label=_word(name),
-        )
+        _point(axis, x, y, marker, colour, size=9, label=_word(name))
     axis.set(
         aspect="equal",
         xlabel="captured energy of the optima",
@@ -224,8 +201,7 @@ def projection(projected: dict, others: dict) -> Figure:
         xlim=(-0.2, 1.2),
         xticks=np.linspace(0, 1, 6),
     )
-    _key(figure, axis, 4)
-    return _finish(figure)
+    return _finish(figure, axis, 4)
 
 
 def cumulative(curves: dict, xlabel: str, ylabel: str) -> Figure:
@@ -241,8 +217,7 @@ def cumulative(curves: dict, xlabel: str, ylabel: str) -> Figure:
             label=name,
         )
     axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 1.03))
-    _key(figure, axis, 2)
-    return _finish(figure)
+    return _finish(figure, axis, 2)
 
 
 def phases(x, y, panels: dict, columns, xlabel: str, ylabel: str) -> Figure:
@@ -251,8 +226,9 @@ def phases(x, y, panels: dict, columns, xlabel: str, ylabel: str) -> Figure:
     Cells that lose more than NOTHING are hatched, and a thick contour bounds them.
 
     Args:
-        x, y: (a,), (b,) grid values. panels: row title -> (columns, b, a) values. columns: their
-            titles.
+        x, y: (a,), (b,) grid values.
+        panels: row title -> (columns, b, a) values.
+        columns: their titles.
     """
     figure, axes = plt.subplots(
         len(panels),
@@ -300,8 +276,7 @@ def bands(x, curves: dict, xlabel: str, ylabel: str) -> Figure:
         axis.fill_between(x, values.min(0), values.max(0), alpha=0.15)
     axis.axhline(0, color="black", linewidth=1)
     axis.set(xlabel=xlabel, ylabel=ylabel)
-    _key(figure, axis, 4)
-    return _finish(figure)
+    return _finish(figure, axis, 4)
 
 
 def scatter(panels: dict, groups, label: str) -> Figure:
@@ -324,8 +299,7 @@ def scatter(panels: dict, groups, label: str) -> Figure:
             )
         axis.axhline(0, color="black", linewidth=1)
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    _key(figure, axis, len(np.unique(groups)))
-    return _finish(figure)
+    return _finish(figure, axis, len(np.unique(groups)))
 
 
 def agreement(panels: dict, labels, lined: int = 1) -> Figure:
@@ -339,15 +313,15 @@ def agreement(panels: dict, labels, lined: int = 1) -> Figure:
     labels = np.asarray(labels)
     for number, (axis, (title, (x, y, xlabel, ylabel))) in enumerate(zip(axes, panels.items())):
         for label, marker, colour in zip(dict.fromkeys(labels), MARKERS, sns.color_palette()):
-            axis.plot(
-                np.asarray(x)[labels == label],
-                np.asarray(y)[labels == label],
+            chosen = labels == label
+            _point(
+                axis,
+                np.asarray(x)[chosen],
+                np.asarray(y)[chosen],
                 marker,
-                color=colour,
-                markeredgecolor="black",
-                markersize=6,
+                colour,
+                size=6,
                 alpha=0.8,
-                linestyle="none",
                 label=label,
             )
         axis.axhline(0, color="black", linewidth=1)
@@ -355,8 +329,7 @@ def agreement(panels: dict, labels, lined: int = 1) -> Figure:
             axis.axline((0, 0), slope=1, color="0.4", linewidth=1, linestyle="--")
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.locator_params(axis="x", nbins=3)
-    _key(figure, axis, 2)
-    return _finish(figure)
+    return _finish(figure, axis, 2)
 
 
 def correlations(
@@ -370,25 +343,14 @@ def correlations(
         for (kind, part), marker, colour in zip(
             frame.groupby("kind"), MARKERS, sns.color_palette()
         ):
-            axis.plot(
-                part[x],
-                part[y],
-                marker,
-                color=colour,
-                markeredgecolor="black",
-                markeredgewidth=0.5,
-                markersize=5,
-                linestyle="none",
-                label=kind,
-            )
+            _point(axis, part[x], part[y], marker, colour, size=5, markeredgewidth=0.5, label=kind)
         axis.set(
             title=title,
             ylabel=ylabel if axis in axes[:, 0] else "",
             xlabel=xlabel if axis in axes[-1] else "",
         )
         axis.locator_params(axis="x", nbins=5)
-    _key(figure, axes.flat[0], 3)
-    return _finish(figure)
+    return _finish(figure, axes.flat[0], 3)
 
 
 def gallery(images: dict, columns: int) -> Figure:
@@ -407,21 +369,16 @@ def ranking(seeds: dict, intervals: dict, xlabel: str, line: float | None = None
     interval.
 
     Args:
-        seeds: label -> values per seed. intervals: label -> (mean, (low, high)).
+        seeds: label -> values per seed.
+        intervals: label -> (mean, (low, high)).
     """
     figure, axis = plt.subplots(figsize=(WIDTH, 0.27 * len(seeds) + 0.9))
     for y, (label, values) in enumerate(seeds.items()):
         mean, (low, high) = intervals[label]
         axis.hlines(y, low, high, color="0.35", linewidth=1.6)
         axis.plot(values, np.full(len(values), y), "|", color="0.55", markersize=9)
-        axis.plot(
-            mean,
-            y,
-            "D" if label.startswith("QP") else "o",
-            color=sns.color_palette()[0 if label.startswith("QP") else 1],
-            markeredgecolor="black",
-            markersize=7,
-        )
+        marker, colour = ("D", 0) if label.startswith("QP") else ("o", 1)
+        _point(axis, mean, y, marker, sns.color_palette()[colour], size=7)
     if line is not None:
         axis.axvline(line, color="black", linestyle=":", linewidth=1)
     axis.set(
@@ -482,9 +439,7 @@ def bars(names, panels: dict, ylabel: str, columns: int = 2) -> Figure:
         axis.grid(axis="x", visible=False)
         axis.set_xticks(places, list(names[title]), rotation=90, fontsize=9)
     figure.supylabel(ylabel, fontsize=10)
-    if len(parts) > 1:
-        _key(figure, axes.flat[0], 2)
-    return _finish(figure)
+    return _finish(figure, axes.flat[0] if len(parts) > 1 else None, 2)
 
 
 def depth(names, panels: dict, xlabel: str = "") -> Figure:
@@ -504,5 +459,4 @@ def depth(names, panels: dict, xlabel: str = "") -> Figure:
         axis.set_title(title)
         axis.set_xticks(range(len(names)), names, rotation=90 if longest > 4 else 0, fontsize=9)
     axis.set_xlabel(xlabel)
-    _key(figure, axis, 3)
-    return _finish(figure)
+    return _finish(figure, axis, 3)

@@ -23,27 +23,18 @@ def table(family: str, published: dict, records: dict) -> str:
     for row in published["rows"]:
         values = row["values"]
         ids = [f"{family}.{row.get('entry')}.{task}.accuracy" for task in tasks]
-        measured = (
-            [100 * records[id].value for id in ids]
-            if set(ids) <= records.keys()
-            else [None] * len(tasks)
-        )
-        pairs = list(zip(measured, values, strict=True))
-        pairs.append(
-            (None if None in measured else sum(measured) / len(tasks), sum(values) / len(tasks))
-        )
-        lines.append(
-            [
-                row["label"] + (f" ({row['source']})" if "source" in row else ""),
-                *(_cell(*pair) for pair in pairs),
-            ]
-        )
+        published_figures = [*values, sum(values) / len(tasks)]
+        if set(ids) <= records.keys():
+            measured = [100 * records[id].value for id in ids]
+            measured.append(sum(measured) / len(tasks))
+            cells = [_compared(*pair) for pair in zip(measured, published_figures, strict=True)]
+        else:
+            cells = [f"{figure:.1f}" for figure in published_figures]
+        source = f" ({row['source']})" if "source" in row else ""
+        lines.append([row["label"] + source, *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _cell(measured, published) -> str:
-    return (
-        f"{published:.1f}"
-        if measured is None
-        else f"{measured:.1f} / {published:.1f} / {measured - published:+.1f}"
-    )
+def _compared(measured: float, published: float) -> str:
+    """measured / published / difference, in per cent."""
+    return f"{measured:.1f} / {published:.1f} / {measured - published:+.1f}"

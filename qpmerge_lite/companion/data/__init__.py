@@ -1,7 +1,7 @@
 """Data sets and checkpoints from the first source that serves: the mirror, an installed package,
 the Hugging Face Hub.
 
-Whichever serves, the rows are the same (``tables``). Nothing is unpickled and no code comes with
+Whichever serves, the rows are the same (``readers``). Nothing is unpickled and no code comes with
 the data.
 """
 
@@ -24,10 +24,13 @@ def fetch(name: str) -> dict[str, Path]:
 
 def checkpoint(name: str) -> Path:
     """Folder of the verified files of a checkpoint, for ``from_pretrained(folder)`` of
-    transformers; errors as of ``fetch``."""
-    for path, found in fetch(name).items():
+    transformers.
+
+    Raises: ManifestError naming every source that was tried, why it does not serve, and what to do.
+    """
+    for path, file in fetch(name).items():
         if Path(path).name == "config.json":
-            return found.parent
+            return file.parent
     raise ManifestError(
         f"{name}: expected a checkpoint with a config.json, found none; see data_manifests/README.md"
     )
@@ -60,10 +63,8 @@ def members(manifest) -> list[str]:
     """Names under which ``fetch`` serves what a manifest lists."""
     if manifest.kind != "checkpoint":
         return [manifest.name]
-    return [
-        f"{manifest.name}/{name}"
-        for name in dict.fromkeys(source.checkpoint for source in manifest.sources)
-    ]
+    checkpoints = dict.fromkeys(source.checkpoint for source in manifest.sources)
+    return [f"{manifest.name}/{name}" for name in checkpoints]
 
 
 def here(manifest) -> dict[str, tuple]:
@@ -71,14 +72,14 @@ def here(manifest) -> dict[str, tuple]:
 
     Raises: ManifestError when a byte differs.
     """
-    found = {}
+    files = {}
     for source in manifest.sources:
         try:
             files_of(manifest, source, network=False)
         except Absent:
             continue
-        found[source.id] = source.files
-    return found
+        files[source.id] = source.files
+    return files
 
 
 def _find(name):
@@ -118,14 +119,15 @@ def files_of(manifest, source: Source, network=True) -> dict[str, Path]:
     """Every file of a source, verified."""
     from . import hub, readers
 
-    found = {}
+    files = {}
     for file in source.files:
         if source.kind != "hub":
-            found[file.path] = check(manifest, source, file, locate(source, file))
+            files[file.path] = check(manifest, source, file, locate(source, file))
         elif "*" in file.path or not (file.sha256 or readers.counted(manifest)):
             raise Absent(
-                f"{source.id}: {source.extra['repo']} is not pinned; run: qpmerge data lock {manifest.name}"
+                f"{source.id}: {source.extra['repo']} is not pinned; "
+                f"run: qpmerge data lock {manifest.name}"
             )
         else:
-            found[file.path] = hub.download(manifest, source, file, network)
-    return found
+            files[file.path] = hub.download(manifest, source, file, network)
+    return files

@@ -40,7 +40,8 @@ def download(manifest, source: Source, file: File, network=True, revision=None) 
         )
     except (OSError, HTTPError) as error:
         raise Absent(
-            f"{source.id}: {source.extra['repo']}/{file.path} at {revision}: {reason(source, kind, error)}"
+            f"{source.id}: {source.extra['repo']}/{file.path} at {revision}: "
+            f"{reason(source, kind, error)}"
         ) from error
     try:
         return check(manifest, source, file, Path(where))
@@ -62,7 +63,10 @@ def reason(source: Source, kind: str, error: Exception) -> str:
     if isinstance(error, errors.GatedRepoError):
         return f"gated; accept its terms at {page} and set HF_TOKEN"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return f"not in the cache, and {endpoint()} was not reached; check the network, HF_HUB_OFFLINE and HF_ENDPOINT"
+        return (
+            f"not in the cache, and {endpoint()} was not reached; "
+            "check the network, HF_HUB_OFFLINE and HF_ENDPOINT"
+        )
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
             f"no such repository at {page}, or a private one; correct the manifest, or set HF_TOKEN"
@@ -87,13 +91,14 @@ def lock(name: str) -> dict[str, str]:
     text, commits = manifest.path.read_text(encoding="utf-8"), {}
     for source in manifest.sources:
         if source.kind == "hub" and not source.verified:
-            pinned, found = _pin(manifest, source)
+            pinned, files = _pin(manifest, source)
             if readers.counted(manifest):
-                readers.read(manifest, pinned, found)
+                readers.read(manifest, pinned, files)
             text, commits[source.id] = _rewritten(text, pinned), pinned.extra["revision"]
             if pinned not in parse(manifest.path, text).sources:
                 raise ManifestError(
-                    f"{name}: {source.id}: expected the layout of the other manifests, found another; lay it out as they are"
+                    f"{name}: {source.id}: expected the layout of the other manifests, "
+                    "found another; lay it out as they are"
                 )
     if not commits:
         return commits
@@ -120,16 +125,16 @@ def _pin(manifest, source):
         paths = [path for path in there if fnmatchcase(path, file.path)]
         if not paths:
             raise ManifestError(
-                f"{manifest.name}: {source.id}: expected {file.path} in {repo} at {info.sha}, found {', '.join(there)}"
+                f"{manifest.name}: {source.id}: expected {file.path} in {repo} at {info.sha}, "
+                f"found {', '.join(there)}"
             )
         for path in paths:
-            places[path] = found = download(
-                manifest, source, replace(file, path=path), revision=info.sha
-            )
-            files.append(File(path, found.stat().st_size, sha256(found), file.split))
-    return replace(
-        source, files=tuple(files), verified=True, extra={**source.extra, "revision": info.sha}
-    ), places
+            wanted = replace(file, path=path)
+            place = download(manifest, source, wanted, revision=info.sha)
+            places[path] = place
+            files.append(File(path, place.stat().st_size, sha256(place), file.split))
+    extra = {**source.extra, "revision": info.sha}
+    return replace(source, files=tuple(files), verified=True, extra=extra), places
 
 
 def _rewritten(text: str, source: Source) -> str:
@@ -141,12 +146,12 @@ def _rewritten(text: str, source: Source) -> str:
         r"^    revision: .*$", f"    revision: {source.extra['revision']}", block, flags=re.M
     )
     block = re.sub(r"^    verified: .*$", "    verified: true", block, flags=re.M)
-    entries = (
-        f"      - path: {file.path}\n" + (f"        split: {file.split}\n" if file.split else "")
-        + f"        bytes: {file.bytes}\n        sha256: {file.sha256}\n"
-        for file in source.files
-    )  # fmt: skip
-    block = re.sub(
-        r"^    files:\n(      .*\n)*", "    files:\n" + "".join(entries), block, flags=re.M
-    )
+    lines = ["    files:"]
+    for file in source.files:
+        lines.append(f"      - path: {file.path}")
+        if file.split:
+            lines.append(f"        split: {file.split}")
+        lines += [f"        bytes: {file.bytes}", f"        sha256: {file.sha256}"]
+    files = "\n".join([*lines, ""])
+    block = re.sub(r"^    files:\n(      .*\n)*", files, block, flags=re.M)
     return text[:start] + block + rest

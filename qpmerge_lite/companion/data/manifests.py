@@ -2,7 +2,7 @@
 bytes are expected.
 
 ``data_manifests/schema.json`` is the schema, ``data_manifests/README.md`` describes it. Nothing
-here downloads anything; ``sources`` does.
+here downloads anything; ``data.fetch`` does.
 """
 
 import hashlib
@@ -19,8 +19,13 @@ FOLDER = MANIFESTS
 SCHEMA = FOLDER / "schema.json"
 SPLITS = ("train", "validation", "test")
 WORDS = {
-    "string": "text", "integer": "an integer", "number": "a number", "boolean": "true or false", "array": "a list", "object": "a mapping",
-}  # fmt: skip
+    "string": "text",
+    "integer": "an integer",
+    "number": "a number",
+    "boolean": "true or false",
+    "array": "a list",
+    "object": "a mapping",
+}
 
 
 class ManifestError(MergeError):
@@ -202,20 +207,18 @@ def _hold_to_schema(where: str, content):
 
 def _breach(error) -> tuple[str, object]:
     """What the schema expects where it is broken, and what was found."""
-    value, found, kind = error.validator_value, error.instance, error.validator
+    rule, content, kind = error.validator_value, error.instance, error.validator
     if kind == "required":
-        return f"a field {next(name for name in value if name not in found)!r}", sorted(
-            map(str, found)
-        )
+        lacking = next(name for name in rule if name not in content)
+        return f"a field {lacking!r}", sorted(map(str, content))
     if kind == "additionalProperties":
-        return f"only the fields {', '.join(error.schema['properties'])}", [
-            n for n in found if n not in error.schema["properties"]
-        ]
+        known = error.schema["properties"]
+        return f"only the fields {', '.join(known)}", [n for n in content if n not in known]
     if kind == "type":
-        return WORDS[value], found
+        return WORDS[rule], content
     if kind == "enum":
-        return f"one of {', '.join(value)}", found
-    return json.dumps(value) if kind == "const" else error.schema["description"], found
+        return f"one of {', '.join(rule)}", content
+    return json.dumps(rule) if kind == "const" else error.schema["description"], content
 
 
 def _expect(condition, where: str, expected: str, found) -> None:
@@ -285,13 +288,14 @@ def check(manifest: Manifest, source: Source, file: File, path: Path) -> Path:
     """
     where, cure = f"{manifest.name}: {source.id}: {file.path}", _cure(source)
     if not path.is_file():
-        raise Absent(
-            f"{where}: expected a file{f' of {file.bytes} bytes' if file.bytes else ''}, found none; {cure}"
-        )
-    if file.bytes not in (None, size := path.stat().st_size):
+        size = f" of {file.bytes} bytes" if file.bytes else ""
+        raise Absent(f"{where}: expected a file{size}, found none; {cure}")
+    size = path.stat().st_size
+    if file.bytes not in (None, size):
         raise ManifestError(f"{where}: expected {file.bytes} bytes, found {size}; {cure}")
-    if file.sha256 not in (None, found := sha256(path)):
-        raise ManifestError(f"{where}: expected sha256 {file.sha256}, found {found}; {cure}")
+    digest = None if file.sha256 is None else sha256(path)
+    if digest != file.sha256:
+        raise ManifestError(f"{where}: expected sha256 {file.sha256}, found {digest}; {cure}")
     return path
 
 
@@ -304,11 +308,16 @@ def sha256(path: Path) -> str:
 def _cure(source: Source) -> str:
     if source.kind == "package":
         version = metadata.version(source.extra["package"])
-        return f"found in {source.extra['package']} {version}; install a version in which the file is unchanged"
+        return (
+            f"found in {source.extra['package']} {version}; "
+            "install a version in which the file is unchanged"
+        )
     if source.kind == "mirror":
         return f"copy the file to the mirror {os.path.relpath(mirror_folder() or '.')} again"
     if source.kind == "hub":
-        return "what came is removed; fetch it again, and if it differs again, it has changed at its source"
-    return "restore the file from the repository, or make it again: " + str(
-        source.extra["made"].get("command")
-    )
+        return (
+            "what came is removed; fetch it again, "
+            "and if it differs again, it has changed at its source"
+        )
+    command = source.extra["made"].get("command")
+    return f"restore the file from the repository, or make it again: {command}"

@@ -7,7 +7,9 @@ them otherwise, by a committed index of digests.
 
 import hashlib
 import re
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,33 +32,43 @@ def read(manifest, source, files: dict[str, Path]):
         return _as_filed(manifest, source, files)
     reader = _from_arrays if source.files[0].path.endswith(".npz") else _from_tables
     groups = reader(manifest, source, files)
-    chosen = (
-        _by_index(manifest, source, groups[None]) if None in groups else _by_split(manifest, groups)
-    )
-    splits = {split: sorted(chosen[split], key=lambda row: row[0]) for split in SPLITS}
-    for split, found in splits.items():
-        wanted, digest = (
-            manifest.splits[split],
-            hashlib.sha256(b"".join(row[0] for row in found)).hexdigest(),
-        )
-        if (len(found), digest) != (wanted["rows"], wanted["sha256"]):
+    if None in groups:
+        chosen = _by_index(manifest, source, groups[None])
+    else:
+        chosen = _by_split(manifest, groups)
+    splits = {}
+    for split in SPLITS:
+        rows = sorted(chosen[split], key=attrgetter("sha256"))
+        digest = hashlib.sha256(b"".join(row.sha256 for row in rows)).hexdigest()
+        wanted = manifest.splits[split]
+        if (len(rows), digest) != (wanted["rows"], wanted["sha256"]):
             raise ManifestError(
-                f"{manifest.name}: {source.id}: {split}: expected {wanted['rows']} rows of sha256 {wanted['sha256']}, found "
-                f"{len(found)} of {digest}; these are other rows, so use another source"
+                f"{manifest.name}: {source.id}: {split}: expected {wanted['rows']} rows of sha256 "
+                f"{wanted['sha256']}, found {len(rows)} of {digest}; "
+                "these are other rows, so use another source"
             )
+        splits[split] = rows
     return _dataset(manifest, splits)
 
 
-def _row(content, label: int):
-    """(SHA-256 of label and content, content, label): a text with single blanks, or an image as
-    uint8."""
+class Row(NamedTuple):
+    """A row of a data set: SHA-256 of label and content; a text, or an image as uint8; our number
+    of the label."""
+
+    sha256: bytes
+    content: str | np.ndarray
+    label: int
+
+
+def _row(content, label: int) -> Row:
+    """The row of a text, whose blanks become single ones, or of an image."""
     if isinstance(content, str):
         content = " ".join(content.split())
         head, body = "text", content.encode()
     else:
         content = np.ascontiguousarray(content)
         head, body = f"{content.dtype} {content.shape}", content.tobytes()
-    return hashlib.sha256(f"{label} {head}\n".encode() + body).digest(), content, label
+    return Row(hashlib.sha256(f"{label} {head}\n".encode() + body).digest(), content, label)
 
 
 def _from_arrays(manifest, source, files):
@@ -74,10 +86,11 @@ def _from_arrays(manifest, source, files):
     return groups
 
 
-def _same_labels(manifest, source, found):
-    if found != manifest.extra["labels"]:
+def _same_labels(manifest, source, labels):
+    if labels != manifest.extra["labels"]:
         raise ManifestError(
-            f"{manifest.name}: {source.id}: expected the labels {manifest.extra['labels']}, found {found}"
+            f"{manifest.name}: {source.id}: expected the labels {manifest.extra['labels']}, "
+            f"found {labels}"
         )
 
 
@@ -90,30 +103,32 @@ def _from_tables(manifest, source, files):
         name: source.extra.get("columns", {}).get(name, name) for name in manifest.extra["columns"]
     }
     content = next(name for name in ("text", "image") if name in columns)
-    parts = re.findall(
-        r"{(\w+)}", columns[content]
-    )  # of a text that the source has in several columns
+    # of a text that the source has in several columns
+    parts = re.findall(r"{(\w+)}", columns[content])
     for file in source.files:
         table = _table(files[file.path])
         for name in parts or columns.values():
             if name not in table.column_names:
-                found = ", ".join(table.column_names)
                 raise ManifestError(
-                    f"{manifest.name}: {source.id}: {file.path}: expected a column {name}, found {found}"
+                    f"{manifest.name}: {source.id}: {file.path}: expected a column {name}, "
+                    f"found {', '.join(table.column_names)}"
                 )
         if content == "image":
             table = table.cast_column(columns[content], Image())
         labels = _labels(manifest, source, table, columns["label"])
         splits = table["split"] if source.kind == "mirror" else [file.split] * len(table)
-        items = (
-            [columns[content].format(**row) for row in table] if parts else table[columns[content]]
-        )
+        items = table[columns[content]] if not parts else _joined(table, columns[content])
         for item, label, split in zip(items, labels, splits, strict=True):
             if label is not None:
-                groups.setdefault(split, []).append(
-                    _row(item if content == "text" else np.asarray(item), label)
-                )
+                item = item if content == "text" else np.asarray(item)
+                groups.setdefault(split, []).append(_row(item, label))
     return groups
+
+
+def _joined(table, template: str) -> list[str]:
+    """Texts that a source has in several columns, as a template of their names puts them
+    together."""
+    return [template.format(**row) for row in table]
 
 
 def _table(path: Path):
@@ -133,33 +148,27 @@ def _table(path: Path):
 def _labels(manifest, source, table, column):
     """Our number of every row's label, by its name where the table or the source has names; None
     for a label that is not ours."""
-    ours, renamed, feature = (
-        manifest.extra["labels"],
-        source.extra.get("labels", {}),
-        table.features[column],
-    )
-    names = (
-        feature.names
-        if hasattr(feature, "names")
-        else None
-        if feature.dtype == "string" or renamed
-        else ours
-    )
+    ours, renamed = manifest.extra["labels"], source.extra.get("labels", {})
+    names, values = _names_of(table.features[column], ours, renamed), table[column]
+    if names is not None:
+        values = [names[value] if 0 <= value < len(names) else None for value in values]
     numbers = {name: number for number, name in enumerate(ours)}
-    values = (
-        table[column]
-        if names is None
-        else [names[value] if 0 <= value < len(names) else None for value in table[column]]
-    )
     return [numbers.get(renamed.get(str(value), str(value))) for value in values]
 
 
-def _by_index(manifest, source, found):
+def _names_of(feature, ours: list[str], renamed: dict) -> list[str] | None:
+    """Names of the numbers in a column of labels; None where the column has names itself, or
+    numbers that the source renames."""
+    if hasattr(feature, "names"):
+        return feature.names
+    return None if feature.dtype == "string" or renamed else ours
+
+
+def _by_index(manifest, source, rows: list[Row]):
     """The rows that the committed index names, wherever the source keeps them."""
-    keys = np.fromfile(manifest.path.parent / "index" / f"{manifest.name}.bin", np.uint8).reshape(
-        -1, KEY
-    )
-    keys, known = [key.tobytes() for key in keys], {row[0][:KEY]: row for row in found}
+    path = manifest.path.parent / "index" / f"{manifest.name}.bin"
+    keys = [key.tobytes() for key in np.fromfile(path, np.uint8).reshape(-1, KEY)]
+    known = {row.sha256[:KEY]: row for row in rows}
     chosen, start = {}, 0
     for split in SPLITS:
         wanted = keys[start : start + manifest.splits[split]["rows"]]
@@ -167,8 +176,9 @@ def _by_index(manifest, source, found):
         start += len(wanted)
         if len(chosen[split]) < len(wanted):
             raise ManifestError(
-                f"{manifest.name}: {source.id}: {split}: expected {len(wanted)} rows of the index, found {len(chosen[split])} among "
-                f"{len(known)}; these are other rows, so use another source"
+                f"{manifest.name}: {source.id}: {split}: expected {len(wanted)} rows of the index, "
+                f"found {len(chosen[split])} among {len(known)}; "
+                "these are other rows, so use another source"
             )
     return chosen
 
@@ -179,8 +189,8 @@ def _by_split(manifest, groups):
     _all_there(manifest, groups)
     test, train = groups["test"], _without(groups["train"], groups["test"])
     if held_out := manifest.splits["validation"].get("held_out"):
-        train.sort(key=lambda row: row[0])
-        chosen = held(len(train), **held_out)
+        train.sort(key=attrgetter("sha256"))
+        chosen = held_out_rows(len(train), **held_out)
         validation = [train[i] for i in sorted(chosen)]
         train = [row for i, row in enumerate(train) if i not in chosen]
     else:
@@ -190,53 +200,49 @@ def _by_split(manifest, groups):
 
 def _all_there(manifest, splits):
     drawn = {"validation"} if "held_out" in manifest.splits["validation"] else set()
-    for split in (split for split in SPLITS if split not in splits and split not in drawn):
-        raise ManifestError(
-            f"{manifest.name}: expected rows of {split}, found only {', '.join(map(str, splits))}; correct the manifest"
-        )
+    for split in SPLITS:
+        if split not in splits and split not in drawn:
+            raise ManifestError(
+                f"{manifest.name}: expected rows of {split}, "
+                f"found only {', '.join(map(str, splits))}; correct the manifest"
+            )
 
 
-def held(rows: int, seed: int, share: float) -> set[int]:
+def held_out_rows(rows: int, seed: int, share: float) -> set[int]:
     """Positions of the training rows that are held out for validation: the head of a seeded
     permutation."""
-    return set(np.random.RandomState(seed).permutation(rows)[: int(share * rows)].tolist())
+    order = np.random.RandomState(seed).permutation(rows)
+    return set(order[: int(share * rows)].tolist())
 
 
 def _without(rows, others):
     """The rows whose content no other has, texts compared without case, blanks and punctuation."""
-    seen = {_bare(row[1]) for row in others}
-    return [row for row in rows if _bare(row[1]) not in seen]
+    seen = {_bare(row.content) for row in others}
+    return [row for row in rows if _bare(row.content) not in seen]
 
 
 def _bare(content):
-    return (
-        re.sub(r"[\W_]+", "", content.casefold()) or content
-        if isinstance(content, str)
-        else content.tobytes()
-    )
+    """What tells contents apart: a text without case, blanks and punctuation, or an image's
+    bytes."""
+    if isinstance(content, str):
+        return re.sub(r"[\W_]+", "", content.casefold()) or content
+    return content.tobytes()
 
 
 def _dataset(manifest, splits):
     from datasets import Array2D, Array3D, ClassLabel, Dataset, DatasetDict, Features, Value
 
-    column, first = (
-        ("text" if "text" in manifest.extra["columns"] else "image"),
-        splits["train"][0][1],
-    )
-    shaped = lambda: (Array2D if first.ndim == 2 else Array3D)(first.shape, str(first.dtype))
-    features = Features(
-        {
-            column: Value("string") if column == "text" else shaped(),
-            "label": ClassLabel(names=manifest.extra["labels"]),
-        }
-    )
-    tables = {
-        split: {column: [row[1] for row in found], "label": [row[2] for row in found]}
-        for split, found in splits.items()
-    }
-    return DatasetDict(
-        {split: Dataset.from_dict(table, features=features) for split, table in tables.items()}
-    )
+    first, labels = splits["train"][0].content, ClassLabel(names=manifest.extra["labels"])
+    if "text" in manifest.extra["columns"]:
+        column, kind = "text", Value("string")
+    else:
+        array = Array2D if first.ndim == 2 else Array3D
+        column, kind = "image", array(first.shape, str(first.dtype))
+    features, tables = Features({column: kind, "label": labels}), {}
+    for split, rows in splits.items():
+        columns = {column: [row.content for row in rows], "label": [row.label for row in rows]}
+        tables[split] = Dataset.from_dict(columns, features=features)
+    return DatasetDict(tables)
 
 
 def _as_filed(manifest, source, files):
@@ -245,28 +251,23 @@ def _as_filed(manifest, source, files):
     from datasets import DatasetDict, load_dataset
 
     kind = {".parquet": "parquet", ".jsonl": "json"}[Path(source.files[0].path).suffix]
-    parts = {
-        split: [str(files[f.path]) for f in source.files if f.split == split] for split in SPLITS
-    }
-    parts = {split: paths for split, paths in parts.items() if paths}
+    parts = {}
+    for split in SPLITS:
+        paths = [str(files[file.path]) for file in source.files if file.split == split]
+        if paths:
+            parts[split] = paths
     _all_there(manifest, parts)
     loaded = load_dataset(kind, data_files=parts)
     columns = {source.extra["columns"].get(name, name): name for name in manifest.extra["columns"]}
-    loaded = loaded.select_columns(list(columns)).rename_columns(
-        {theirs: ours for theirs, ours in columns.items() if theirs != ours}
-    )
+    renamed = {theirs: ours for theirs, ours in columns.items() if theirs != ours}
+    loaded = loaded.select_columns(list(columns)).rename_columns(renamed)
     if manifest.extra["labels"]:
-        _same_labels(
-            manifest,
-            source,
-            [
-                source.extra["labels"].get(name, name)
-                for name in loaded["train"].features["label"].names
-            ],
-        )
+        theirs = loaded["train"].features["label"].names
+        ours = [source.extra["labels"].get(name, name) for name in theirs]
+        _same_labels(manifest, source, ours)
     if held_out := manifest.splits["validation"].get("held_out"):
         train = loaded["train"]
-        chosen = held(len(train), **held_out)
+        chosen = held_out_rows(len(train), **held_out)
         rest = [i for i in range(len(train)) if i not in chosen]
         loaded = {
             "train": train.select(rest),

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from ...diagnostic import OPTIMISM
 from . import calibration
 from .summary import seed_interval
 
 ELEMENTS = {"basis": "elements", "targets": "own"}
+ROWS = ELEMENTS | {"basis": "rows"}
+# factor -> what varies beside the draws, as ``factor`` of the table of merges
 FACTORS = {
     "draw": (),
     "size": ("sizes",),
@@ -18,28 +22,38 @@ FACTORS = {
 }
 
 
+class Study(NamedTuple):
+    """A study of one factor: its name in tables, and the arguments of ``calibration.study``."""
+
+    name: str
+    factor: str
+    levels: list
+    draws: int
+    merge: dict
+
+
 def merges(suites: dict, draws: int, few: int, tasks: int):
     """All merges of the studies as a ``pandas.DataFrame``: suite, factor, level, draw, accuracy,
     output; ``draw`` is the factor of random draws."""
     import pandas as pd
 
     size = calibration.SIZE
-    plan = [
-        ("draw", "size", [size], draws, ELEMENTS),
-        ("sizes", "size", [4, 64, 256], 2, ELEMENTS),
-        ("selection", "selection", [r for r in calibration.RULES if r != "random"], few, ELEMENTS),
-        ("domain", "domain", ["another", "mixed", "scrambled"], few, ELEMENTS),
-        ("experts", "experts", [2, 8], 1, ELEMENTS),
-        ("rows", "size", [size], few, ELEMENTS | {"basis": "rows"}),
-    ]
-    return pd.DataFrame(
-        [
-            {"suite": name, "factor": factor, **row}
-            for name, suite in suites.items()
-            for factor, study, levels, n, merge in plan
-            for row in calibration.study(suite, study, levels, n, merge, tasks)
-        ]
+    rules = [rule for rule in calibration.RULES if rule != "random"]
+    studies = (
+        Study("draw", "size", [size], draws, ELEMENTS),
+        Study("sizes", "size", [4, 64, 256], 2, ELEMENTS),
+        Study("selection", "selection", rules, few, ELEMENTS),
+        Study("domain", "domain", ["another", "mixed", "scrambled"], few, ELEMENTS),
+        Study("experts", "experts", [2, 8], 1, ELEMENTS),
+        Study("rows", "size", [size], few, ROWS),
     )
+    rows = []
+    for name, suite in suites.items():
+        for study in studies:
+            place = {"suite": name, "factor": study.name}
+            for row in calibration.study(suite, *study[1:], tasks):
+                rows.append(place | row)
+    return pd.DataFrame(rows)
 
 
 def plain(table, name: str):
@@ -55,86 +69,77 @@ def record_gaps(record, gaps):
     are taken over these.
     """
     for name, part in gaps.groupby("suite"):
-        for group, p in {"": part, **{f"{f}.": p for f, p in part.groupby("family")}}.items():
-            sums = p.groupby(["seed", "draw"])[["measured", *OPTIMISM]].sum()
-            for by in OPTIMISM:
-                mean, interval = seed_interval(sums[by] / sums.measured)
-                record(
-                    f"calibration.{name}.optimism.{group}{'' if by == 'refit' else by + '.'}ratio",
-                    mean,
-                    n=len(sums),
-                    interval=interval,
-                    note="predicted over measured, over draws and seeds",
-                )
-        record(
-            f"calibration.{name}.optimism.uncorrected_error",
-            float(part.measured.abs().mean()),
-            n=len(part),
-        )
-        record(
-            f"calibration.{name}.optimism.corrected_error",
-            float((part.measured - part.refit).abs().mean()),
-            n=len(part),
-        )
+        prefix = f"calibration.{name}.optimism"
+        _record_ratios(record, prefix, part)
+        for family, of_family in part.groupby("family"):
+            _record_ratios(record, f"{prefix}.{family}", of_family)
+        uncorrected, corrected = part.measured.abs(), (part.measured - part.refit).abs()
+        record(f"{prefix}.uncorrected_error", float(uncorrected.mean()), n=len(part))
+        record(f"{prefix}.corrected_error", float(corrected.mean()), n=len(part))
         means = part.groupby(["family", "size"])[["measured", "refit"]].mean()
-        for id, end in (("lowest", min), ("highest", max)):
-            record(
-                f"calibration.{name}.optimism.{id}",
-                float(end(means.refit / means.measured)),
-                n=len(means),
-                note="over bases and sizes, of means over draws",
-            )
+        ratios, note = means.refit / means.measured, "over bases and sizes, of means over draws"
+        record(f"{prefix}.lowest", float(min(ratios)), n=len(means), note=note)
+        record(f"{prefix}.highest", float(max(ratios)), n=len(means), note=note)
     return gaps.groupby(["suite", "family", "size"])[["measured", *OPTIMISM]].mean()
+
+
+def _record_ratios(record, prefix: str, gaps) -> None:
+    """Record the ratio of predicted to measured optimism for every way of predicting it."""
+    sums = gaps.groupby(["seed", "draw"])[["measured", *OPTIMISM]].sum()
+    for by in OPTIMISM:
+        mean, interval = seed_interval(sums[by] / sums.measured)
+        record(
+            f"{prefix}.ratio" if by == "refit" else f"{prefix}.{by}.ratio",
+            mean,
+            n=len(sums),
+            interval=interval,
+            note="predicted over measured, over draws and seeds",
+        )
 
 
 def record_merges(record, table, rivals: dict) -> None:
     """Record every level's accuracy and output energy, their paired differences from random draws,
     and the spread of these and of methods."""
+    for (name, factor, level), part in table.groupby(["suite", "factor", "level"]):
+        _record_level(record, part.set_index("draw"), plain(table, name), name, factor, level)
+    for name in table.suite.unique():
+        _record_draws(record, name, plain(table, name), rivals[name])
+
+
+def _record_mean(record, id: str, values, note: str) -> None:
+    mean, interval = seed_interval(values)
+    record(f"calibration.{id}", mean, n=len(values), interval=interval, note=note)
+
+
+def _record_level(record, part, random, name: str, factor: str, level) -> None:
+    """Record one level of a factor, and its differences from the ``random`` draws of the suite."""
+    words = {"draw": "size", "sizes": "size", "rows": "rows.size"}
+    id = f"{name}.{words.get(factor, factor)}.{level}"
+    for column, difference in (("accuracy", "minus_random"), ("output", "minus_random.output")):
+        _record_mean(record, f"{id}.{column}", part[column], "over draws")
+        if factor not in ("draw", "experts"):
+            paired = (part[column] - random[column]).dropna()
+            _record_mean(record, f"{id}.{difference}", paired, "paired over draws")
+
+
+def _record_draws(record, name: str, random, rivals: dict[str, dict]) -> None:
+    """Record the spread of a suite's random draws, and that of methods with their own defaults."""
     from scipy.stats import chi2, spearmanr
 
-    def keep(id, values, note):
-        mean, interval = seed_interval(values)
-        record(f"calibration.{id}", mean, n=len(values), interval=interval, note=note)
-
-    words = {"draw": "size", "sizes": "size", "rows": "rows.size"}
-    for (name, factor, level), p in table.groupby(["suite", "factor", "level"]):
-        id = f"{name}.{words.get(factor, factor)}.{level}"
-        for e, word in (("accuracy", "minus_random"), ("output", "minus_random.output")):
-            keep(f"{id}.{e}", p[e], "over draws")
-            if factor not in ("draw", "experts"):
-                keep(
-                    f"{id}.{word}",
-                    (p.set_index("draw")[e] - plain(table, name)[e]).dropna(),
-                    "paired over draws",
-                )
-    for name in table.suite.unique():
-        p, others = plain(table, name), [r["accuracy"] for r in rivals[name].values()]
-        sd, free = float(p.accuracy.std()), len(p) - 1
-        ends = [sd * float(free / chi2.ppf(q, free)) ** 0.5 for q in (0.975, 0.025)]
-        record(
-            f"calibration.{name}.draws.sd",
-            sd,
-            n=len(p),
-            interval=ends,
-            note="of normalised accuracy; chi-square interval",
-        )
-        record(f"calibration.{name}.draws.output_sd", float(p.output.std()), n=len(p))
-        record(
-            f"calibration.{name}.draws.ranks",
-            spearmanr(p.output, p.accuracy)[0],
-            n=len(p),
-            note="output energy and accuracy",
-        )
-        keep(
-            f"{name}.draws.minus_soup", p.accuracy - rivals[name]["soup"]["accuracy"], "over draws"
-        )
-        record(f"calibration.{name}.soup.accuracy", rivals[name]["soup"]["accuracy"])
-        record(
-            f"calibration.{name}.methods.range",
-            max(others) - min(others),
-            n=len(others),
-            note="own defaults",
-        )
+    prefix, count = f"calibration.{name}", len(random)
+    sd, freedom = float(random.accuracy.std()), count - 1
+    low, high = (sd * float(freedom / chi2.ppf(q, freedom)) ** 0.5 for q in (0.975, 0.025))
+    note = "of normalised accuracy; chi-square interval"
+    record(f"{prefix}.draws.sd", sd, n=count, interval=(low, high), note=note)
+    record(f"{prefix}.draws.output_sd", float(random.output.std()), n=count)
+    correlation = spearmanr(random.output, random.accuracy)[0]
+    record(f"{prefix}.draws.ranks", correlation, n=count, note="output energy and accuracy")
+    soup = rivals["soup"]["accuracy"]
+    _record_mean(record, f"{name}.draws.minus_soup", random.accuracy - soup, "over draws")
+    record(f"{prefix}.soup.accuracy", soup)
+    others = [judged["accuracy"] for judged in rivals.values()]
+    spread = max(others) - min(others)
+    record(f"{prefix}.methods.range", spread, n=len(others), note="own defaults")
 
 
 def spreads(record, table):
@@ -142,17 +147,17 @@ def spreads(record, table):
     draws; recorded and as a ``pandas.DataFrame``."""
     import pandas as pd
 
-    found: dict[str, dict] = {}
+    columns: dict[str, dict] = {}
     for name in table.suite.unique():
-        for factor, kept in FACTORS.items():
-            p = table[(table.suite == name) & table.factor.isin(("draw", *kept))]
-            levels = p.groupby(["factor", "level"]).accuracy.mean() if kept else p.accuracy
-            record(
-                f"calibration.{name}.factors.{factor}",
-                float(levels.max() - levels.min()),
-                n=len(levels),
-                note="range of accuracy",
-            )
-            found.setdefault(f"{name}, range", {})[factor] = float(levels.max() - levels.min())
-            found.setdefault(f"{name}, sd", {})[factor] = float(levels.std())
-    return pd.DataFrame(found)
+        ranges, deviations = {}, {}
+        for factor, varied in FACTORS.items():
+            part = table[(table.suite == name) & table.factor.isin(("draw", *varied))]
+            levels = part.accuracy
+            if varied:
+                levels = part.groupby(["factor", "level"]).accuracy.mean()
+            ranges[factor] = float(levels.max() - levels.min())
+            deviations[factor] = float(levels.std())
+            id, note = f"calibration.{name}.factors.{factor}", "range of accuracy"
+            record(id, ranges[factor], n=len(levels), note=note)
+        columns[f"{name}, range"], columns[f"{name}, sd"] = ranges, deviations
+    return pd.DataFrame(columns)

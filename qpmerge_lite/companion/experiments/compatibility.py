@@ -1,6 +1,7 @@
 """What a merge keeps on published architectures (copies, batches, padding), and what it solves.
 
-Every property holds for any weights or for none, so models are tiny and random (``problems``).
+Every property holds for any weights or for none, so models are tiny and random
+(``small_problems``).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ WITHOUT = "no mask"
 
 
 def deviation(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Largest over parameters of ``max|one - other| / max|other|``."""
+    """Largest over parameters, of shapes (…), of ``max|one - other| / max|other|``."""
     largest = 0.0
     for name, value in other.items():
         if value.is_floating_point() or value.is_complex():
@@ -38,48 +39,49 @@ def deviation(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return largest
 
 
-def merge(found: Problem, calibration=None, experts=None, **options):
+def merge(case: Problem, calibration=None, experts=None, **options):
     """The unrestricted programme with a small fixed ridge, which no order of sequences touches."""
     options = {"basis": "elements", "ridge": 0.01, "folds": 1, **options}
-    calibration = found.calibration if calibration is None else calibration
-    return qp(found.base, found.experts if experts is None else experts, calibration, **options)
+    calibration = case.calibration if calibration is None else calibration
+    return qp(case.base, case.experts if experts is None else experts, calibration, **options)
 
 
-def copies_come_back(found: Problem) -> float:
+def copies_come_back(case: Problem) -> float:
     """Deviation of the merge of equal experts from them; there is no ridge, and no prior."""
-    expert = found.experts[TASKS[0]]
-    merged = merge(found, experts=dict.fromkeys(TASKS, expert), basis="rows", ridge=0.0, prior=0.0)
+    expert = case.experts[TASKS[0]]
+    merged = merge(case, experts=dict.fromkeys(TASKS, expert), basis="rows", ridge=0.0, prior=0.0)
     return deviation(merged.state_dict, expert)
 
 
 def reversed_and_split(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Batches of one sequence each, the last one first."""
+    """Batches (B, …) as batches of one sequence each, (1, …), the last one first."""
     split = []
     for batch in batches:
-        count = len(next(iter(batch.values())))
-        split += [{k: v[i : i + 1] for k, v in batch.items()} for i in range(count)]
+        rows = zip(*(value.split(1) for value in batch.values()))
+        split += [dict(zip(batch, row)) for row in rows]
     return split[::-1]
 
 
 @torch.no_grad()
 def output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The first tensor a model returns; without padding where it has one row per token."""
-    found = model(**batch)
-    first = found if isinstance(found, Tensor) else found.to_tuple()[0]
+    """The first tensor that a model returns for a batch (B, …), (B, …); where it has one row per
+    token, those that are no padding, (N, d)."""
+    outputs = model(**batch)
+    first = outputs if isinstance(outputs, Tensor) else outputs.to_tuple()[0]
     mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
     return first[mask.bool()] if first.shape[:2] == mask.shape else first
 
 
-def own_change(found: Problem, side: str) -> float:
+def own_change(case: Problem, side: str) -> float:
     """Largest relative change of the base's own output when its batches are padded on that side.
 
     Infinite where the padded batch gives NaN, as rows do that attend to padding only.
     """
     largest = 0.0
-    for batches in found.calibration.values():
+    for batches in case.calibration.values():
         for batch in batches:
-            alone = output(found.base, batch)
-            change = output(found.base, padded(found.base, batch, side)) - alone
+            alone = output(case.base, batch)
+            change = output(case.base, padded(case.base, batch, side)) - alone
             relative = float(change.abs().max() / alone.abs().max())
             largest = max(largest, relative) if math.isfinite(relative) else math.inf
     return largest
@@ -104,8 +106,8 @@ def shares(base: nn.Module, merged) -> dict:
         else:
             counts["untouched"] += parameter.numel()
     total = sum(counts.values())
-    found = {kind: counts[kind] / total for kind in ("solved", "averaged", "untouched")}
-    return {**found, "reason": reasons.most_common(1)[0][0] if reasons else ""}
+    shares = {kind: counts[kind] / total for kind in ("solved", "averaged", "untouched")}
+    return {**shares, "reason": reasons.most_common(1)[0][0] if reasons else ""}
 
 
 # ----------------------------------------------------------------------------------- table
@@ -124,18 +126,18 @@ def check(name: str, seed: int = 0, device: str = "cpu") -> dict:
     """
     started = time.perf_counter()
     with quiet():
-        found = problem(name, seed, device)
-        row = _empty_row(name, next(found.base.parameters()).dtype)
+        case = problem(name, seed, device)
+        row = _empty_row(name, next(case.base.parameters()).dtype)
         try:
-            reference = merge(found)
-            row["copies"] = copies_come_back(found)
-            row["batches"] = _change_of_batches(found, reference)
+            reference = merge(case)
+            row["copies"] = copies_come_back(case)
+            row["batches"] = _change_of_batches(case, reference)
         except MergeError as error:
             row["refused"] = str(error)
         else:
-            row |= {"layers": len(reference.table), **shares(found.base, reference)}
+            row |= {"layers": len(reference.table), **shares(case.base, reference)}
             for side in SIDES:
-                row |= _padding(found, reference, side)
+                row |= _padding(case, reference, side)
     return row | {"seconds": time.perf_counter() - started}
 
 
@@ -150,20 +152,20 @@ def _empty_row(name: str, dtype: torch.dtype) -> dict:
     return row | {"refused": "", "right_refused": "", "left_refused": "", "reason": ""}
 
 
-def _change_of_batches(found: Problem, reference) -> float:
-    other = {task: reversed_and_split(batches) for task, batches in found.calibration.items()}
-    return deviation(merge(found, other).state_dict, reference.state_dict)
+def _change_of_batches(case: Problem, reference) -> float:
+    other = {task: reversed_and_split(batches) for task, batches in case.calibration.items()}
+    return deviation(merge(case, other).state_dict, reference.state_dict)
 
 
-def _padding(found: Problem, reference, side: str) -> dict:
-    if not any("mask" in key for key in found.calibration[TASKS[0]][0]):
+def _padding(case: Problem, reference, side: str) -> dict:
+    if not any("mask" in key for key in case.calibration[TASKS[0]][0]):
         return {}
     longer = {}
-    for task, batches in found.calibration.items():
-        longer[task] = [padded(found.base, batch, side) for batch in batches]
-    result = {f"{side}_model": own_change(found, side)}
+    for task, batches in case.calibration.items():
+        longer[task] = [padded(case.base, batch, side) for batch in batches]
+    result = {f"{side}_model": own_change(case, side)}
     try:
-        result[side] = deviation(merge(found, longer).state_dict, reference.state_dict)
+        result[side] = deviation(merge(case, longer).state_dict, reference.state_dict)
     except MergeError as error:
         result[f"{side}_refused"] = str(error)
     return result
@@ -199,10 +201,10 @@ def slug(group: str) -> str:
 
 def groups(rows: Iterable[dict]) -> dict[str, list[dict]]:
     """Rows by group, in the order of the registry."""
-    found: dict[str, list[dict]] = {}
+    by_group: dict[str, list[dict]] = {}
     for row in rows:
-        found.setdefault(row["group"], []).append(row)
-    return found
+        by_group.setdefault(row["group"], []).append(row)
+    return by_group
 
 
 def record_table(record, rows: list[dict]) -> None:
@@ -260,10 +262,11 @@ def _share(value: float | None) -> str:
 
 
 def bars(rows: Iterable[dict]) -> tuple[dict, dict]:
-    """What ``plots.bars`` draws: group -> names, and group -> part -> their shares."""
+    """What ``figures.bars`` draws: group -> names, and group -> part -> their shares."""
     names, panels = {}, {}
     for group, part in groups(row for row in rows if not row["refused"]).items():
         names[group] = [row["architecture"] for row in part]
-        kinds = ("solved", "averaged", "untouched")
-        panels[group] = {kind: [row[kind] for row in part] for kind in kinds}
+        panels[group] = {}
+        for kind in ("solved", "averaged", "untouched"):
+            panels[group][kind] = [row[kind] for row in part]
     return names, panels

@@ -110,15 +110,15 @@ def stages_of(model: nn.Module, batches: list[dict]) -> list[Stage]:
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             hooks.append(module.register_forward_hook(hook(name), with_kwargs=True))
-    found = {}
+    layers_of: list[list] = []
     for batch in batches:
         groups.clear()  # which holds on to what was read: an address is not given twice
         model(**batch)
-        found = found or {read: layers for read, (_, layers) in groups.items()}
+        layers_of = layers_of or [layers for _, layers in groups.values()]
     for handle in hooks:
         handle.remove()
     stages = []
-    for layers in found.values():
+    for layers in layers_of:
         name, first = layers[0]
         inputs = first.weight[0].numel() + (first.bias is not None)
         stages.append(Stage(inputs, tuple(len(m.weight) for _, m in layers), rows[name]))
@@ -132,55 +132,55 @@ def work_of(stages: list[Stage], basis: str, tasks: int, folds: int, ridges: int
         basis: ``rows``, ``rotated_columns`` or ``elements``.
         ridges: how many are compared where there are several ``folds``, each held out in turn.
     """
-    found: Counter[Work] = Counter()
+    work: Counter[Work] = Counter()
     for stage in stages:
-        found += sums(stage, tasks, folds)
+        work += sums(stage, tasks, folds)
         for m in stage.outputs:
-            found += SOLVED[basis](m, stage.inputs, tasks, folds, ridges)
-    return found
+            work += SOLVED[basis](m, stage.inputs, tasks, folds, ridges)
+    return work
 
 
 def sums(stage: Stage, tasks: int, folds: int) -> Counter[Work]:
     """``ZᵀZ``, ``r = W D`` and ``rᵀZ`` of every task, and ``ΔC``."""
     n, m, rows = stage.inputs, sum(stage.outputs), stage.rows
-    found = Counter({Work("triangle", (rows // folds, n), SINGLE): tasks * folds})
-    found[Work("product", (1, rows, n, m), SINGLE)] += tasks
-    found[Work("product", (1, m, rows // folds, n), SINGLE)] += tasks * folds
-    found[Work("product", (1, m, n, n), DOUBLE)] += tasks * folds
-    return found
+    work = Counter({Work("triangle", (rows // folds, n), SINGLE): tasks * folds})
+    work[Work("product", (1, rows, n, m), SINGLE)] += tasks
+    work[Work("product", (1, m, rows // folds, n), SINGLE)] += tasks * folds
+    work[Work("product", (1, m, n, n), DOUBLE)] += tasks * folds
+    return work
 
 
 def solved_elements(m: int, n: int, tasks: int, folds: int, ridges: int) -> Counter[Work]:
     """A factorisation, and for each fold held out one with the products that serve every ridge."""
-    found = Counter({Work("cholesky", (n, m), DOUBLE): 1})
+    work = Counter({Work("cholesky", (n, m), DOUBLE): 1})
     if folds > 1:
         dtype = SINGLE if n >= WIDE else DOUBLE
-        found[Work("eigen", (1, n), dtype)] += folds
-        found[Work("product", (1, m, n, n), dtype)] += 2 * folds
-        found[Work("product", (1, n, m, n), dtype)] += folds
-        found[Work("product", (1, n, n, n), dtype)] += 2 * folds
-    return found
+        work[Work("eigen", (1, n), dtype)] += folds
+        work[Work("product", (1, m, n, n), dtype)] += 2 * folds
+        work[Work("product", (1, n, m, n), dtype)] += folds
+        work[Work("product", (1, n, n, n), dtype)] += 2 * folds
+    return work
 
 
 def solved_rows(m: int, n: int, tasks: int, folds: int, ridges: int) -> Counter[Work]:
     """``Δ_k C`` of every fold, its products with all experts' rows, and small eigenvectors."""
-    found = Counter({Work("product", (1, m, n, n), DOUBLE): tasks * folds})
-    found[Work("product", (m, tasks, n, tasks), DOUBLE)] += folds
-    found[Work("eigen", (m, tasks), DOUBLE)] += fits(folds)
-    return found
+    work = Counter({Work("product", (1, m, n, n), DOUBLE): tasks * folds})
+    work[Work("product", (m, tasks, n, tasks), DOUBLE)] += folds
+    work[Work("eigen", (m, tasks), DOUBLE)] += fits(folds)
+    return work
 
 
 def solved_columns(m: int, n: int, tasks: int, folds: int, ridges: int) -> Counter[Work]:
     """Eigenvectors of C, every expert along them, small ones; every ridge's update elsewhere."""
     count = fits(folds)
-    found = Counter({Work("eigen", (1, n), DOUBLE): count})
-    found[Work("product", (1, m, n, n), DOUBLE)] += (tasks + 1) * count
-    found[Work("product", (n, tasks, m, tasks), DOUBLE)] += count
-    found[Work("eigen", (n, tasks), DOUBLE)] += count
+    work = Counter({Work("eigen", (1, n), DOUBLE): count})
+    work[Work("product", (1, m, n, n), DOUBLE)] += (tasks + 1) * count
+    work[Work("product", (n, tasks, m, tasks), DOUBLE)] += count
+    work[Work("eigen", (n, tasks), DOUBLE)] += count
     if folds > 1:
-        found[Work("product", (1, m, n, n), DOUBLE)] += folds * ridges
-        found[Work("product", (1, n, n, n), DOUBLE)] += 2 * folds
-    return found
+        work[Work("product", (1, m, n, n), DOUBLE)] += folds * ridges
+        work[Work("product", (1, n, n, n), DOUBLE)] += 2 * folds
+    return work
 
 
 SOLVED = {"elements": solved_elements, "rows": solved_rows, "rotated_columns": solved_columns}

@@ -20,6 +20,7 @@ from ...merge import Merge, average
 from ...moments import Moments
 from ..suites import Suite, load, single_layers, task_names
 from . import benchmark
+from .baselines import ALPHAS, ENTRIES, HEURISTICS, qp_label
 from .synthetic import promises
 
 FAMILIES = (
@@ -34,13 +35,8 @@ FAMILIES = (
 )
 HEADS = 4  # groups of rows
 TASKS = 3  # the first ones of a suite
-ANYWHERE = (
-    "fisher",
-    "tsv_merge",
-    "iso_c",
-    "wudi",
-    "adamerging",
-)  # neighbours that merge whole models, whatever differs
+# baselines that merge whole models, whatever differs
+ANYWHERE = ("fisher", "tsv_merge", "iso_c", "wudi", "adamerging")
 
 
 @dataclass(frozen=True)
@@ -59,59 +55,59 @@ class Problem:
     def of(cls, suite: Suite, size: int, scope: str = "all") -> Problem:
         """The problem of a suite loaded with ``layer``; ``size`` examples per task on either
         side."""
-        gather = lambda skip: layer_moments(
-            suite.base,
-            suite.experts,
-            suite.calibration(size, skip=skip),
-            (suite.layer,),
-            scope=scope,
-        )[suite.layer]
-        view, moments, updates = gather(0)
-        return cls(suite, view, moments, gather(size)[1], updates, scope)
+        view, moments, updates = cls._gathered(suite, size, 0, scope)
+        _, disjoint, _ = cls._gathered(suite, size, size, scope)
+        return cls(suite, view, moments, disjoint, updates, scope)
+
+    @staticmethod
+    def _gathered(suite: Suite, size: int, skip: int, scope: str):
+        """View, moments and updates of the suite's layer, on examples behind the first ``skip``."""
+        batches = suite.calibration(size, skip=skip)
+        layers = layer_moments(suite.base, suite.experts, batches, (suite.layer,), scope=scope)
+        return layers[suite.layer]
 
     def update(self, state) -> Tensor:
-        """``W - W0`` (g, m, n) of a merged state dict."""
+        """``W - W0`` (g, m, n) of a merged state dict, in the layer's parameters."""
         return self.view.matrix(state) - self.view.matrix(self.suite.base.state_dict())
 
     def solve(self, solver) -> Merge:
         """The merge that a layer solver finds; a bias outside the scope is averaged."""
         update, row = solver(self.moments, self.updates)
         state, base = average(self.suite.base, self.suite.experts), self.suite.base.state_dict()
-        parts = self.view.parts(self.view.matrix(base) + update)
-        return Merge(
-            state | {k: v.to(base[k]) for k, v in parts.items()}, [{"layer": self.view.name, **row}]
-        )
+        for name, value in self.view.parts(self.view.matrix(base) + update).items():
+            state[name] = value.to(base[name])
+        return Merge(state, [{"layer": self.view.name, **row}])
 
 
-def _solvers(problem: Problem, weights: Problem) -> dict:
-    """name -> (label, candidate merges as (options, merge)); α and FeatCal's constants are tuned on
-    validation data, ridges need no label."""
-    entries = {
-        "regmean": (
-            "RegMean",
-            [({"alpha": a}, weights.solve(methods.RegMean(a))) for a in benchmark.ALPHAS],
-        ),
-        "featcal": (
-            "FeatCal",
-            [
-                (o, problem.solve(methods.FeatCal(**o)))
-                for o in benchmark.ENTRIES["featcal"].grid(TASKS, 0)
-            ],
-        ),
-        "lot": ("LOT", [({}, problem.solve(methods.QP("elements", ridge=0.0, prior=0.0)))]),
-    }
+def _candidates(problem: Problem, weights: Problem):
+    """Methods that solve one layer, each with the merges that validation chooses from: α and
+    FeatCal's constants; ridges need no label.
+
+    Args:
+        weights: the problem without the bias, which RegMean averages.
+    Yields: name, label, [(options, merge)].
+    """
+    alphas = [({"alpha": alpha}, weights.solve(methods.RegMean(alpha))) for alpha in ALPHAS]
+    yield "regmean", "RegMean", alphas
+    grid = ENTRIES["featcal"].grid(TASKS, 0)
+    constants = [(options, problem.solve(methods.FeatCal(**options))) for options in grid]
+    yield "featcal", "FeatCal", constants
+    yield "lot", "LOT", [({}, problem.solve(methods.QP("elements", ridge=0.0, prior=0.0)))]
     for family in FAMILIES:
         solver = methods.QP(basis=family, groups=HEADS if family == "groups" else None)
-        entries[f"qp_{family}"] = f"QP {family.replace('_', ' ')}", [({}, problem.solve(solver))]
-    return entries
+        yield f"qp_{family}", qp_label(family), [({}, problem.solve(solver))]
 
 
 def _chosen(suite: Suite, problem: Problem, size: int):
-    """Every method with its merge, options and validation scores."""
-    for name in ("base", *benchmark.HEURISTICS, *ANYWHERE):
-        entry = benchmark.ENTRIES[name]
+    """Every method as validation tuned it.
+
+    Yields: name, label, merge, options, validation scores of all candidates.
+    """
+    for name in ("base", *HEURISTICS, *ANYWHERE):
+        entry = ENTRIES[name]
         yield name, entry.label, *entry.tuned(suite, suite.calibration(size))
-    for name, (label, candidates) in _solvers(problem, Problem.of(suite, size, "weights")).items():
+    weights = Problem.of(suite, size, "weights")
+    for name, label, candidates in _candidates(problem, weights):
         scores = [
             suite.normalised(merge.state_dict, "validation")["mean"] for _, merge in candidates
         ]
@@ -120,54 +116,42 @@ def _chosen(suite: Suite, problem: Problem, size: int):
 
 
 def facts(problem: Problem) -> dict[str, float]:
-    """What calibration moments promise of turning the rows before anything is merged, see
-    ``synthetic.compare``."""
+    """What calibration moments promise of turning the rows before anything is merged, as of
+    ``synthetic.promises``."""
     return promises(problem.updates, problem.moments.pool())
 
 
 def result(suite: Suite, size: int) -> dict:
-    """All methods on one layer, kept: ``facts``, and ``methods``, a list as of ``compare.result``
-    with captured energies in closed form."""
+    """All methods on one layer, cached: ``facts``, and ``methods``, a list of rows like those of
+    ``benchmark.result`` with captured energies in closed form."""
 
     def make():
-        problem, found = Problem.of(suite, size), []
-        pools = {"in_sample": problem.moments.pool(), "disjoint": problem.disjoint.pool()}
+        problem, rows = Problem.of(suite, size), []
+        in_sample, disjoint = problem.moments.pool(), problem.disjoint.pool()
         for name, label, merge, options, scores in _chosen(suite, problem, size):
+            update = problem.update(merge.state_dict)
             row = benchmark.judged(suite, name, label, merge, options, scores)
             row["captured"] = {
-                where: pool.captured(problem.update(merge.state_dict))
-                for where, pool in pools.items()
+                "in_sample": in_sample.captured(update),
+                "disjoint": disjoint.captured(update),
             }
-            row["certificate"] = (
-                gap(pools["in_sample"], problem.update(merge.state_dict))
-                / pools["in_sample"].energy
-            )
-            found.append(row | {"ridge": merge.table[0].get("ridge") if merge.table else None})
-        found.append(benchmark.ceilings(suite)[1])
-        return {"layer": suite.layer, "seed": suite.seed, "facts": facts(problem), "methods": found}
+            row["certificate"] = gap(in_sample, update) / in_sample.energy
+            row["ridge"] = merge.table[0].get("ridge") if merge.table else None
+            rows.append(row)
+        rows.append(benchmark.ceilings(suite)[1])
+        return {"layer": suite.layer, "seed": suite.seed, "facts": facts(problem), "methods": rows}
 
-    return benchmark.kept(suite, "single", [suite.layer, size, FAMILIES, benchmark.ALPHAS], make)
+    return benchmark.kept(suite, "single", [suite.layer, size, FAMILIES, ALPHAS], make)
 
 
 def results(
     name: str, seeds: int, size: int, tier="smoke", device="cpu", first_seed=0
 ) -> list[dict]:
-    """Results of every layer and seed of a suite; seeds outside, so that layers of a seed share
-    their data."""
-    return [
-        result(
-            load(
-                name,
-                tier,
-                seed,
-                device,
-                progress=False,
-                layer=layer,
-                tasks=task_names(name, tier)[:TASKS],
-            ),
-            size,
-        )
-        | {"suite": name}
-        for seed in range(first_seed, first_seed + seeds)
-        for layer in single_layers(name, tier)
-    ]
+    """Results of every layer and seed of a suite, rows as of :func:`result` with the ``suite``;
+    seeds outside, so that layers of a seed share their data."""
+    rows, tasks = [], task_names(name, tier)[:TASKS]
+    for seed in range(first_seed, first_seed + seeds):
+        for layer in single_layers(name, tier):
+            suite = load(name, tier, seed, device, progress=False, layer=layer, tasks=tasks)
+            rows.append(result(suite, size) | {"suite": name})
+    return rows

@@ -17,6 +17,7 @@ class Tokens(nn.Module):
         self.places = nn.Embedding(PLACES, WIDTH)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Embeddings (B, S, 8) of tokens (B, S) at places (B, S) or (1, S)."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1]).to(input_ids)[None]
         return self.words(input_ids) + self.places(position_ids)

@@ -165,7 +165,8 @@ INPUTS: dict[str, Callable] = {
 
 
 def with_positions(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch with the position of every token that is no padding, if the model takes positions."""
+    """A batch (B, S) with the position of every token that is no padding, (B, S), if the model
+    takes positions."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return batch
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -173,7 +174,8 @@ def with_positions(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tens
 
 
 def padded(model: nn.Module, batch: dict[str, Tensor], side: str) -> dict[str, Tensor]:
-    """A batch with three more tokens under a zero mask, on the ``right`` or on the ``left``."""
+    """A batch (B, S) with three more tokens under a zero mask, (B, S + 3), on the ``right`` or on
+    the ``left``."""
     amounts = (0, PADDING) if side == "right" else (PADDING, 0)
     longer = dict(batch)
     for ids, mask in MASKED:

@@ -7,18 +7,55 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .population import BAD
+from .merge_specs import BAD
+from .summary import Interval
 
 PRIMARY = "output.disjoint"
+
+
+def _mean(energies, weights) -> float:
+    return np.mean(energies)
+
+
+def _median(energies, weights) -> float:
+    return np.median(energies)
+
+
+def _minimum(energies, weights) -> float:
+    return np.min(energies)
+
+
+def _last(energies, weights) -> float:
+    return energies[-1]
+
+
+def _weighted_mean(energies, weights) -> float:
+    return np.average(energies, weights=weights)
+
+
+# ways of making one number of the captured energies of layers and their residual energies
 AGGREGATORS: dict[str, Callable] = {
-    "mean": lambda v, e: np.mean(v),
-    "median": lambda v, e: np.median(v),
-    "minimum": lambda v, e: np.min(v),
-    "last": lambda v, e: v[-1],
-    "energy-weighted mean": lambda v, e: np.average(v, weights=e),
+    "mean": _mean,
+    "median": _median,
+    "minimum": _minimum,
+    "last": _last,
+    "energy-weighted mean": _weighted_mean,
 }
 LABELS = (8, 16, 32, 64, 128, 256)  # in all, spread evenly over the tasks of a problem
 LEVEL = (0.025, 0.975)
+FEWEST = 3  # merges of a group, below which they are not correlated
+COLUMNS = (
+    "suite",
+    "problem",
+    "seed",
+    "experts",
+    "kind",
+    "label",
+    "method",
+    "size",
+    "source",
+    "accuracy",
+)
 
 
 def frame(rows: list[dict]):
@@ -26,50 +63,36 @@ def frame(rows: list[dict]):
     trivial predictors as columns."""
     import pandas as pd
 
-    plain = (
-        "suite",
-        "problem",
-        "seed",
-        "experts",
-        "kind",
-        "label",
-        "method",
-        "size",
-        "source",
-        "accuracy",
-    )
-    return pd.DataFrame(
-        [
-            {k: r[k] for k in plain}
-            | r["energies"]
-            | r["trivial"]
-            | {
-                "targets": r["options"].get("inputs") or r["options"].get("targets"),
-                "basis": r["options"].get("basis"),
-            }
-            for r in rows
-        ]
-    )
+    table = []
+    for row in rows:
+        options = row["options"]
+        chosen = {
+            "targets": options.get("inputs") or options.get("targets"),
+            "basis": options.get("basis"),
+        }
+        plain = {column: row[column] for column in COLUMNS}
+        table.append(plain | row["energies"] | row["trivial"] | chosen)
+    return pd.DataFrame(table)
 
 
 def by_task(rows: list[dict]):
-    """The same with one row per merge and task, whose ``problem`` is that of problem and task;
-    ``cluster`` is the problem's."""
+    """Merges of ``population.population`` as a ``pandas.DataFrame`` with one row per merge and
+    task, whose ``problem`` is that of problem and task; ``cluster`` is the problem's."""
     import pandas as pd
 
-    return pd.DataFrame(
-        [
-            {
-                "suite": r["suite"],
-                "cluster": r["problem"],
-                "problem": f"{r['problem']} {t}",
-                "accuracy": v["accuracy"],
-                PRIMARY: v["output"],
-            }
-            for r in rows
-            for t, v in r["tasks"].items()
-        ]
-    )
+    table = []
+    for row in rows:
+        for task, values in row["tasks"].items():
+            table.append(
+                {
+                    "suite": row["suite"],
+                    "cluster": row["problem"],
+                    "problem": f"{row['problem']} {task}",
+                    "accuracy": values["accuracy"],
+                    PRIMARY: values["output"],
+                }
+            )
+    return pd.DataFrame(table)
 
 
 def spearman(x, y) -> float:
@@ -82,7 +105,8 @@ def spearman(x, y) -> float:
 
 def pearson(x, y) -> float:
     """Pearson's r; 0 where one side does not vary."""
-    x, y = (np.asarray(z, dtype=float) - np.mean(z) for z in (x, y))
+    x = np.asarray(x, dtype=float) - np.mean(x)
+    y = np.asarray(y, dtype=float) - np.mean(y)
     scale = np.sqrt((x @ x) * (y @ y))
     return float(x @ y / scale) if scale > 0 else 0.0
 
@@ -90,95 +114,98 @@ def pearson(x, y) -> float:
 def inside(table, predictor: str, measure=spearman, target: str = "accuracy"):
     """The correlation within every problem, as a ``pandas.Series`` by problem; merges without the
     predictor are left out, and problems with fewer than three."""
-    kept = table.dropna(subset=[predictor])
-    kept = kept[kept.groupby("problem")[predictor].transform("size") >= 3]
-    return kept.groupby("problem")[[predictor, target]].apply(
-        lambda g: measure(g[predictor], g[target])
+    present = table.dropna(subset=[predictor])
+    size = present.groupby("problem")[predictor].transform("size")
+    problems = present[size >= FEWEST].groupby("problem")
+    return problems[[predictor, target]].apply(
+        lambda merges: measure(merges[predictor], merges[target])
     )
 
 
-def bootstrap(values, draws: int, seed: int) -> tuple[float, tuple[float, float]]:
+def _interval(draws) -> Interval:
+    """The 95 % interval of bootstrap draws (D,)."""
+    low, high = np.quantile(draws, LEVEL)
+    return Interval(float(low), float(high))
+
+
+def bootstrap(values, draws: int, seed: int) -> tuple[float, Interval]:
     """Mean of values, one per problem (or several of a cluster averaged before), and its 95 %
     interval over problems drawn whole."""
     values, generator = np.asarray(values, dtype=float), np.random.default_rng(seed)
     means = values[generator.integers(len(values), size=(draws, len(values)))].mean(1)
-    return float(values.mean()), tuple(map(float, np.quantile(means, LEVEL)))
+    return float(values.mean()), _interval(means)
 
 
 def rank_correlation(
     frame, energy: str, draws: int, seed: int, within: bool
-) -> tuple[float, tuple[float, float]]:
+) -> tuple[float, Interval]:
     """Spearman's ρ of captured energy and normalised accuracy with a 95 % interval, the base left
     out, problems resampled whole (of one problem, its merges).
 
     Args:
-        energy: a column of the frame. draws: bootstrap samples.
+        energy: a column of the frame.
+        draws: bootstrap samples.
         within: correlate inside every problem and average, so that only methods are compared; else
             pool all merges.
     """
     merges = frame[frame.method != "base"]
     if merges.problem.nunique() > 1:
-        return (
-            bootstrap(inside(merges, energy), draws, seed)
-            if within
-            else pooled(merges, energy, None, draws, seed)
-        )
-    value, generator, pairs = (
-        spearman(merges[energy], merges.accuracy),
-        np.random.default_rng(seed),
-        merges[[energy, "accuracy"]].to_numpy(),
-    )
-    found = [
-        spearman(*pairs[generator.integers(len(pairs), size=len(pairs))].T) for _ in range(draws)
-    ]
-    return value, tuple(map(float, np.quantile(found, LEVEL)))
+        if within:
+            return bootstrap(inside(merges, energy), draws, seed)
+        return pooled(merges, energy, None, draws, seed)
+    pairs, generator = merges[[energy, "accuracy"]].to_numpy(), np.random.default_rng(seed)
+    resampled = []
+    for _ in range(draws):
+        chosen = pairs[generator.integers(len(pairs), size=len(pairs))]
+        resampled.append(spearman(chosen[:, 0], chosen[:, 1]))
+    return spearman(merges[energy], merges.accuracy), _interval(resampled)
 
 
 def pooled(
     table, predictor: str, by: str | None, draws: int, seed: int, measure=spearman
-) -> tuple[float, tuple[float, float]]:
+) -> tuple[float, Interval]:
     """The correlation over all merges of a table, or averaged over the groups of a column
     (``experts``, ``kind``), problems resampled whole."""
-    kept = table.dropna(subset=[predictor])
-    columns = [
-        kept[predictor].to_numpy(),
-        kept.accuracy.to_numpy(),
-        kept[by].astype("category").cat.codes.to_numpy() if by else np.zeros(len(kept)),
-    ]
-    places = list(kept.groupby("problem").indices.values())
+    present = table.dropna(subset=[predictor])
+    energies, accuracies = present[predictor].to_numpy(), present.accuracy.to_numpy()
+    groups = np.zeros(len(present))
+    if by:
+        groups = present[by].astype("category").cat.codes.to_numpy()
+    problems = list(present.groupby("problem").indices.values())
 
     def value(rows):
-        x, y, group = (c[rows] for c in columns)
-        return np.mean(
-            [
-                measure(x[group == g], y[group == g])
-                for g in np.unique(group)
-                if (group == g).sum() >= 3
-            ]
-        )
+        of_groups = []
+        for group in np.unique(groups[rows]):
+            members = rows[groups[rows] == group]
+            if len(members) >= FEWEST:
+                of_groups.append(measure(energies[members], accuracies[members]))
+        return np.mean(of_groups)
 
-    generator = np.random.default_rng(seed)
-    found = [
-        value(
-            np.concatenate([places[i] for i in generator.integers(len(places), size=len(places))])
-        )
-        for _ in range(draws)
-    ]
-    return float(value(np.arange(len(kept)))), tuple(map(float, np.quantile(found, LEVEL)))
+    generator, resampled = np.random.default_rng(seed), []
+    for _ in range(draws):
+        chosen = generator.integers(len(problems), size=len(problems))
+        resampled.append(value(np.concatenate([problems[i] for i in chosen])))
+    return float(value(np.arange(len(present)))), _interval(resampled)
 
 
 def permutation(table, predictor: str, draws: int, seed: int) -> float:
     """p value of the mean within-problem Spearman's ρ being as large by chance: accuracies permuted
     within problems."""
-    generator, groups = (
-        np.random.default_rng(seed),
-        [g[[predictor, "accuracy"]].to_numpy() for _, g in table.groupby("problem")],
-    )
-    mean = lambda shuffle: np.mean([spearman(g[:, 0], shuffle(g[:, 1])) for g in groups])
-    actual = mean(lambda y: y)
-    return float(
-        (1 + sum(mean(generator.permutation) >= actual for _ in range(draws))) / (1 + draws)
-    )
+    generator = np.random.default_rng(seed)
+    problems = [
+        merges[[predictor, "accuracy"]].to_numpy() for _, merges in table.groupby("problem")
+    ]
+    actual = np.mean([spearman(pairs[:, 0], pairs[:, 1]) for pairs in problems])
+    as_large = 0
+    for _ in range(draws):
+        shuffled = [spearman(pairs[:, 0], generator.permutation(pairs[:, 1])) for pairs in problems]
+        as_large += int(np.mean(shuffled) >= actual)
+    return (1 + as_large) / (1 + draws)
+
+
+def _ranks(table, columns) -> np.ndarray:
+    """Columns of a table as ranks from -1/2 to 1/2: (merges, columns)."""
+    return np.column_stack([table[column].rank(pct=True) - 0.5 for column in columns])
 
 
 def _design(table, extra: Sequence[str]):
@@ -186,10 +213,12 @@ def _design(table, extra: Sequence[str]):
     what is asked for, as ranks."""
     import pandas as pd
 
-    ranks = lambda columns: np.column_stack([table[c].rank(pct=True) - 0.5 for c in columns])
-    trivial = ranks(("experts", "size", "cosine", "norm", "distance"))
+    trivial = _ranks(table, ("experts", "size", "cosine", "norm", "distance"))
     families = pd.get_dummies(table.label).to_numpy(dtype=float)
-    return np.column_stack([trivial, trivial**2, families, *([ranks(extra)] if extra else [])])
+    parts = [trivial, trivial**2, families]
+    if extra:
+        parts.append(_ranks(table, extra))
+    return np.column_stack(parts)
 
 
 def unexplained(table, extra: Sequence[str] = (), ridge: float = 1.0):
@@ -207,31 +236,33 @@ def unexplained(table, extra: Sequence[str] = (), ridge: float = 1.0):
     return pd.Series(errors)
 
 
-def increment(table, predictor: str, draws: int, seed: int) -> dict[str, tuple]:
+def increment(table, predictor: str, draws: int, seed: int) -> dict[str, tuple[float, Interval]]:
     """Share of the variance of accuracy explained out of problem: by ``trivial`` predictors,
     ``with`` the given one too, and the ``increment``; with intervals."""
+    import pandas as pd
+
     without, joint = unexplained(table), unexplained(table, (predictor,))
-    total = (
-        table.groupby("problem")
-        .accuracy.apply(lambda y: float(np.square(y - table.accuracy.mean()).sum()))
-        .loc[without.index]
-    )
-    generator = np.random.default_rng(seed)
-    shares = lambda i: np.array(
-        [
-            1 - without.iloc[i].sum() / total.iloc[i].sum(),
-            1 - joint.iloc[i].sum() / total.iloc[i].sum(),
-        ]
-    )
-    resampled = np.array(
-        [shares(generator.integers(len(total), size=len(total))) for _ in range(draws)]
-    )
-    value = shares(np.arange(len(total)))
-    ends = lambda column: tuple(map(float, np.quantile(column, LEVEL)))
+    mean, total = table.accuracy.mean(), {}
+    for problem, accuracy in table.groupby("problem").accuracy:
+        total[problem] = float(np.square(accuracy - mean).sum())
+    total = pd.Series(total).loc[without.index]
+
+    def shares(problems):
+        """Shares explained of some problems: by trivial predictors, and with the given one."""
+        variance = total.iloc[problems].sum()
+        return (
+            1 - without.iloc[problems].sum() / variance,
+            1 - joint.iloc[problems].sum() / variance,
+        )
+
+    generator, count = np.random.default_rng(seed), len(total)
+    resampled = [shares(generator.integers(count, size=count)) for _ in range(draws)]
+    trivial, both = shares(np.arange(count))
+    trivial_draws, both_draws = np.array(resampled).T
     return {
-        "trivial": (float(value[0]), ends(resampled[:, 0])),
-        "with": (float(value[1]), ends(resampled[:, 1])),
-        "increment": (float(value[1] - value[0]), ends(resampled[:, 1] - resampled[:, 0])),
+        "trivial": (float(trivial), _interval(trivial_draws)),
+        "with": (float(both), _interval(both_draws)),
+        "increment": (float(both - trivial), _interval(both_draws - trivial_draws)),
     }
 
 
@@ -240,15 +271,14 @@ def aggregated(rows: list[dict]):
     the layers' energies."""
     table = frame(rows)
     for form in ("static", "layers"):
-        for name, function in AGGREGATORS.items():
-            table[f"{form}, {name}"] = [
-                function(
-                    list(r["layers"][form].values()),
-                    [r["layers"]["energy"].get(k, 0.0) for k in r["layers"][form]],
-                )
-                for r in rows
-            ]
+        for name, aggregate in AGGREGATORS.items():
+            table[f"{form}, {name}"] = [_aggregated(row["layers"], form, aggregate) for row in rows]
     return table
+
+
+def _aggregated(layers: dict[str, dict], form: str, aggregate: Callable) -> float:
+    residual = [layers["energy"].get(name, 0.0) for name in layers[form]]
+    return aggregate(list(layers[form].values()), residual)
 
 
 def halves(table, seed: int):
@@ -258,19 +288,23 @@ def halves(table, seed: int):
     return table[first], table[~first]
 
 
+def _right(row: dict, task: str) -> np.ndarray:
+    """Which validation examples (N,) of a task a merge gets right, 1 for yes and 0 for no."""
+    digits = np.frombuffer(row["tasks"][task]["validation"].encode(), dtype=np.uint8)
+    return digits - ord("0")
+
+
 def _labelled(rows: list[dict], count: int, seed: int, draws: int) -> np.ndarray:
     """Mean normalised accuracy (merges, draws) of a problem's merges on so many labelled examples
     in all, the same for all of them."""
-    generator, scored = np.random.default_rng(seed), []
-    for task in rows[0]["tasks"]:
-        found = [row["tasks"][task] for row in rows]
-        bits = np.stack(
-            [np.frombuffer(v["validation"].encode(), dtype=np.uint8) - ord("0") for v in found]
-        )
-        each = max(1, count // len(rows[0]["tasks"]))
-        chosen = np.stack([generator.permutation(bits.shape[1])[:each] for _ in range(draws)])
-        scored.append(bits[:, chosen].mean(2) / np.array([[v["expert"]] for v in found]))
-    return np.mean(scored, 0)
+    generator, tasks, scores = np.random.default_rng(seed), rows[0]["tasks"], []
+    each = max(1, count // len(tasks))
+    for task in tasks:
+        right = np.stack([_right(row, task) for row in rows])
+        experts = np.array([[row["tasks"][task]["expert"]] for row in rows])
+        chosen = np.stack([generator.permutation(right.shape[1])[:each] for _ in range(draws)])
+        scores.append(right[:, chosen].mean(2) / experts)
+    return np.mean(scores, 0)
 
 
 def regrets(rows: list[dict], seed: int, scores=(PRIMARY,), draws: int = 200):
@@ -283,21 +317,21 @@ def regrets(rows: list[dict], seed: int, scores=(PRIMARY,), draws: int = 200):
     """
     import pandas as pd
 
-    table, found = frame(rows), {}
+    table, losses = frame(rows), {}
     for problem, places in table.groupby("problem").indices.items():
         accuracy = table.accuracy.to_numpy()[places]
-        loss = accuracy.max() - accuracy
-        found[problem] = {
-            s: float(loss[np.nanargmax(table[s].to_numpy(dtype=float)[places])]) for s in scores
-        }
-        found[problem] |= {
-            "random": float(loss.mean()),
-            "fixed": _fixed(table, problem, places, loss),
-        }
+        loss, of_rule = accuracy.max() - accuracy, {}
+        for score in scores:
+            values = table[score].to_numpy(dtype=float)[places]
+            of_rule[score] = float(loss[np.nanargmax(values)])
+        of_rule["random"] = float(loss.mean())
+        of_rule["fixed"] = _fixed(table, problem, places, loss)
+        merges = [rows[place] for place in places]
         for count in LABELS:
-            scored = _labelled([rows[i] for i in places], count, seed, draws)
-            found[problem][f"{count} labels"] = float(loss[scored.argmax(0)].mean())
-    return pd.DataFrame(found).T
+            scored = _labelled(merges, count, seed, draws)
+            of_rule[f"{count} labels"] = float(loss[scored.argmax(0)].mean())
+        losses[problem] = of_rule
+    return pd.DataFrame(losses).T
 
 
 def _fixed(table, problem: str, places, loss) -> float:
@@ -306,12 +340,10 @@ def _fixed(table, problem: str, places, loss) -> float:
 
     Nobody would make the merges that are made to be bad: they are left out.
     """
-    table, here = table[table.kind != BAD], table.kind.to_numpy()[places] != BAD
-    labels, loss, suite = (
-        table.label.reindex(places[here]).to_numpy(),
-        loss[here],
-        table.suite[places[here][0]],
-    )
+    sensible = table.kind.to_numpy()[places] != BAD
+    places, loss = places[sensible], loss[sensible]
+    table = table[table.kind != BAD]
+    labels, suite = table.label.reindex(places).to_numpy(), table.suite[places[0]]
     others = table[(table.problem != problem) & (table.suite == suite)]
     relative = others.accuracy - others.groupby("problem").accuracy.transform("mean")
     merit = relative.groupby(others.label).mean().reindex(np.unique(labels)).dropna()
@@ -319,17 +351,23 @@ def _fixed(table, problem: str, places, loss) -> float:
 
 
 def worth(losses, rule: str = PRIMARY) -> int:
-    """The smallest labelled validation set of ``LABELS`` that loses no more on average than a rule;
-    0 when the smallest already does, twice the largest when none does."""
-    enough = [n for n in LABELS if losses[f"{n} labels"].mean() <= losses[rule].mean()]
-    return 0 if enough and enough[0] == LABELS[0] else enough[0] if enough else 2 * LABELS[-1]
+    """The smallest labelled validation set of ``LABELS`` that loses no more on average than a rule.
+
+    Two values stand for what is no set: 0 when the smallest of them already loses no more, and
+    twice the largest when none does.
+    """
+    smallest, beyond = LABELS[0], 2 * LABELS[-1]
+    most = losses[rule].mean()
+    enough = [count for count in LABELS if losses[f"{count} labels"].mean() <= most]
+    needed = min(enough, default=beyond)
+    return 0 if needed == smallest else needed
 
 
 def misjudged(table, **predictors: str):
     """The table with a column for every named predictor: how many of its problem's merges a merge
     overtakes if ordered by it and not by accuracy, as a share."""
-    rank = lambda column: table.groupby("problem")[column].rank(pct=True)
-    actual = rank("accuracy")
-    return table.assign(
-        **{name: rank(predictor) - actual for name, predictor in predictors.items()}
-    )
+    problems, columns = table.groupby("problem"), {}
+    actual = problems["accuracy"].rank(pct=True)
+    for name, predictor in predictors.items():
+        columns[name] = problems[predictor].rank(pct=True) - actual
+    return table.assign(**columns)

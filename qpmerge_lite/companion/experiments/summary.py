@@ -1,32 +1,23 @@
-"""Results of a comparison as tables, and intervals over what was repeated."""
+"""Results of a comparison as tables and records: what validation chose, ranks, intervals over what
+was repeated, and paired differences."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
 
-def frame(results: list[dict]):
-    """Test results as a ``pandas.DataFrame``: one row per seed, method and task, ``mean`` among the
-    tasks, and the validation score."""
-    import pandas as pd
+from .baselines import BASELINES, ENTRIES, FAMILIES, HEURISTICS
 
-    rows = []
-    for r in results:
-        mean = sum(r["accuracy"].values()) / len(r["accuracy"])
-        for task, normalised in r["normalised"].items():
-            rows.append(
-                {
-                    "seed": r["seed"],
-                    "method": r["method"],
-                    "label": r["label"],
-                    "task": task,
-                    "normalised": normalised,
-                    "accuracy": r["accuracy"].get(task, mean),
-                    "validation": r["validation"],
-                }
-            )
-    return pd.DataFrame(rows)
+CEILINGS = ("experts", "multitask")  # no merges: what merges are compared to
 
 
-def seed_interval(values, level: float = 0.95) -> tuple[float, tuple[float, float] | None]:
+class Interval(NamedTuple):
+    """The two ends of an interval."""
+
+    low: float
+    high: float
+
+
+def seed_interval(values, level: float = 0.95) -> tuple[float, Interval | None]:
     """Mean over seeds and its Student-t interval, None for one seed; for paired differences pass
     the differences."""
     import numpy as np
@@ -35,26 +26,172 @@ def seed_interval(values, level: float = 0.95) -> tuple[float, tuple[float, floa
     values = np.asarray(values, dtype=float)
     if len(values) == 1:
         return float(values[0]), None
-    mean, half = (
-        values.mean(),
-        stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5,
-    )
-    return float(mean), (float(mean - half), float(mean + half))
+    mean = values.mean()
+    quantile = stats.t.ppf((1 + level) / 2, len(values) - 1)
+    half = quantile * values.std(ddof=1) / len(values) ** 0.5
+    return float(mean), Interval(float(mean - half), float(mean + half))
+
+
+def frame(results: list[dict]):
+    """Test results as a ``pandas.DataFrame``: one row per seed, method and task, ``mean`` among the
+    tasks, and the validation score."""
+    import pandas as pd
+
+    rows = []
+    for result in results:
+        accuracy = result["accuracy"]
+        mean = sum(accuracy.values()) / len(accuracy)
+        for task, normalised in result["normalised"].items():
+            rows.append(
+                {
+                    "seed": result["seed"],
+                    "method": result["method"],
+                    "label": result["label"],
+                    "task": task,
+                    "normalised": normalised,
+                    "accuracy": accuracy.get(task, mean),
+                    "validation": result["validation"],
+                }
+            )
+    return pd.DataFrame(rows)
 
 
 def units(results: list[dict]):
-    """What intervals are taken over, and its rows of :func:`frame`: the means of seeds, or the
-    tasks where there is one seed."""
-    found = frame(results)
-    unit = "seed" if found.seed.nunique() > 1 else "task"
-    return unit, found[(found.task == "mean") == (unit == "seed")]
+    """What intervals are taken over, ``seed`` or ``task``, and its rows of :func:`frame`: the means
+    of seeds, or the tasks where there is one seed."""
+    table = frame(results)
+    if table.seed.nunique() > 1:
+        return "seed", table[table.task == "mean"]
+    return "task", table[table.task != "mean"]
 
 
 def ranks(results: list[dict]):
-    """Place of every merge among all merges of a seed (or task, see ``summarise``), 1 the best, as
-    a ``pandas.DataFrame`` with a column per method."""
-    unit, found = units(results)
-    merges = found[~found.method.isin(("experts", "multitask"))]
-    return merges.pivot(index=unit, columns="method", values="normalised").rank(
-        axis=1, ascending=False
-    )
+    """Place of every merge among all merges of a seed (of a task where there is one seed), 1 the
+    best, as a ``pandas.DataFrame`` with a column per method."""
+    unit, rows = units(results)
+    merges = rows[~rows.method.isin(CEILINGS)]
+    accuracy = merges.pivot(index=unit, columns="method", values="normalised")
+    return accuracy.rank(axis=1, ascending=False)
+
+
+# ------------------------------------------------------------------------------- options
+
+
+def at_grid_edge(result: dict) -> list[str]:
+    """Options chosen at an end of their grid, where a wider one might have done better.
+
+    α = 1, RegMean unshrunk, and the programme's two priors are no such ends.
+    """
+    if result["method"] not in ENTRIES:
+        return []
+    grid = ENTRIES[result["method"]].grid(len(result["accuracy"]), result["seed"])
+    edges = []
+    for name, value in result["options"].items():
+        if not isinstance(value, float) or name == "prior" or (name, value) == ("alpha", 1.0):
+            continue
+        values = [options[name] for options in grid]
+        if value in (min(values), max(values)):
+            edges.append(name)
+    return edges
+
+
+def choices(results: list[dict]):
+    """What every tuned method chose, as a ``pandas.DataFrame``: one column per seed; * marks an end
+    of its grid."""
+    import pandas as pd
+
+    table: dict[str, dict] = {}
+    for result in results:
+        edges = at_grid_edge(result)
+        chosen = [
+            _choice(name, value, list(result["accuracy"])) + "*" * (name in edges)
+            for name, value in result["options"].items()
+            if name not in ("basis", "scope", "seed")
+        ]
+        if chosen:
+            table.setdefault(f"seed {result['seed']}", {})[result["label"]] = ", ".join(chosen)
+    return pd.DataFrame(table)
+
+
+def _choice(name: str, value, tasks: list[str]) -> str:
+    """One option in words."""
+    if name == "weights":
+        return "uniform" if len(set(value)) == 1 else f"more {tasks[value.index(max(value))]}"
+    if isinstance(value, bool):
+        return name if value else f"not {name}"
+    return f"{name} {value:.3g}" if isinstance(value, float) else str(value)
+
+
+# ------------------------------------------------------------------------------- records
+
+
+def summarise(records, name: str, results: list[dict]):
+    """Record, under ids that begin with ``name``, every method's accuracy and rank, the picks of
+    validation, and paired differences.
+
+    What takes a method that is not among the results is left out. Intervals are taken over seeds,
+    or over tasks where there is one seed, as the notes of the records say.
+
+    Returns: labels by method; normalised accuracy as a ``pandas.DataFrame``, a row per seed (mean
+        over tasks) or task and a column per method, best first; and (mean, interval) by method.
+    """
+    unit, rows = units(results)
+    labels = dict(zip(rows.method, rows.label))
+    means = rows.pivot(index=unit, columns="method", values="normalised").drop(columns="experts")
+    means = means[means.mean().sort_values(ascending=False).index]
+    intervals = {method: seed_interval(means[method]) for method in means}
+    picks = _picks(rows.groupby("method").validation.mean())
+
+    def record(id, mean_and_interval):
+        mean, interval = mean_and_interval
+        records.record(f"{name}.{id}", mean, n=len(means), interval=interval, note=f"over {unit}s")
+
+    record("experts.raw", seed_interval(rows[rows.method == "experts"].accuracy))
+    for method, mean_and_interval in intervals.items():
+        record(f"{method}.accuracy", mean_and_interval)
+    for method, places in ranks(results).items():
+        record(f"{method}.rank", seed_interval(places))
+    for id, method in picks.items():
+        records.record(f"{name}.{id}.label", labels[method])
+        record(f"{id}.accuracy", intervals[method])
+    for id, first, second in _pairs(picks):
+        if {first, second} <= set(means):
+            record(id, seed_interval(means[first] - means[second]))
+    return labels, means, intervals
+
+
+def _picks(validation) -> dict[str, str]:
+    """Id of a group of methods -> the one of them with the highest validation score; groups that
+    are not among the scores are left out."""
+    groups = {
+        "best_heuristic": HEURISTICS,
+        "best_neighbour": BASELINES,
+        "best_qp": [f"qp_{family}" for family in FAMILIES],
+    }
+    picks = {}
+    for id, group in groups.items():
+        present = [method for method in group if method in validation]
+        if present:
+            picks[id] = validation[present].idxmax()
+    return picks
+
+
+def _pairs(picks: dict[str, str]) -> list[tuple[str, str | None, str | None]]:
+    """(id, method, method subtracted from it) of the differences that are recorded; None for a pick
+    that there is not."""
+    heuristic, baseline = picks.get("best_heuristic"), picks.get("best_neighbour")
+    rivals = {"best_heuristic": heuristic, "best_neighbour": baseline, "regmean": "regmean"}
+    programmes = {f"qp_{family}": f"qp_{family}" for family in (*FAMILIES, "weights")}
+    programmes["best_qp"] = picks.get("best_qp")
+    pairs = []
+    for programme, method in programmes.items():
+        for rival, other in rivals.items():
+            pairs.append((f"{programme}.minus_{rival}", method, other))
+    return [
+        *pairs,
+        ("soup.minus_base", "soup", "base"),
+        ("regmean.minus_soup", "regmean", "soup"),
+        ("best_neighbour.minus_best_heuristic", baseline, heuristic),
+        ("qp_elements.minus_regmean_plus_plus", "qp_elements", "regmean_plus_plus"),
+        ("qp_rotated_rows.minus_qp_rows", "qp_rotated_rows", "qp_rows"),
+    ]

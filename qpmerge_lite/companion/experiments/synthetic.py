@@ -61,28 +61,29 @@ def draw(
     used = shared + tasks * (rank - shared)
     if used > size:
         raise MergeError(
-            f"synthetic layer: {tasks} tasks of rank {rank} with {shared} shared directions need size ≥ {used}, found {size}"
+            f"synthetic layer: {tasks} tasks of rank {rank} with {shared} shared directions "
+            f"need size ≥ {used}, found {size}"
         )
     generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-    uniform = lambda low, high, *shape: (
-        low + (high - low) * torch.rand(*shape, generator=generator, dtype=torch.float64)
-    )
-    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-    owner = (
-        torch.arange(used).sub(shared).div(rank - shared or 1, rounding_mode="floor")
-    )  # negative: everybody's
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    # the task that owns a direction; negative: everybody's
+    owner = torch.arange(used).sub(shared).div(rank - shared or 1, rounding_mode="floor")
     mine = (owner < 0) | (owner == torch.arange(tasks)[:, None])  # (K, used)
     strength = uniform(0.5, 1.5, tasks, used) * mine
     spread = torch.where(mine, 1.0, uniform(0, 1, used))
     spread = torch.cat([spread, torch.full((tasks, size - used), 0.3, dtype=torch.float64)], 1)
     U = rotation(size, alignment, generator)[:, torch.randperm(size, generator=generator)[:used]]
     V = torch.linalg.qr(normal(size, size)).Q
-    updates = (U * strength[:, None]) @ V[:, :used].mT + NOISE * rank**0.5 / size * normal(
-        tasks, size, size
-    )
-    moments = Moments.zeros(
-        [f"task {k}" for k in range(tasks)], size, size, folds=folds, layer="synthetic"
-    )
+    patterns = (U * strength[:, None]) @ V[:, :used].mT
+    updates = patterns + NOISE * rank**0.5 / size * normal(tasks, size, size)
+    names = [f"task {k}" for k in range(tasks)]
+    moments = Moments.zeros(names, size, size, folds=folds, layer="synthetic")
     for k, task in enumerate(moments.tasks):
         X = (normal(tokens, size) * spread[k]) @ V.mT
         moments.update(task, X, X @ updates[k].mT, torch.arange(tokens) % folds)
@@ -91,28 +92,30 @@ def draw(
 
 def top_rows(updates: Tensor, pooled: Pooled, keep: int) -> RowBasis:
     """The ``rows`` family on the ``keep`` outputs with most residual energy: what ``rotated_rows``
-    with ``keep`` competes with."""
+    with ``keep`` competes with. Updates are (K, m, n)."""
     energies = pooled.M[0].diagonal()
-    axes = torch.eye(len(energies)).to(energies)[:, energies.argsort(descending=True)[:keep]]
+    largest = energies.argsort(descending=True)[:keep]
+    axes = torch.eye(len(energies)).to(energies)[:, largest]
     return RowBasis("top_rows", updates.unsqueeze(1), torch.arange(keep), axes.unsqueeze(0))
 
 
 def off_diagonal(pooled: Pooled) -> float:
     """Share of the residual energy matrix off its diagonal, ``1 - Σ_j M_jj² / ‖M‖_F²`` in [0, 1): 0
     when the axes are eigenvectors."""
-    return 1 - float((pooled.M.diagonal(dim1=-2, dim2=-1) ** 2).sum() / (pooled.M**2).sum())
+    diagonal = pooled.M.diagonal(dim1=-2, dim2=-1)
+    return 1 - float((diagonal**2).sum() / (pooled.M**2).sum())
 
 
 def rotation_gain(updates: Tensor, pooled: Pooled, keep: int) -> tuple[float, float]:
     """What eigenvectors gain over coordinate axes at the same ``keep``: in captured energy, and in
-    spectral capture (its ceiling)."""
-    rotated, axes = (
-        build("rotated_rows", updates, pooled, keep=keep),
-        top_rows(updates, pooled, keep),
+    spectral capture (its ceiling). Updates are (K, m, n)."""
+    rotated = build("rotated_rows", updates, pooled, keep=keep)
+    axes = top_rows(updates, pooled, keep)
+    captured = captured_energy(programme(pooled, rotated)) - captured_energy(
+        programme(pooled, axes)
     )
-    captured = [captured_energy(programme(pooled, basis)) for basis in (rotated, axes)]
-    ceiling = [spectral_capture(pooled, basis.U) for basis in (rotated, axes)]
-    return captured[0] - captured[1], ceiling[0] - ceiling[1]
+    ceiling = spectral_capture(pooled, rotated.U) - spectral_capture(pooled, axes.U)
+    return captured, ceiling
 
 
 def compare(
@@ -121,8 +124,8 @@ def compare(
     """What rotating the rows gains on one drawn layer, in captured energy.
 
     Args:
-        keep: directions kept in the truncated comparison. few: calibration samples per task in the
-            disjoint one.
+        keep: directions kept in the truncated comparison.
+        few: calibration samples per task in the disjoint one.
     Returns: ``full`` ρ(rotated) - ρ(rows) with all directions, ``truncated`` with ``keep`` of them,
         ``disjoint`` the cross-fitted difference from ``few`` samples a task, each family at its
         best ridge; and three predictors: ``off_diagonal``; ``promise``, the same times what rows
@@ -136,23 +139,25 @@ def compare(
     full, _ = rotation_gain(updates, pooled, updates.shape[1])
     truncated, capture = rotation_gain(updates, pooled, keep)
     scarce, updates = draw(tasks, tokens=few, **settings)
-    rotated, rows = (
-        cross_fitted(scarce, updates, family)[1] for family in ("rotated_rows", "rows")
-    )
-    return {
+    _, rotated = cross_fitted(scarce, updates, "rotated_rows")
+    _, rows = cross_fitted(scarce, updates, "rows")
+    gains = {
         "full": full,
         "truncated": truncated,
         "disjoint": rotated - rows,
         "capture": capture,
-    } | promises(updates, pooled)
+    }
+    return gains | promises(updates, pooled)
 
 
 def promises(updates: Tensor, pooled: Pooled) -> dict[str, float]:
-    """Forecasts of what turning the rows gains, from calibration moments: ``off_diagonal``,
-    ``promise`` and ``reach``, see :func:`compare`."""
+    """Forecasts of what turning the rows gains, from calibration moments and updates (K, m, n).
+
+    Returns: ``off_diagonal``, the share of the residual energy matrix off its diagonal;
+        ``promise``, that times what rows leave, 1 - ρ(rows); ``reach``, it times what rows leave of
+        what a linear layer can capture at all, ρ(elements) - ρ(rows).
+    """
     share = off_diagonal(pooled)
-    rows, most = (
-        captured_energy(programme(pooled, build(family, updates, pooled)))
-        for family in ("rows", "elements")
-    )
+    rows = captured_energy(programme(pooled, build("rows", updates, pooled)))
+    most = captured_energy(programme(pooled, build("elements", updates, pooled)))
     return {"off_diagonal": share, "promise": share * (1 - rows), "reach": share * (most - rows)}

@@ -101,9 +101,13 @@ def seconds(size: Size, device="cpu", repeats: int = 2) -> float:
 def basis_row(size: Size, basis: str, folds: int, run: Run) -> tuple[Measured, float]:
     """A merge in units of the forwards, and seconds of the work that comes on top of them."""
     problem = Problem(size, run)
-    found = measured(lambda: problem.merge(basis, folds), problem.forwards, run.repeats, run.device)
+
+    def merge():
+        problem.merge(basis, folds)
+
+    merged = measured(merge, problem.forwards, run.repeats, run.device)
     work = work_of(problem.stages(), basis, size.experts, folds, len(RIDGES))
-    return found, price(work, run.device)
+    return merged, price(work, run.device)
 
 
 def rates_of(size: Size, run: Run) -> list[tuple[Work, float]]:
@@ -112,8 +116,8 @@ def rates_of(size: Size, run: Run) -> list[tuple[Work, float]]:
     for basis in BASES:
         for folds in (1, 4):
             work += work_of(stages, basis, size.experts, folds, len(RIDGES))
-    found = [(piece, seconds_of(piece, run.device)) for piece in work]
-    return sorted(found, key=lambda entry: -entry[1])
+    rates = [(piece, seconds_of(piece, run.device)) for piece in work]
+    return sorted(rates, key=lambda entry: -entry[1])
 
 
 def grid_of(kind: str) -> tuple[dict[str, Recipe], dict[str, Recipe]]:
@@ -140,15 +144,20 @@ def grid_of(kind: str) -> tuple[dict[str, Recipe], dict[str, Recipe]]:
 def grid_row(size: Size, kind: str, run: Run) -> tuple[Measured, float | None]:
     """Eight merges in units of one, and what is possible where each has forwards of its own."""
     problem, (recipes, one) = Problem(size, run), grid_of(kind)
-    found = measured(
-        lambda: problem.together(recipes), lambda: problem.together(one), run.repeats, run.device
-    )
+
+    def merge_all():
+        problem.together(recipes)
+
+    def merge_one():
+        problem.together(one)
+
+    merged = measured(merge_all, merge_one, run.repeats, run.device)
     if kind == "alphas":
-        return found, None
+        return merged, None
     work = price(work_of(problem.stages(), "elements", size.experts, 1, 1), run.device)
     passes = measured(problem.forwards, problem.forwards, run.repeats, run.device).seconds
     half = passes / 2  # are the experts', which the merges share, and half the merged model's
-    return found, (half + 8 * (half + work)) / (half + half + work)
+    return merged, (half + 8 * (half + work)) / (half + half + work)
 
 
 def scaled(size: Size, axis: str, factor: int) -> Size:
@@ -166,7 +175,8 @@ def merge_row(size: Size, folds: int, run: Run) -> Measured:
 
 def exponent(factors: Sequence[float], seconds: Sequence[float]) -> float:
     """Slope of the logarithms: 1 where time grows in proportion."""
-    x, y = ([math.log(value) for value in side] for side in (factors, seconds))
+    x = [math.log(factor) for factor in factors]
+    y = [math.log(value) for value in seconds]
     middle, level = sum(x) / len(x), sum(y) / len(y)
     products = sum((a - middle) * (b - level) for a, b in zip(x, y))
     return products / sum((a - middle) ** 2 for a in x)
@@ -178,11 +188,11 @@ def apart(function, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def verdict(found: float, wanted: float | None) -> str:
+def verdict(ratio: float, wanted: float | None) -> str:
     """A wanted bound, and a mark where it is exceeded."""
     if wanted is None:
         return ""
-    return f"≤ {wanted:g}{'' if found <= wanted else ' !'}"
+    return f"≤ {wanted:g}{'' if ratio <= wanted else ' !'}"
 
 
 def rates_table(size: Size, run: Run, shown: int = 12) -> Iterator[str]:
@@ -202,14 +212,14 @@ def basis_table(size: Size, run: Run) -> Iterator[str]:
     )
     for folds, ridge in ((1, "fixed"), (4, "best")):
         for basis in BASES:
-            found, work = apart(basis_row, size, basis, folds, run)
-            floor = found.unit + work
-            over = found.seconds / floor
+            merge, work = apart(basis_row, size, basis, folds, run)
+            floor = merge.unit + work
+            over = merge.seconds / floor
             yield (
-                f"{basis:17}{ridge:>7}{found.seconds:>9.2f}{found.unit:>10.2f}{found.ratio:>7.2f}"
-                f"{verdict(found.ratio, WANTED.get((basis, folds))):>8}"
-                f"{floor / found.unit:>7.2f}{over:>7.2f}{verdict(over, WANTED_OF_FLOOR):>8}"
-                f"{found.added:>10.0f}"
+                f"{basis:17}{ridge:>7}{merge.seconds:>9.2f}{merge.unit:>10.2f}{merge.ratio:>7.2f}"
+                f"{verdict(merge.ratio, WANTED.get((basis, folds))):>8}"
+                f"{floor / merge.unit:>7.2f}{over:>7.2f}{verdict(over, WANTED_OF_FLOOR):>8}"
+                f"{merge.added:>10.0f}"
             )
 
 
@@ -236,11 +246,11 @@ def grid_table(size: Size, run: Run) -> Iterator[str]:
         f"{'adds MiB':>10}"
     )
     for kind in ("alphas", "programmes"):
-        found, floor = apart(grid_row, size, kind, run)
+        merges, floor = apart(grid_row, size, kind, run)
         possible = "" if floor is None else f"{floor:.2f}"
         yield (
-            f"{kind:12}{found.seconds:>9.2f}{found.unit:>7.2f}{found.ratio:>7.2f}"
-            f"{verdict(found.ratio, WANTED_OF_GRID):>8}{possible:>7}{found.added:>10.0f}"
+            f"{kind:12}{merges.seconds:>9.2f}{merges.unit:>7.2f}{merges.ratio:>7.2f}"
+            f"{verdict(merges.ratio, WANTED_OF_GRID):>8}{possible:>7}{merges.added:>10.0f}"
         )
 
 

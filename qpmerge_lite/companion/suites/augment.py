@@ -18,6 +18,7 @@ def _draw(generator: Generator, *shape: int) -> Tensor:
 def warp(
     images: Tensor,
     generator: Generator,
+    *,
     strength: Tensor,
     zoom: Tensor,
     turn: float,
@@ -39,14 +40,12 @@ def warp(
     n = len(images)
     angle, slope, x, y, stretch = (2 * _draw(generator, 5, n) - 1) * strength
     cos, sin = (turn * angle).cos() * zoom, (turn * angle).sin() * zoom
-    affine = torch.stack(
-        [cos, shear * slope - sin, shift * x, sin, cos * (1 + 0.2 * stretch), shift * y], 1
-    ).view(n, 2, 3)
+    across = [cos, shear * slope - sin, shift * x]
+    down = [sin, cos * (1 + 0.2 * stretch), shift * y]
+    affine = torch.stack([*across, *down], 1).view(n, 2, 3)
     knots = bend * strength.view(-1, 1, 1, 1) * torch.randn(n, 2, 4, 4, generator=generator)
-    bent = F.interpolate(knots, size=(SIDE, SIDE), mode="bicubic", align_corners=False).permute(
-        0, 2, 3, 1
-    )
-    grid = F.affine_grid(affine, [n, 1, SIDE, SIDE], align_corners=False) + bent
+    bent = F.interpolate(knots, size=(SIDE, SIDE), mode="bicubic", align_corners=False)
+    grid = F.affine_grid(affine, [n, 1, SIDE, SIDE], align_corners=False) + bent.permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, align_corners=False, padding_mode=beyond)
 
 
@@ -69,15 +68,23 @@ def _clouds(n: int, generator: Generator) -> Tensor:
     return flat * (1 - share) + clouds * share
 
 
+def _light(field: Tensor) -> Tensor:
+    """Mean over colours and places: (n, 3, 32, 32) to (n, 1, 1, 1)."""
+    return field.mean((1, 2, 3), keepdim=True)
+
+
+def _alike(one: Tensor, other: Tensor) -> Tensor:
+    """Which colour fields (n, 3, 32, 32) are about as light as each other: (n, 1, 1, 1)."""
+    return (_light(one) - _light(other)).abs() < 0.25
+
+
 def paint(glyphs: Tensor, generator: Generator) -> Tensor:
     """Ink (B, 1, 32, 32) as pictures (B, 3, 32, 32): half in light grey on black or the reverse,
     half in colours that differ."""
     n = len(glyphs)
     ink, paper, kind = _clouds(n, generator), _clouds(n, generator), _draw(generator, n, 1, 1, 1)
-    light = lambda field: field.mean((1, 2, 3), keepdim=True)
-    alike = lambda: (light(ink) - light(paper)).abs() < 0.25
-    ink = torch.where(alike(), 1 - ink, ink)
-    ink = torch.where(alike(), (light(paper) < 0.5).float(), ink)
+    ink = torch.where(_alike(ink, paper), 1 - ink, ink)
+    ink = torch.where(_alike(ink, paper), (_light(paper) < 0.5).float(), ink)
     grey = (glyphs * (0.6 + 0.4 * _draw(generator, n, 1, 1, 1))).expand(-1, 3, -1, -1)
     grey = torch.where(kind < 0.05, 1 - grey, grey)
     painted = torch.where(kind < 0.5, grey, ink * glyphs + paper * (1 - glyphs))
@@ -90,7 +97,18 @@ def drawn(masters: Tensor, generator: Generator) -> Tensor:
     strength = _draw(generator, len(masters)) ** 1.5
     zoom = 1 + 0.2 * strength * (2 * _draw(generator, len(masters)) - 1)
     images = masters[:, None].float() / 255
-    return paint(warp(images, generator, strength, zoom, 0.25, 0.25, 0.15, 0.1, "zeros"), generator)
+    warped = warp(
+        images,
+        generator,
+        strength=strength,
+        zoom=zoom,
+        turn=0.25,
+        shear=0.25,
+        shift=0.15,
+        bend=0.1,
+        beyond="zeros",
+    )
+    return paint(warped, generator)
 
 
 def view(images: Tensor, generator: Generator) -> Tensor:
@@ -99,7 +117,17 @@ def view(images: Tensor, generator: Generator) -> Tensor:
     n = len(images)
     zoom = 0.5 + 0.6 * _draw(generator, n)
     shift = 0.5 * (1.1 - zoom).clamp(0.1)
-    images = warp(images, generator, torch.ones(n), zoom, 0.2, 0.15, shift, 0.04, "border")
+    images = warp(
+        images,
+        generator,
+        strength=torch.ones(n),
+        zoom=zoom,
+        turn=0.2,
+        shear=0.15,
+        shift=shift,
+        bend=0.04,
+        beyond="border",
+    )
     gain = 0.6 + 0.8 * _draw(generator, n, 3, 1, 1)
     gain = torch.where(_draw(generator, n, 1, 1, 1) < 0.5, gain, gain.mean(1, keepdim=True))
     images = (images - 0.5) * gain + 0.5 + 0.2 * (_draw(generator, n, 1, 1, 1) - 0.5)

@@ -71,9 +71,8 @@ def experts(task: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     from transformers import CLIPVisionModel
 
     tower = public.pretrained(CLIPVisionModel, checkpoint(f"{FAMILY}/{task.replace('_', '-')}"))
-    return {f"vision.{name}": value for name, value in tower.state_dict().items()}, head(
-        checkpoint(FAMILY), **public.prompts("clip")[task]
-    )
+    state = {f"vision.{name}": value for name, value in tower.state_dict().items()}
+    return state, head(checkpoint(FAMILY), **public.prompts("clip")[task])
 
 
 @torch.no_grad()
@@ -81,17 +80,13 @@ def head(folder: Path, classes: list[str], templates: list[str]) -> dict[str, Te
     """Frozen text head (classes, d): every prompt's embedding made of length 1, their mean over
     templates, that made of length 1."""
     model = _parts(folder)[0]
-    tokenizer, rows = (
-        public.tokenizer(folder, model.config.text_config.max_position_embeddings, PAD),
-        [],
-    )
+    tokenizer = public.tokenizer(folder, model.config.text_config.max_position_embeddings, PAD)
+    rows = []
     for name in classes:
-        texts = trim(public.encoded(tokenizer, [template.format(name) for template in templates]))
-        rows.append(
-            normalize(
-                normalize(model.get_text_features(**texts).pooler_output, dim=-1).mean(0), dim=-1
-            )
-        )
+        prompts = [template.format(name) for template in templates]
+        tokens = trim(public.encoded(tokenizer, prompts))
+        embeddings = normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
+        rows.append(normalize(embeddings.mean(0), dim=-1))
     return {"weight": model.logit_scale.exp() * torch.stack(rows), "bias": torch.zeros(len(rows))}
 
 
@@ -102,19 +97,16 @@ def data(task: str, seed: int):
     labels = rows["train"].features["label"]
     if getattr(labels, "num_classes", classes) != classes:
         raise ManifestError(
-            f"clip-{task}: expected the {classes} classes of data_manifests/prompts/clip.yaml, found {labels.num_classes}"
+            f"clip-{task}: expected the {classes} classes of data_manifests/prompts/clip.yaml, "
+            f"found {labels.num_classes}"
         )
     return rows.with_transform(partial(_cropped, _parts(checkpoint(FAMILY))[1]))
 
 
 def _cropped(processor, rows: dict) -> dict:
     images = [image.convert("RGB") for image in rows["image"]]
-    return {
-        "pixels": processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")[
-            "pixel_values"
-        ],
-        "label": rows["label"],
-    }
+    cropped = processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")
+    return {"pixels": cropped["pixel_values"], "label": rows["label"]}
 
 
 def collate(rows: dict) -> dict[str, Tensor]:

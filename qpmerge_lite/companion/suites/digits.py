@@ -59,10 +59,10 @@ class Digits:
     def on_plane(self, axis: Tensor, function) -> Tensor:
         """``function(d1 Δ_1 + d2 Δ_2)`` at every node of a square grid, (d2, d1) for ``axis``
         (a,)."""
-        return torch.tensor(
-            [[function(a * self.updates[0] + b * self.updates[1]) for a in axis] for b in axis],
-            dtype=torch.float64,
-        )
+        rows = []
+        for d2 in axis:
+            rows.append([function(d1 * self.updates[0] + d2 * self.updates[1]) for d1 in axis])
+        return torch.tensor(rows, dtype=torch.float64)
 
     @torch.no_grad()
     def correct(self, update: Tensor, split: str = "test") -> int:
@@ -95,6 +95,16 @@ def _weight(encoder):
     return torch.cat([encoder.weight, encoder.bias[:, None]], 1).detach()
 
 
+def _splits_of(group, images: Tensor, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Split -> inputs (N, 65) and labels (N,) of a group's images among all, (1797, 64)."""
+    digits, splits = torch.tensor(group), {}
+    for split, part in SPLITS.items():
+        chosen = torch.isin(labels[part], digits)
+        X = nn.functional.pad(images[part][chosen], (0, 1), value=1.0)
+        splits[split] = (X, torch.searchsorted(digits, labels[part][chosen]))
+    return splits
+
+
 def load(
     groups=HALVES, width: int = 16, steps: int = 150, seed: int = 0, tier: str = "smoke"
 ) -> Digits:
@@ -109,12 +119,13 @@ def load(
     """
     if tier != "smoke":
         raise MergeError(
-            f"suite digits: expected tier 'smoke', the only one it has, found {tier!r}; run this chapter with "
-            "tier='smoke', and larger tiers on the benchmark chapters (qpmerge book run --only)"
+            f"suite digits: expected tier 'smoke', the only one it has, found {tier!r}; run this "
+            "chapter with tier='smoke', and larger tiers on the benchmark chapters "
+            "(qpmerge book run --only)"
         )
     from sklearn.datasets import load_digits
 
-    images, labels = (torch.tensor(z) for z in load_digits(return_X_y=True))
+    images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
     images = images / 16  # float64, as everything here
     train = SPLITS["train"]
     with torch.random.fork_rng(devices=[]):
@@ -124,16 +135,12 @@ def load(
         base, _ = _fit(*_network(width, 2), images[train], labels[train] % 2, steps)
         experts, heads, data = [], {}, {}
         for group in groups:
-            task, data_of = "-".join(map(str, (group[0], group[-1]))), {}
-            for split, part in SPLITS.items():
-                chosen = torch.isin(labels[part], torch.tensor(group))
-                X = nn.functional.pad(images[part][chosen], (0, 1), value=1.0)
-                data_of[split] = (X, torch.searchsorted(torch.tensor(group), labels[part][chosen]))
+            task = f"{group[0]}-{group[-1]}"
+            data[task] = _splits_of(group, images, labels)
             encoder, head = _network(width, len(group))
             encoder.load_state_dict(base.state_dict())
-            X, target = data_of["train"]
+            X, target = data[task]["train"]
             encoder, heads[task] = _fit(encoder, head, X[:, :-1], target, steps)
             experts.append(_weight(encoder))
-            data[task] = data_of
     W0 = _weight(base)
     return Digits(W0, torch.stack(experts) - W0, heads, data)

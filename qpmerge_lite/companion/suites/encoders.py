@@ -57,16 +57,27 @@ class VisionTransformer(nn.Module):
     """
 
     def __init__(
-        self, width=96, depth=4, heads=4, ratio=2, side=28, patch=7, channels=1, stem=(), token=True
+        self,
+        *,
+        width=96,
+        depth=4,
+        heads=4,
+        ratio=2,
+        side=28,
+        patch=7,
+        channels=1,
+        stem=(),
+        token=True,
     ):
         super().__init__()
         self.patch, sizes = patch, (channels, *stem)
-        self.stem = nn.ModuleList(nn.Linear(9 * read, put) for read, put in zip(sizes, stem))
+        self.stem = nn.ModuleList(
+            nn.Linear(9 * inputs, outputs) for inputs, outputs in zip(sizes, stem)
+        )
         self.embed = nn.Linear(sizes[-1] * patch * patch, width)
         self.cls = nn.Parameter(0.02 * torch.randn(1, 1, width)) if token else None
-        self.position = nn.Parameter(
-            0.02 * torch.randn(1, (side // patch // 2 ** len(stem)) ** 2 + token, width)
-        )
+        patches = (side // patch // 2 ** len(stem)) ** 2
+        self.position = nn.Parameter(0.02 * torch.randn(1, patches + token, width))
         self.blocks = nn.ModuleList(Block(width, heads, ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
@@ -77,9 +88,9 @@ class VisionTransformer(nn.Module):
             near = unfold(pixels, 3, stride=2, padding=1).transpose(1, 2)
             pixels = gelu(layer(near)).transpose(1, 2).unflatten(2, (pixels.shape[2] // 2, -1))
         x = self.embed(unfold(pixels, self.patch, stride=self.patch).transpose(1, 2))
-        x = (
-            x if self.cls is None else torch.cat([self.cls.expand(len(pixels), -1, -1), x], 1)
-        ) + self.position
+        if self.cls is not None:
+            x = torch.cat([self.cls.expand(len(pixels), -1, -1), x], 1)
+        x = x + self.position
         for block in self.blocks:
             x = block(x)
         return self.norm(x).mean(1) if self.cls is None else self.norm(x)[:, 0]
@@ -92,10 +103,13 @@ class TextTransformer(nn.Module):
     Args:
         characters: size of the vocabulary.
         length: longest sequence.
-        width, depth, heads, ratio: as in :class:`VisionTransformer`.
+        width: d, features per character; a multiple of ``heads``.
+        depth: number of blocks in ``blocks``.
+        heads: attention heads per block.
+        ratio: hidden width of the perceptron over ``width``.
     """
 
-    def __init__(self, characters: int, length: int, width=64, depth=4, heads=4, ratio=2):
+    def __init__(self, *, characters: int, length: int, width=64, depth=4, heads=4, ratio=2):
         super().__init__()
         self.embed = nn.Embedding(characters, width)
         self.position = nn.Parameter(0.02 * torch.randn(1, length, width))
@@ -105,10 +119,8 @@ class TextTransformer(nn.Module):
     def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Normed state of every token: (B, T) int64 and its mask, 1 for text and 0 for padding, to
         (B, T, d)."""
-        x, mask = (
-            self.embed(input_ids) + self.position[:, : input_ids.shape[1]],
-            attention_mask[:, None, None].bool(),
-        )
+        x = self.embed(input_ids) + self.position[:, : input_ids.shape[1]]
+        mask = attention_mask[:, None, None].bool()
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x)
@@ -120,5 +132,6 @@ class TextTransformer(nn.Module):
         return (states * mask).sum(1) / mask.sum(1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Feature of every sequence: (B, d)."""
+        """Feature of every sequence: (B, T) int64 and its mask, 1 for text and 0 for padding, to
+        (B, d)."""
         return self.pool(self.states(input_ids, attention_mask), attention_mask)

@@ -118,34 +118,32 @@ def _with(encoder: Answerer, state: dict[str, Tensor]) -> nn.Module:
 def complete(
     encoder: Answerer, expert: dict[str, Tensor], batch: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The batch with what the decoder reads while the expert answers: its start and every token of
-    the answer before its end."""
+    """The batch (B, L) with what the decoder reads while the expert answers, (B, T): its start and
+    every token of the answer before its end."""
     tokens = generated(_with(encoder, expert), batch)
     mask = ((tokens == encoder.t5.config.eos_token_id).cumsum(1) == 0).long()[:, :-1]
     return {**batch, "decoder_input_ids": tokens[:, :-1], "decoder_attention_mask": mask}
 
 
 def score(task: str, encoder: Answerer, state: dict[str, Tensor], batches, labels: Tensor) -> float:
-    """Share of right answers, or Spearman's correlation where answers are numbers: then what is
-    none counts as 0."""
+    """Share of right answers to labels (N,), or Spearman's correlation where answers are numbers:
+    then what is none counts as 0."""
     model, tokenizer, said = _with(encoder, state), _tokenizer(checkpoint(FAMILY)), []
     for batch in batches:
         said += tokenizer.decode_batch(generated(model, batch).tolist(), skip_special_tokens=True)
     answers = public.prompts("glue")[task]["answers"]
     if answers:
-        return sum(
-            text == answers[label] for text, label in zip(said, labels.tolist(), strict=True)
-        ) / len(said)
-    return correlation(
-        [_number(text) for text in said], [round(label, 1) for label in labels.tolist()]
-    )
+        pairs = zip(said, labels.tolist(), strict=True)
+        return sum(text == answers[label] for text, label in pairs) / len(said)
+    wanted = [round(label, 1) for label in labels.tolist()]
+    return correlation([_number(text) for text in said], wanted)
 
 
-def correlation(found: list[float], wanted: list[float]) -> float:
+def correlation(answers: list[float], wanted: list[float]) -> float:
     """Spearman's rank correlation; 0 where all answers are the same, as they tell nothing apart."""
     from scipy.stats import spearmanr
 
-    return float(spearmanr(found, wanted).statistic) if len(set(found)) > 1 else 0.0
+    return float(spearmanr(answers, wanted).statistic) if len(set(answers)) > 1 else 0.0
 
 
 def _number(text: str) -> float:

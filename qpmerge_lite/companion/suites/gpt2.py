@@ -77,9 +77,7 @@ def _tokenizer(folder: Path):
 def collate(rows: dict) -> dict[str, Tensor]:
     """Arguments of the encoder from columns of a split: ``input_ids`` and ``attention_mask`` (B,
     LENGTH)."""
-    texts = [
-        list(map(str, part)) for part in (rows["text"], *([rows["pair"]] if "pair" in rows else []))
-    ]
-    return public.encoded(
-        _tokenizer(checkpoint(FAMILY)), list(zip(*texts)) if len(texts) > 1 else texts[0]
-    )
+    texts = [str(text) for text in rows["text"]]
+    if "pair" in rows:
+        texts = list(zip(texts, map(str, rows["pair"])))
+    return public.encoded(_tokenizer(checkpoint(FAMILY)), texts)

@@ -25,7 +25,10 @@ LAYERS = ("blocks.0.attention.value", "blocks.1.up", "blocks.2.up")
 LAYER_RECIPE = Recipe(steps=80, batch=64, rate=1e-2)
 SPLITS = {"train": 4096, "validation": 512, "test": 1024}
 SHARES = {"test": 0.2, "validation": 0.1}  # of the words; the rest trains base and experts
-LANGUAGES = "ar bg ca cs da de el en es fa fi fil fr he hu id is it lt lv mk ms nb nl pl pt ro ru sh sk sl sv tr uk ur vi".split()
+LANGUAGES = (
+    "ar bg ca cs da de el en es fa fi fil fr he hu id is it "
+    "lt lv mk ms nb nl pl pt ro ru sh sk sl sv tr uk ur vi"
+).split()
 TOP, SHORTEST, LONGEST, WORDS = 8000, 3, 8, 3
 LENGTH = WORDS * (LONGEST + 1) - 1  # characters of a text, spaces included
 PAD, MASK, MASKED = 0, 1, 0.2
@@ -33,8 +36,8 @@ PAD, MASK, MASKED = 0, 1, 0.2
 
 def _inside_out(word: str) -> str:
     """Its letters from the middle to both ends in turn."""
-    outside_in = [c for pair in zip(word, reversed(word)) for c in pair][: len(word)]
-    return "".join(reversed(outside_in))
+    outside_in = "".join(map("".join, zip(word, reversed(word))))[: len(word)]
+    return outside_in[::-1]
 
 
 def _per_word(change):
@@ -102,22 +105,19 @@ def words(language: str) -> tuple[str, ...]:
 
 
 @cache
-def lexicon(task: str) -> dict[str, dict[str, tuple[str, ...]]]:
+def lexicon(task: str) -> dict[str, dict[str, list[str]]]:
     """split -> language -> words of a task: none shared by two of its languages, none English."""
     languages = DEFINITIONS[task].languages.split()
     times = Counter(w for language in languages for w in set(words(language)))
     english = set(words("en"))
-    own = {
-        language: [w for w in words(language) if times[w] == 1 and w not in english]
-        for language in languages
-    }
-    return {
-        split: {
-            language: tuple(w for w in chosen if split_of(w) == split)
-            for language, chosen in own.items()
-        }
-        for split in SPLITS
-    }
+    pools: dict[str, dict[str, list[str]]] = {}
+    for split in SPLITS:
+        pools[split] = {language: [] for language in languages}
+    for language in languages:
+        for word in words(language):
+            if times[word] == 1 and word not in english:
+                pools[split_of(word)][language].append(word)
+    return pools
 
 
 def text(task: str, split: str, label: int, generator: Generator) -> str:
@@ -150,15 +150,19 @@ def data(task: str, seed: int):
 @cache
 def alphabet() -> dict[str, int]:
     """Identifier of every character of the word lists, space included; 0 pads and 1 masks."""
-    letters = sorted({c for language in LANGUAGES for word in words(language) for c in word})
-    return {c: i + 2 for i, c in enumerate([" ", *letters])}
+    letters = set()
+    for language in LANGUAGES:
+        letters.update(*words(language))
+    return {c: i + 2 for i, c in enumerate([" ", *sorted(letters)])}
 
 
 def encode(texts) -> Tensor:
     """Character identifiers (N, LENGTH) int64 of texts of known characters, padded with 0."""
-    known = alphabet()
-    rows = [[known[c] for c in t] for t in texts]
-    return torch.tensor([row + [PAD] * (LENGTH - len(row)) for row in rows])
+    known, rows = alphabet(), []
+    for text in texts:
+        row = [known[character] for character in text]
+        rows.append(row + [PAD] * (LENGTH - len(row)))
+    return torch.tensor(rows)
 
 
 def collate(rows: dict) -> dict[str, Tensor]:
@@ -184,14 +188,12 @@ def base() -> tuple[TextTransformer, str]:
 def pretraining_data() -> tuple[Tensor, Tensor]:
     """Training words of all languages as identifiers (N, 8) padded with 0, and the language (N,) of
     each."""
-    chosen = [
-        (w, i)
-        for i, language in enumerate(LANGUAGES)
-        for w in words(language)
-        if split_of(w) == "train"
-    ]
-    ids = encode(w for w, _ in chosen)[:, :LONGEST]
-    return ids, torch.tensor([i for _, i in chosen])
+    chosen, languages = [], []
+    for number, language in enumerate(LANGUAGES):
+        training = [word for word in words(language) if split_of(word) == "train"]
+        chosen += training
+        languages += [number] * len(training)
+    return encode(chosen)[:, :LONGEST], torch.tensor(languages)
 
 
 def pretraining_head(encoder: TextTransformer) -> nn.Linear:
@@ -208,9 +210,8 @@ def pretraining_batch(encoder, head, generator: Generator, size: int) -> tuple[T
     first, count = torch.searchsorted(language, torch.arange(len(LANGUAGES))), language.bincount()
     chosen = torch.randint(len(LANGUAGES), (size, 1), generator=generator)
     picks = first[chosen] + (torch.rand(size, WORDS, generator=generator) * count[chosen]).long()
-    gapped = nn.functional.pad(ids[picks], (0, 1), value=alphabet()[" "]).flatten(1)[
-        :, :-1
-    ]  # padding behind every word
+    spaced = nn.functional.pad(ids[picks], (0, 1), value=alphabet()[" "])
+    gapped = spaced.flatten(1)[:, :-1]  # padding behind every word
     texts = gapped.gather(1, (gapped == PAD).to(torch.uint8).sort(dim=1, stable=True).indices)
     hidden = (torch.rand(texts.shape, generator=generator) < MASKED) & (texts != PAD)
     mask = (texts != PAD).long()

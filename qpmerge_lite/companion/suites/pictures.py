@@ -23,14 +23,22 @@ from .training import Recipe, shipped
 
 WEIGHTS = Path(__file__).parent / "weights" / "pictures_base.safetensors"
 MANIFEST = "standard-vision"
-RECIPE = Recipe(
-    steps=400, batch=64, rate=1e-3, probe_decay=0.1
-)  # a strong ridge, for the reason given in sentences.py
+# a strong ridge, for the reason given in sentences.py
+RECIPE = Recipe(steps=400, batch=64, rate=1e-3, probe_decay=0.1)
 LAYERS = ("blocks.0.attention.value", "blocks.1.up")
 LAYER_RECIPE = Recipe(steps=80, batch=64, rate=1e-2)
 SPLITS = {"train": 8192, "validation": 512, "test": 1024}  # rows a task, at most
-TASKS = "mnist fashion_mnist cifar10 gtsrb notmnist arabic_chars kannada_mnist omniglot_alphabets".split()
-N_CLASSES = dict(zip(TASKS, (10, 10, 10, 43, 10, 28, 10, 8), strict=True))
+N_CLASSES = {
+    "mnist": 10,
+    "fashion_mnist": 10,
+    "cifar10": 10,
+    "gtsrb": 43,
+    "notmnist": 10,
+    "arabic_chars": 28,
+    "kannada_mnist": 10,
+    "omniglot_alphabets": 8,
+}
+TASKS = list(N_CLASSES)
 SIDE = 32
 
 # Pre-training: the sets whose training pictures are shown without labels, and the shares of a
@@ -58,8 +66,9 @@ def pixels(images) -> Tensor:
 
 
 def standard(images: Tensor) -> Tensor:
-    """Every picture with mean 0 and spread about 1, its three channels together."""
-    mean, spread = (f(images, dim=(1, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
+    """Every picture (B, 3, H, W) with mean 0 and spread about 1, its three channels together."""
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    spread = images.std(dim=(1, 2, 3), keepdim=True)
     return (images - mean) / (spread + 0.1)
 
 
@@ -95,11 +104,8 @@ def pretraining_data() -> tuple[Tensor, Tensor, Tensor]:
     all but the classes bytes."""
     masters, classes = vision.pretraining_data()
     shown = [pixels(rows(task)["train"].with_format("numpy")[:]["image"]) for task in UNLABELLED]
-    return (
-        masters,
-        classes,
-        (255 * torch.cat(shown)).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(),
-    )
+    pictures = (255 * torch.cat(shown)).round().to(torch.uint8)
+    return masters, classes, pictures.permute(0, 2, 3, 1).contiguous()
 
 
 class Heads(nn.Module):
@@ -132,15 +138,12 @@ def pretraining_batch(encoder, head, generator: Generator, size: int) -> tuple[T
         augment.view(shown, generator),
     ]
     features = encoder(standard(torch.cat(images)).to(head.classes.weight.device))
-    named, places = (
-        head.classes(features[: len(glyphs)]),
-        F.normalize(head.project(features[len(glyphs) :]), dim=1),
-    )
+    of_glyphs, of_views = features[: len(glyphs)], features[len(glyphs) :]
+    named, places = head.classes(of_glyphs), F.normalize(head.project(of_views), dim=1)
     alike = (places @ places.T / TEMPERATURE).fill_diagonal_(-torch.inf)
     columns = max(named.shape[1], alike.shape[1])
     scores = [
         F.pad(part, (0, columns - part.shape[1]), value=-torch.inf) for part in (named, alike)
     ]
-    return torch.cat(scores), torch.cat([classes[glyphs], torch.arange(2 * pairs).roll(pairs)]).to(
-        features.device
-    )
+    right = torch.cat([classes[glyphs], torch.arange(2 * pairs).roll(pairs)])
+    return torch.cat(scores), right.to(features.device)

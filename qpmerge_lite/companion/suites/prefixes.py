@@ -19,24 +19,29 @@ def blocks_before(model: nn.Module, layer: str) -> list[nn.Module]:
     return [model.get_submodule(path) for path in siblings[: siblings.index(holding)]]
 
 
-def put_out(
+def last_output(
     model: nn.Module, blocks: list[nn.Module], state: dict[str, Tensor], batch: dict
 ) -> Tensor | None:
-    """What the last of some blocks puts out for a batch under a state dict; None without blocks."""
+    """What the last of some blocks puts out (B, …) for a batch under a state dict; None without
+    blocks."""
     if not blocks:
         return None
-    caught = []
-    hook = blocks[-1].register_forward_hook(lambda module, args, output: caught.append(output))
+    outputs = []
+    hook = blocks[-1].register_forward_hook(lambda module, args, output: outputs.append(output))
     functional_call(model, state, (), batch)
     hook.remove()
-    return caught[0]
+    return outputs[0]
 
 
 @contextmanager
-def standing_in(blocks: list[nn.Module], put):
-    """Blocks put out what they are told instead of computing it."""
+def standing_in(blocks: list[nn.Module], output: Tensor | None):
+    """Context in which blocks put out a given tensor (B, …) instead of computing one."""
+
+    def given(*args, **kwargs):
+        return output
+
     for block in blocks:
-        block.forward = lambda *args, **kwargs: put
+        block.forward = given
     try:
         yield
     finally:

@@ -13,31 +13,30 @@ from ..data import manifests
 from ..paths import MANIFESTS
 from .training import seeded
 
-HELD_OUT = (
-    2000  # at most so many of the rows held out of the training split choose a method's options
-)
+# at most so many of the rows held out of the training split choose a method's options
+HELD_OUT = 2000
 SPLITS = manifests.SPLITS
 
 
 def rows(name: str):
-    """A data set as ``sources.rows`` gives it, with at most ``HELD_OUT`` validation rows, the same
+    """A data set as ``data.rows`` gives it, with at most ``HELD_OUT`` validation rows, the same
     ones every time."""
-    found = data.rows(name)
-    order = torch.randperm(len(found["validation"]), generator=seeded(0, name, "validation"))
-    found["validation"] = found["validation"].select(sorted(order[:HELD_OUT].tolist()))
-    return found
+    splits = data.rows(name)
+    validation = splits["validation"]
+    order = torch.randperm(len(validation), generator=seeded(0, name, "validation"))
+    splits["validation"] = validation.select(sorted(order[:HELD_OUT].tolist()))
+    return splits
 
 
 def some(name: str, most: dict[str, int], seed: int):
     """A data set with at most so many rows of every split, drawn; training rows anew for each seed,
     the others never change."""
-    found = data.rows(name)
+    splits = data.rows(name)
     for split, count in most.items():
-        order = torch.randperm(
-            len(found[split]), generator=seeded(seed if split == "train" else 0, name, split)
-        )
-        found[split] = found[split].select(order[:count].tolist())
-    return found
+        generator = seeded(seed if split == "train" else 0, name, split)
+        order = torch.randperm(len(splits[split]), generator=generator)
+        splits[split] = splits[split].select(order[:count].tolist())
+    return splits
 
 
 @cache
@@ -55,13 +54,14 @@ def pretrained(kind, folder: Path, **options) -> nn.Module:
     Raises: MissingLayer naming a weight that the checkpoint lacks or has in another shape: none is
         left as it was initialised.
     """
-    model, found = kind.from_pretrained(
+    model, loading = kind.from_pretrained(
         folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options
     )
-    lacking = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+    lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
     if lacking:
         raise MissingLayer(
-            f"{folder}: expected every weight of a {kind.__name__}, found none that fits {lacking[0]} ({len(lacking)} in all)"
+            f"{folder}: expected every weight of a {kind.__name__}, "
+            f"found none that fits {lacking[0]} ({len(lacking)} in all)"
         )
     return model.eval()
 
@@ -85,8 +85,8 @@ def tokenizer(folder: Path, length: int, pad: str):
 
 def encoded(tokenizer, texts) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask`` (N, length), int64, of texts or pairs of them."""
-    found = tokenizer.encode_batch(texts)
+    encodings = tokenizer.encode_batch(texts)
     return {
-        "input_ids": torch.tensor([f.ids for f in found]),
-        "attention_mask": torch.tensor([f.attention_mask for f in found]),
+        "input_ids": torch.tensor([encoding.ids for encoding in encodings]),
+        "attention_mask": torch.tensor([encoding.attention_mask for encoding in encodings]),
     }

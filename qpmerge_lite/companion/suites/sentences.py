@@ -36,13 +36,11 @@ SPLITS = {"train": 3000, "validation": 128, "test": 400}  # at most so many rows
 MORE = {task: {"train": 6000} for task in ("clinc150", "cola")}
 LENGTH = 64  # word pieces of a sentence, longer ones are cut
 # A strong ridge on the probe: where the head alone serves the base well, its encoder has little to
-# learn, experts hardly differ and
-# every merge is as good as they are.
+# learn, experts hardly differ and every merge is as good as they are.
 RECIPE = Recipe(steps=188, batch=32, rate=3e-4, probe_decay=0.1, chunk=64)  # two epochs
 RECIPES = {task: replace(RECIPE, steps=564) for task in MORE}  # three
-RECIPES["clinc150"] = replace(
-    RECIPES["clinc150"], probe_decay=0.01
-)  # the ridge sums over classes, which are many here
+# the ridge sums over classes, which are many here
+RECIPES["clinc150"] = replace(RECIPES["clinc150"], probe_decay=0.01)
 LAYERS = ("bert.encoder.layer.4.intermediate.dense",)
 LAYER_RECIPE = replace(RECIPE, rate=1e-3, probe_decay=Recipe.probe_decay)
 # sentences of like length that a CPU takes at a time in training and calibration: in larger batches
@@ -64,9 +62,8 @@ class SentenceEncoder(nn.Module):
         if not torch.is_grad_enabled() or input_ids.device.type != "cpu":
             return self._mean(input_ids=input_ids, attention_mask=attention_mask)
         order = attention_mask.sum(1).argsort()
-        words = self.bert.embeddings.word_embeddings(
-            input_ids
-        )  # once, as their gradient is as large as the whole table
+        # once, as their gradient is as large as the whole table
+        words = self.bert.embeddings.word_embeddings(input_ids)
         parts = [
             self._mean(inputs_embeds=words[rows], attention_mask=attention_mask[rows])
             for rows in order.split(ALIKE)

@@ -43,7 +43,7 @@ class Recipe:
     chunk: int = CHUNK
 
 
-# Fields that were added when experts had been kept, with what keys mean that do not name them.
+# Fields that were added when experts had been cached, with what keys mean that do not name them.
 LATER = {"precision": "float32", "chunk": CHUNK}
 
 
@@ -63,8 +63,8 @@ def digest(*tensors: Tensor) -> str:
 
 
 def write_weights(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Save tensors as safetensors by way of a temporary file, so that a reader never sees half of
-    one."""
+    """Save tensors of any shapes (…) as safetensors by way of a temporary file, so that a reader
+    never sees half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(
@@ -86,37 +86,48 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     """Factor of the learning rate: a linear warm-up over a share of the steps, then half a cosine
     to zero."""
     progress = torch.tensor(step / steps)
-    return min((step + 1) / max(warmup * steps, 1), 1.0) * float(
-        0.5 + 0.5 * torch.cos(torch.pi * progress)
-    )
+    cosine = float(0.5 + 0.5 * torch.cos(torch.pi * progress))
+    return min((step + 1) / max(warmup * steps, 1), 1.0) * cosine
 
 
 def tensors(dataset, collate, device="cpu", rows=None) -> tuple[dict[str, Tensor], Tensor]:
-    """Arguments of the encoder and labels for the chosen rows of a split, or for all of them.
+    """Arguments of the encoder (N, …) and labels (N,) for the chosen rows of a split, or for all of
+    them.
 
     ``CHUNK`` rows are converted at a time; a split with a transform of its own keeps it.
     """
     dataset = dataset if dataset.format["type"] == "custom" else dataset.with_format("numpy")
     chosen = range(len(dataset)) if rows is None else rows.tolist()
-    inputs, labels = [], []
+    parts, labels = [], []
     for start in range(0, len(chosen), CHUNK):
         columns = dataset[chosen[start : start + CHUNK]]
-        inputs.append(collate(columns))
+        parts.append(collate(columns))
         labels.append(torch.as_tensor(columns["label"]))
-    return {k: torch.cat([part[k] for part in inputs]).to(device) for k in inputs[0]}, torch.cat(
-        labels
-    ).to(device)
+    return placed(joined(parts), device), torch.cat(labels).to(device)
 
 
-def batches(inputs: dict[str, Tensor], size: int = CHUNK):
-    """Split the arguments of an encoder into batches, in order."""
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Batches (B, …) of the same arguments as one, (ΣB, …), in order."""
+    columns = {}
+    for name in parts[0]:
+        columns[name] = torch.cat([part[name] for part in parts])
+    return columns
+
+
+def placed(tensors: dict[str, Tensor], device) -> dict[str, Tensor]:
+    """Named tensors, of any shapes (…), on a device."""
+    return {name: value.to(device) for name, value in tensors.items()}
+
+
+def batches(inputs: dict[str, Tensor], size: int = CHUNK) -> list[dict[str, Tensor]]:
+    """The arguments of an encoder (N, …) as batches (at most size, …), in order."""
     parts = zip(*(value.split(size) for value in inputs.values()), strict=True)
     return [dict(zip(inputs, part, strict=True)) for part in parts]
 
 
 def trim(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tokenised sentences without the columns in which all of them are padding; any other batch as
-    it is."""
+    """Tokenised sentences (B, L) without the columns in which all of them are padding; any other
+    batch as it is."""
     if "attention_mask" not in batch:
         return batch
     longest = int(batch["attention_mask"].any(0).nonzero().max()) + 1
@@ -124,7 +135,7 @@ def trim(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def by_length(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tokenised sentences from the shortest to the longest."""
+    """Tokenised sentences (N, L) from the shortest to the longest."""
     order = inputs["attention_mask"].sum(1).argsort(stable=True)
     return {k: v[order] for k, v in inputs.items()}
 
@@ -180,37 +191,47 @@ def train(base, probes, data, recipe, seed, progress=True):
     Returns: state dict of the encoder, and by task that of its head.
     """
     heads, encoder = copy.deepcopy(nn.ModuleDict(probes)), copy.deepcopy(base).train()
-    trained = (
-        encoder if recipe.layer is None else encoder.get_submodule(recipe.layer)
-    ).requires_grad_(True)
+    trained = encoder if recipe.layer is None else encoder.get_submodule(recipe.layer)
+    trained.requires_grad_(True)
     one = next(trained.parameters())
     optimiser = torch.optim.AdamW(
         [*trained.parameters(), *heads.parameters()], weight_decay=recipe.decay, fused=True
     )
-    streams = {}
-    for task, (_, labels) in data.items():
-        order, epochs = seeded(seed, task, "order"), -(-recipe.steps * recipe.batch // len(labels))
-        streams[task] = torch.cat(
-            [torch.randperm(len(labels), generator=order) for _ in range(epochs)]
-        )
+    orders = {
+        task: _order(len(labels), recipe, seeded(seed, task, "order"))
+        for task, (_, labels) in data.items()
+    }
     for step in tqdm(
         range(recipe.steps), desc=", ".join(data), leave=False, disable=not progress, mininterval=1
     ):
         optimiser.param_groups[0]["lr"] = recipe.rate * schedule(step, recipe.steps, recipe.warmup)
-        rows = {
-            t: stream[step * recipe.batch : (step + 1) * recipe.batch].to(data[t][1].device)
-            for t, stream in streams.items()
-        }
-        names = next(iter(data.values()))[0]
-        batch = {name: torch.cat([data[t][0][name][r] for t, r in rows.items()]) for name in names}
+        taken = slice(step * recipe.batch, (step + 1) * recipe.batch)
+        parts, labels = [], {}
+        for task, (inputs, answers) in data.items():
+            rows = orders[task][taken].to(answers.device)
+            parts.append({name: value[rows] for name, value in inputs.items()})
+            labels[task] = answers[rows]
         with autocast(one.device, recipe.precision):
-            found = encoder(**batch).to(one)
-        parts = zip(rows.items(), found.split([len(r) for r in rows.values()]))
-        sum(cross_entropy(heads[t](z), data[t][1][r]) for (t, r), z in parts).backward()
+            outputs = encoder(**joined(parts)).to(one)
+        features = outputs.split([len(answers) for answers in labels.values()])
+        losses = [
+            cross_entropy(heads[task](own), labels[task]) for task, own in zip(labels, features)
+        ]
+        sum(losses).backward()
         optimiser.step()
         optimiser.zero_grad()
-    state = lambda module: {k: v.detach() for k, v in module.state_dict().items()}
-    return state(encoder), {t: state(head) for t, head in heads.items()}
+    return _weights(encoder), {task: _weights(head) for task, head in heads.items()}
+
+
+def _order(count: int, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    """Rows in the order in which training takes them: (epochs x count,), every epoch shuffled
+    anew."""
+    epochs = -(-recipe.steps * recipe.batch // count)
+    return torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in module.state_dict().items()}
 
 
 def content_key(**facts) -> str:
@@ -221,51 +242,53 @@ def content_key(**facts) -> str:
 
 
 def cached_expert(folder: Path, key: str, task: str, train) -> tuple[dict, dict]:
-    """Read an expert and its head from the cache, or train and keep them.
+    """State dicts of an expert and its head, read from the cache, or trained and written to it.
 
     Raises: MergeError naming the file when it holds something else than its name says.
     """
     path = folder / f"{task}-{key[:16]}.safetensors"
     if not path.exists():
         encoder, head = train()
-        parts = {
-            f"{part}.{k}": v
-            for part, s in (("encoder", encoder), ("head", head))
-            for k, v in s.items()
-        }
+        parts = {f"encoder.{name}": value for name, value in encoder.items()}
+        parts |= {f"head.{name}": value for name, value in head.items()}
         write_weights(parts, path, {"key": key, "task": task})
     with safe_open(path, "pt") as file:
-        found = (file.metadata() or {}).get("key")
-    if found != key:
+        filed_key = (file.metadata() or {}).get("key")
+    if filed_key != key:
         raise MergeError(
-            f"{path}: expected cache key {key}, found {found}; delete the file to train the expert again"
+            f"{path}: expected cache key {key}, found {filed_key}; "
+            "delete the file to train the expert again"
         )
     parts = load_file(path)
-    return tuple(
-        {k.partition(".")[2]: v for k, v in parts.items() if k.startswith(p)}
-        for p in ("encoder.", "head.")
-    )
+    return _under("encoder.", parts), _under("head.", parts)
 
 
-_PROBES: dict[
-    str, nn.Linear
-] = {}  # experts of one task that differ in what is trained start from one probe
+def _under(prefix: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The values whose names begin with a prefix, named without it."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in values.items()
+        if name.startswith(prefix)
+    }
+
+
+# Experts of one task that differ in what is trained start from one probe.
+_PROBES: dict[str, nn.Linear] = {}
 
 
 def _probe(base, facts, inputs, labels, recipe) -> nn.Linear:
-    start = content_key(
-        **facts,
-        recipe={k: v for k, v in _recipe(recipe).items() if k.startswith("probe") or k in LATER},
-    )
-    if start not in _PROBES:
-        _PROBES[start] = linear_probe(
-            features(base, inputs, recipe),
-            labels,
-            facts["classes"],
-            recipe,
-            seeded(facts["seed"], facts["task"], "head"),
-        )
-    return _PROBES[start]
+    """The linear probe that an expert starts from; computed once."""
+    relevant = {
+        name: value
+        for name, value in _recipe(recipe).items()
+        if name.startswith("probe") or name in LATER
+    }
+    key = content_key(**facts, recipe=relevant)
+    if key not in _PROBES:
+        generator = seeded(facts["seed"], facts["task"], "head")
+        x = features(base, inputs, recipe)
+        _PROBES[key] = linear_probe(x, labels, facts["classes"], recipe, generator)
+    return _PROBES[key]
 
 
 def _recipe(recipe) -> dict:
@@ -274,7 +297,7 @@ def _recipe(recipe) -> dict:
 
 
 def _facts(base, base_sha256, examples, classes, seed, task) -> dict:
-    """What determines a task's probe and expert, the recipe apart."""
+    """What determines a task's probe and expert, but for the recipe."""
     inputs, labels = examples
     device = next(base.parameters()).device
     return {
@@ -291,23 +314,24 @@ def _train_placed(base, facts, examples, recipe, seed, progress):
     """Train on examples by task, put beside the base only now that they are needed, from each
     task's probe."""
     device = next(base.parameters()).device
-    placed = {
-        t: ({k: v.to(device) for k, v in inputs.items()}, labels.to(device))
-        for t, (inputs, labels) in examples.items()
-    }
-    return train(
-        base,
-        {t: _probe(base, facts[t], *placed[t], recipe) for t in placed},
-        placed,
-        recipe,
-        seed,
-        progress,
-    )
+    data, probes = {}, {}
+    for task, (inputs, labels) in examples.items():
+        data[task] = (placed(inputs, device), labels.to(device))
+        probes[task] = _probe(base, facts[task], *data[task], recipe)
+    return train(base, probes, data, recipe, seed, progress)
 
 
-def expert(base, base_sha256, examples, classes, recipe, seed, task, folder, progress=True):
-    """One expert and its head from the cache of a suite, trained on ``examples`` (inputs, labels)
-    when they are not there yet."""
+def expert(
+    base, base_sha256, examples, *, task, classes, recipe, seed, folder, progress=True
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """State dicts of one expert and its head, from the cache of a suite or trained.
+
+    Args:
+        base: encoder; ``base_sha256`` is the hash of its weights.
+        examples: arguments of the encoder (N, …) and labels (N,).
+        classes: number of labels.
+        folder: of the cache.
+    """
     facts = _facts(base, base_sha256, examples, classes, seed, task)
 
     def make():
@@ -319,19 +343,30 @@ def expert(base, base_sha256, examples, classes, recipe, seed, task, folder, pro
     return cached_expert(folder, content_key(**facts, recipe=_recipe(recipe)), task, make)
 
 
-def multitask(base, base_sha256, examples, classes, recipe, seed, folder, progress=True):
-    """One encoder trained on all tasks at once, with their heads by task, likewise; ``examples``
-    and ``classes`` by task."""
-    facts = {t: _facts(base, base_sha256, examples[t], classes[t], seed, t) for t in examples}
+def multitask(
+    base, base_sha256, examples, *, classes, recipe, seed, folder, progress=True
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """State dicts of one encoder trained on all tasks at once, and by task of the heads trained
+    with it, from the cache of a suite or trained.
+
+    Args:
+        base: encoder; ``base_sha256`` is the hash of its weights.
+        examples: task -> arguments of the encoder (N, …) and labels (N,).
+        classes: task -> number of labels.
+        folder: of the cache.
+    """
+    facts = {
+        task: _facts(base, base_sha256, examples[task], classes[task], seed, task)
+        for task in examples
+    }
 
     def make():
         encoder, heads = _train_placed(base, facts, examples, recipe, seed, progress)
-        return encoder, {f"{t}.{k}": v for t, head in heads.items() for k, v in head.items()}
+        flat = {}
+        for task, head in heads.items():
+            flat |= {f"{task}.{name}": value for name, value in head.items()}
+        return encoder, flat
 
-    encoder, flat = cached_expert(
-        folder, content_key(tasks=list(facts.values()), recipe=_recipe(recipe)), "multitask", make
-    )
-    return encoder, {
-        t: {k.removeprefix(f"{t}."): v for k, v in flat.items() if k.startswith(f"{t}.")}
-        for t in examples
-    }
+    key = content_key(tasks=list(facts.values()), recipe=_recipe(recipe))
+    encoder, flat = cached_expert(folder, key, "multitask", make)
+    return encoder, {task: _under(f"{task}.", flat) for task in examples}

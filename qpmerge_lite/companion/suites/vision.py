@@ -27,11 +27,13 @@ LAYER_RECIPE = Recipe(steps=80, batch=64, rate=1e-2)
 SPLITS = {"train": 4096, "validation": 512, "test": 1024}
 FACES = {
     "train": (
-        "DejaVuSans DejaVuSans-Bold DejaVuSansMono DejaVuSansMono-BoldOblique DejaVuSerif DejaVuSerif-BoldItalic STIXGeneral"
+        "DejaVuSans DejaVuSans-Bold DejaVuSansMono DejaVuSansMono-BoldOblique DejaVuSerif "
+        "DejaVuSerif-BoldItalic STIXGeneral"
     ).split(),
     "validation": "DejaVuSans-Oblique DejaVuSansMono-Oblique STIXGeneralBolIta".split(),
     "test": (
-        "DejaVuSans-BoldOblique DejaVuSansMono-Bold DejaVuSerif-Italic DejaVuSerif-Bold STIXGeneralBol STIXGeneralItalic"
+        "DejaVuSans-BoldOblique DejaVuSansMono-Bold DejaVuSerif-Italic DejaVuSerif-Bold "
+        "STIXGeneralBol STIXGeneralItalic"
     ).split(),
 }
 # Computer Modern has ASCII letters only.
@@ -77,6 +79,7 @@ SCRIPTS = {
     ),
 }
 DIGITS_MEDIUM = glyphs.squared
+DIGIT_ROWS = {"train": slice(0, 1000), "validation": slice(1000, 1200), "test": slice(1200, None)}
 TASKS = [*SCRIPTS, "digits"]
 N_CLASSES = {**{task: len(script.characters) for task, script in SCRIPTS.items()}, "digits": 10}
 
@@ -96,34 +99,44 @@ BASE_BLOCKS = {
     "symbols": (0x2600, 0x26FF, 24),
 }
 BASE_MEDIA = (
-    glyphs.plain, glyphs.inverted, glyphs.blurred, glyphs.striped, glyphs.screened, glyphs.faint, glyphs.shaded
-)  # fmt: skip
+    glyphs.plain,
+    glyphs.inverted,
+    glyphs.blurred,
+    glyphs.striped,
+    glyphs.screened,
+    glyphs.faint,
+    glyphs.shaded,
+)
 ALIKE_CLASSES, ALIKE_TASKS = 0.96, 0.90
 
 
 def masters(characters, faces) -> tuple[Tensor, Tensor]:
     """All glyphs of the characters in the typefaces that have them: (N, 56, 56) bytes and (N,)
     class indices."""
-    found = [
-        (image, index)
-        for index, character in enumerate(characters)
-        for face in faces
-        if ord(character) in glyphs.characters(face)
-        and (image := glyphs.master(face, character)) is not None
-    ]
-    images, labels = zip(*found, strict=True)
+    images, labels = [], []
+    for index, character in enumerate(characters):
+        for face in faces:
+            image = _master(face, character)
+            if image is not None:
+                images.append(image)
+                labels.append(index)
     return torch.from_numpy(np.stack(images)), torch.tensor(labels)
+
+
+def _master(face: str, character: str):
+    """A glyph (56, 56) as bytes, None where the typeface does not have it."""
+    if ord(character) not in glyphs.characters(face):
+        return None
+    return glyphs.master(face, character)
 
 
 @cache
 def digit_masters(split: str) -> tuple[Tensor, Tensor]:
     """Handwritten digits, 8 x 8 pixels enlarged to 40 on a (N, 56, 56) byte canvas, and their
     values."""
-    rows = {"train": slice(0, 1000), "validation": slice(1000, 1200), "test": slice(1200, None)}[
-        split
-    ]
     source = load_manifest(MANIFEST).source("digits")
-    table = np.loadtxt(locate(source, source.files[0]), delimiter=",", dtype=np.int64)[rows]
+    table = np.loadtxt(locate(source, source.files[0]), delimiter=",", dtype=np.int64)
+    table = table[DIGIT_ROWS[split]]
     images, labels = table[:, :64], torch.from_numpy(table[:, 64])
     small = torch.from_numpy(images).float().view(-1, 1, 8, 8) / 16
     large = torch.nn.functional.interpolate(
@@ -171,13 +184,11 @@ def data(task: str, seed: int):
     schema = Features(
         image=Array2D((glyphs.SIDE, glyphs.SIDE), "uint8"), label=ClassLabel(names=names)
     )
-    columns = {split: draw(task, split, seed) for split in SPLITS}
-    return DatasetDict(
-        {
-            s: Dataset.from_dict({k: v.numpy() for k, v in c.items()}, features=schema)
-            for s, c in columns.items()
-        }
-    )
+    splits = {}
+    for split in SPLITS:
+        columns = {name: value.numpy() for name, value in draw(task, split, seed).items()}
+        splits[split] = Dataset.from_dict(columns, features=schema)
+    return DatasetDict(splits)
 
 
 def collate(rows: dict) -> dict[str, Tensor]:
@@ -199,29 +210,28 @@ def base() -> tuple[VisionTransformer, str]:
 def base_characters() -> tuple[str, ...]:
     """The 400 characters of pre-training: no two nearly identical, none nearly identical to a
     task's."""
-    faces = FACES["train"]
-    foreign = [
-        glyphs.signature(image)
-        for s in SCRIPTS.values()
-        for image in masters(s.characters, faces)[0].numpy()
-    ]
-    foreign, kept, chosen = np.stack(foreign), [], []
+    of_tasks = _task_signatures()
+    chosen: dict[str, np.ndarray] = {}  # character -> signature
     for first, last, count in BASE_BLOCKS.values():
-        before = len(chosen)
+        enough = len(chosen) + count
         for character in map(chr, range(first, last + 1)):
-            image = (
-                glyphs.master(faces[0], character)
-                if ord(character) in glyphs.characters(faces[0])
-                else None
-            )
-            if image is None or len(chosen) == before + count:
+            image = _master(FACES["train"][0], character)
+            if image is None or len(chosen) == enough:
                 continue
             look = glyphs.signature(image)
-            if (foreign @ look).max() < ALIKE_TASKS and (
-                not kept or np.max(kept @ look) < ALIKE_CLASSES
-            ):
-                kept, chosen = [*kept, look], [*chosen, character]
+            like_a_class = chosen and np.max(list(chosen.values()) @ look) >= ALIKE_CLASSES
+            if (of_tasks @ look).max() < ALIKE_TASKS and not like_a_class:
+                chosen[character] = look
     return tuple(chosen)
+
+
+def _task_signatures() -> np.ndarray:
+    """Signatures of all glyphs of all tasks in the training typefaces: (N, d)."""
+    signatures = []
+    for script in SCRIPTS.values():
+        images, _ = masters(script.characters, FACES["train"])
+        signatures += [glyphs.signature(image) for image in images.numpy()]
+    return np.stack(signatures)
 
 
 @cache
