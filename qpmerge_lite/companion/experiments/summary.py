@@ -58,3 +58,27 @@ def ranks(results: list[dict]):
     return merges.pivot(index=unit, columns="method", values="normalised").rank(
         axis=1, ascending=False
     )
+
+
+def record_mean(record, id: str, values, *, n: int | None = None, note: str = "", of=seed_interval):
+    """Record the mean of values with its interval, and return both.
+
+    Args:
+        record: ``Records.record``, or anything called like it.
+        values: one per seed, draw, problem or other unit that was repeated; of paired methods the
+            differences.
+        n: samples behind the values where that is not how many they are.
+        of: gives mean and interval of the values; Student's t unless told otherwise.
+    """
+    mean, interval = of(values)
+    record(id, mean, n=len(values) if n is None else n, interval=interval, note=note)
+    return mean, interval
+
+
+def record_share(record, id: str, hits: int, of: int, note: str = "") -> float:
+    """Record a share with its 95 % Clopper–Pearson interval, ``hits`` out of ``of`` independent
+    trials, and return the share."""
+    from scipy.stats import binomtest
+
+    interval = tuple(binomtest(int(hits), of).proportion_ci())
+    return record(id, hits / of, n=of, interval=interval, note=note)
