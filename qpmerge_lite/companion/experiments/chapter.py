@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from ..records import Records
 from ..suites import Suite
 from . import benchmark
-from .summary import record_mean
 
 
 def task_table(suite: Suite):
@@ -84,34 +83,3 @@ def record_energies(records: Records, name: str, tables: dict, seed: int):
             records.record(id, table[column].mean(), seed=seed, note=note)
     means = pd.DataFrame({family: table[columns].mean() for family, table in tables.items()}).T
     return means.astype({"p": int}).rename(index=lambda family: family.replace("_", " "))
-
-
-def record_scope(records: Records, suites: list[Suite], size: int):
-    """Validation accuracy of the programme over elements when everything is solved, when the table
-    of an embedding is averaged, and when only weights are solved: a ``pandas.DataFrame`` with a row
-    per seed.
-
-    What solving everything gains over either is recorded, paired over seeds.
-    """
-    import pandas as pd
-
-    def own_targets(suite, method):
-        return benchmark.result(suite, method, size)["scores"][0]  # a grid begins with them
-
-    def table_averaged(suite):
-        return benchmark.variant(suite, size, basis="elements", scope="dense")["validation"]
-
-    scores = pd.DataFrame(
-        {
-            "everything": [own_targets(suite, "qp_elements") for suite in suites],
-            "table averaged": [table_averaged(suite) for suite in suites],
-            "weights only": [own_targets(suite, "qp_weights") for suite in suites],
-        }
-    )
-    for column in scores.columns[1:]:
-        gain = scores["everything"] - scores[column]
-        id = f"{suites[0].name}.scope.{column.replace(' ', '_')}"
-        record_mean(
-            records.record, id, gain, note="validation accuracy, everything solved minus this"
-        )
-    return scores
