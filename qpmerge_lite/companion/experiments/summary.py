@@ -82,3 +82,18 @@ def record_share(record, id: str, hits: int, of: int, note: str = "") -> float:
 
     interval = tuple(binomtest(int(hits), of).proportion_ci())
     return record(id, hits / of, n=of, interval=interval, note=note)
+
+
+def regret(merges, by: str | None = None) -> float:
+    """Accuracy that is lost against the best merge of every problem, mean over problems.
+
+    Args:
+        merges: a ``pandas.DataFrame`` with a row per merge, ``problem`` and ``accuracy`` among its
+            columns.
+        by: the column whose highest value picks a merge; None takes the average merge.
+    """
+    accuracies = merges.groupby("problem").accuracy
+    if by is None:
+        return float((accuracies.max() - accuracies.mean()).mean())
+    picked = merges.loc[merges.groupby("problem")[by].idxmax()].set_index("problem").accuracy
+    return float((accuracies.max() - picked).mean())
