@@ -104,6 +104,15 @@ def test_it_ends_with_an_exercise_that_changes_a_parameter(path):
 
 
 @every_notebook
+def test_its_imports_exist(path):
+    """Names that a notebook imports are there, which a run of minutes would tell as well."""
+    for cell in cells(path, "code"):
+        for node in ast.walk(ast.parse(source(cell))):
+            if isinstance(node, ast.ImportFrom):
+                exec(compile(ast.Module([node], []), path.name, "exec"), {})
+
+
+@every_notebook
 def test_its_words(path):
     """What a method is compared with is a baseline, and a reader is told where to look."""
     prose = re.sub(r"`[^`]*`", "", "\n".join(source(cell) for cell in cells(path, "markdown")))
