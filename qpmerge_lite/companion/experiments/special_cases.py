@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import datafree
 from ...assess import certify, layer_moments
 from ...bases import build
 from ...diagnostic import captured_energy
@@ -171,3 +172,36 @@ def _mean_captured(layers, base, state) -> float:
         if pooled.energy:
             shares.append(pooled.captured(update))
     return sum(shares) / len(shares)
+
+
+def _namesakes(suite: Suite, size: int):
+    """Name, title and merge of TIES and DARE under every option in which implementations differ, at
+    the density and scale that validation chose."""
+    ties, dare = (benchmark.result(suite, m, size)["options"] for m in ("ties", "dare"))
+    for semantics in datafree.TIES:
+        merge = datafree.ties(suite.base, suite.experts, **ties, semantics=semantics)
+        yield "TIES", f"TIES, {semantics}", merge
+    for rescale in datafree.RESCALE:
+        merge = datafree.dare(suite.base, suite.experts, **dare, rescale=rescale)
+        yield "DARE", f"DARE, rescale {rescale}", merge
+
+
+def namesakes(suite: Suite, size: int):
+    """How far apart implementations of one name are, see ``book/same_name.md``.
+
+    Returns: ``pandas.DataFrame`` with a row per implementation of TIES and of DARE; ``distance /
+        first`` is that of its update from the update of the first of its name, relative to the
+        length of that one; and ``validation accuracy``.
+    """
+    import pandas as pd
+
+    def flat(state) -> Tensor:
+        return torch.cat([v.flatten() for v in state.values()])
+
+    start, first, rows = flat(suite.base.state_dict()), {}, {}
+    for name, title, merge in _namesakes(suite, size):
+        origin = first.setdefault(name, flat(merge.state_dict) - start)
+        away = float((flat(merge.state_dict) - start - origin).norm() / origin.norm())
+        accuracy = suite.normalised(merge.state_dict, "validation")["mean"]
+        rows[title] = {"distance / first": away, "validation accuracy": accuracy}
+    return pd.DataFrame(rows).T

@@ -195,3 +195,42 @@ def _pairs(picks: dict[str, str]) -> list[tuple[str, str | None, str | None]]:
         ("qp_elements.minus_regmean_plus_plus", "qp_elements", "regmean_plus_plus"),
         ("qp_rotated_rows.minus_qp_rows", "qp_rotated_rows", "qp_rows"),
     ]
+
+
+def record_mean(record, id: str, values, *, n: int | None = None, note: str = "", of=seed_interval):
+    """Record the mean of values with its interval, and return both.
+
+    Args:
+        record: ``Records.record``, or anything called like it.
+        values: one per seed, draw, problem or other unit that was repeated; of paired methods the
+            differences.
+        n: samples behind the values where that is not how many they are.
+        of: gives mean and interval of the values; Student's t unless told otherwise.
+    """
+    mean, interval = of(values)
+    record(id, mean, n=len(values) if n is None else n, interval=interval, note=note)
+    return mean, interval
+
+
+def record_share(record, id: str, hits: int, of: int, note: str = "") -> float:
+    """Record a share with its 95 % Clopper–Pearson interval, ``hits`` out of ``of`` independent
+    trials, and return the share."""
+    from scipy.stats import binomtest
+
+    interval = tuple(binomtest(int(hits), of).proportion_ci())
+    return record(id, hits / of, n=of, interval=interval, note=note)
+
+
+def regret(merges, by: str | None = None) -> float:
+    """Accuracy that is lost against the best merge of every problem, mean over problems.
+
+    Args:
+        merges: a ``pandas.DataFrame`` with a row per merge, ``problem`` and ``accuracy`` among its
+            columns.
+        by: the column whose highest value picks a merge; None takes the average merge.
+    """
+    accuracies = merges.groupby("problem").accuracy
+    if by is None:
+        return float((accuracies.max() - accuracies.mean()).mean())
+    picked = merges.loc[merges.groupby("problem")[by].idxmax()].set_index("problem").accuracy
+    return float((accuracies.max() - picked).mean())

@@ -1,0 +1,85 @@
+"""What the chapters on whole suites share: the tables they show and the records they write, under
+ids that begin with the suite's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..records import Records
+from ..suites import Suite
+from . import benchmark
+
+
+def task_table(suite: Suite):
+    """Classes, rows of every split, and test accuracy of base and expert: a
+    ``pandas.DataFrame`` with a row per task."""
+    import pandas as pd
+
+    table = pd.DataFrame({task: suite.data[task].num_rows for task in suite.tasks}).T
+    table.insert(0, "classes", pd.Series(suite.n_classes))
+    table["base"] = pd.Series(suite.evaluate(suite.base.state_dict()))
+    table["expert"] = pd.Series(benchmark.own_accuracy(suite))
+    return table
+
+
+def record_setting(records: Records, name: str, size: int, of: str, seeds: int) -> None:
+    """Record how many calibration examples (``of`` says of what: images, texts), how many seeds,
+    and the longer of the programme's two priors."""
+    records.record(f"{name}.calibration_{of}", size, unit="per task")
+    records.record(f"{name}.seeds", seeds)
+    records.record(f"{name}.prior", benchmark.ANCHOR)
+
+
+def record_choices(records: Records, name: str, results: list[dict]):
+    """Record how many of the chosen numbers lie at an end of their grid; what was chosen is
+    returned as a ``pandas.DataFrame``, see ``benchmark.choices``."""
+    edges = sum(len(benchmark.at_grid_edge(r)) for r in results)
+    numbers = sum(isinstance(v, float) for r in results for v in r["options"].values())
+    records.record(f"{name}.choices.at_edge", edges, n=numbers)
+    records.record(f"{name}.choices.numbers", numbers)
+    return benchmark.choices(results)
+
+
+def places(results: list[dict], labels: dict[str, str]):
+    """Mean, best and worst rank of every merge as a ``pandas.DataFrame``, best first."""
+    import pandas as pd
+
+    ranks = benchmark.ranks(results).rename(columns=labels)
+    table = pd.DataFrame({"mean rank": ranks.mean(), "best": ranks.min(), "worst": ranks.max()})
+    return table.sort_values("mean rank")
+
+
+def by_task(results: list[dict], order: Iterable[str], tasks: Iterable[str]):
+    """Normalised accuracy, mean over seeds, as a ``pandas.DataFrame``: rows are labels in the given
+    order, columns tasks."""
+    found = benchmark.frame(results)
+    cells = found.pivot_table(index="label", columns="task", values="normalised")
+    return cells.loc[list(order), list(tasks)]
+
+
+def layer_tables(results: list[dict], seed: int) -> dict:
+    """Family of basis -> what its programme reports layer by layer, as a ``pandas.DataFrame``: one
+    seed, with the experts' own outputs as targets."""
+    import pandas as pd
+
+    found = {r["method"]: r for r in results if r["seed"] == seed}
+    return {
+        family: pd.DataFrame(found[f"qp_{family}"]["tables"][0])  # a grid begins with own targets
+        for family in benchmark.FAMILIES
+        if f"qp_{family}" in found
+    }
+
+
+def record_energies(records: Records, name: str, tables: dict, seed: int):
+    """Record every family's captured energy, in sample and cross-fitted, as a mean over layers, and
+    return the means of :func:`layer_tables` as a ``pandas.DataFrame``."""
+    import pandas as pd
+
+    columns = ["p", "captured", "cross_fitted", "ridge"]
+    note = "mean over layers, own targets"
+    for family, table in tables.items():
+        for column in ("captured", "cross_fitted"):
+            id = f"{name}.qp_{family}.{column}"
+            records.record(id, table[column].mean(), seed=seed, note=note)
+    means = pd.DataFrame({family: table[columns].mean() for family, table in tables.items()}).T
+    return means.astype({"p": int}).rename(index=lambda family: family.replace("_", " "))
