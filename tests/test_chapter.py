@@ -4,7 +4,12 @@ with an interval."""
 import pytest
 
 from qpmerge_lite.companion.experiments import chapter
-from qpmerge_lite.companion.experiments.summary import record_mean, record_share, seed_interval
+from qpmerge_lite.companion.experiments.summary import (
+    record_mean,
+    record_share,
+    regret,
+    seed_interval,
+)
 from qpmerge_lite.companion.records import RecordError, Records, load_records
 
 
@@ -96,3 +101,13 @@ def test_tables_keep_the_order_they_are_given():
     assert cells.loc["soup", "one"] == pytest.approx(0.55)
     ranked = chapter.places(results, {"base": "the base", "soup": "uniform soup"})
     assert set(ranked.index) == {"the base", "uniform soup"}
+
+
+def test_regret_is_what_a_pick_loses_against_the_best_of_its_problem():
+    pandas = pytest.importorskip("pandas")
+    columns = ["problem", "accuracy", "energy"]
+    rows = [("a", 0.9, 1.0), ("a", 0.7, 2.0), ("b", 0.5, 3.0), ("b", 0.4, 1.0)]
+    merges = pandas.DataFrame(rows, columns=columns)
+    assert regret(merges, "energy") == pytest.approx(0.1)  # 0.2 in a, nothing in b
+    assert regret(merges, "accuracy") == 0
+    assert regret(merges) == pytest.approx((0.1 + 0.05) / 2)
