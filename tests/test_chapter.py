@@ -4,12 +4,8 @@ with an interval."""
 import pytest
 
 from qpmerge_lite.companion.experiments import chapter
-from qpmerge_lite.companion.experiments.summary import (
-    record_mean,
-    record_share,
-    regret,
-    seed_interval,
-)
+from qpmerge_lite.companion.experiments.intervals import record_mean, record_share, seed_interval
+from qpmerge_lite.companion.experiments.summary import regret
 from qpmerge_lite.companion.records import RecordError, Records, load_records
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ..records import Records
 from ..suites import Suite
 from . import benchmark
-from .summary import record_mean
+from .intervals import record_mean
 
 CHOICES = {"merged, blend": {"targets": "blend"}, "expert": {"inputs": "expert"}}
 

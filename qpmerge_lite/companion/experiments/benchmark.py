@@ -18,11 +18,11 @@ from .baselines import ENTRIES
 from .baselines import FAMILIES as FAMILIES
 from .baselines import HEURISTICS as HEURISTICS
 from .cache import kept as kept
+from .intervals import seed_interval as seed_interval
 from .summary import at_grid_edge as at_grid_edge
 from .summary import choices as choices
 from .summary import frame as frame
 from .summary import ranks as ranks
-from .summary import seed_interval as seed_interval
 from .summary import summarise as summarise
 
 

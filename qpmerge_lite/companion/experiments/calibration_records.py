@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ...diagnostic import OPTIMISM
 from . import calibration
-from .summary import seed_interval
+from .intervals import seed_interval
 
 ELEMENTS = {"basis": "elements", "targets": "own"}
 ROWS = ELEMENTS | {"basis": "rows"}

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from .intervals import Interval
 from .merge_specs import BAD
-from .summary import Interval
 
 PRIMARY = "output.disjoint"
 
