@@ -1,4 +1,5 @@
-"""What a result hangs on: the modules that its code imports, and those that they import in turn.
+"""What a result hangs on, by which `book/run` and `experiments/cache` decide what is stale: the
+modules that its code imports, and those that they import in turn.
 
 Sources are read, never imported, so this loads no torch. They are compared as Python's grammar sees
 them: comments, docstrings and layout are no change. What counts as an import of a module:
