@@ -3,7 +3,7 @@ shape or order, as a transpose does."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,12 @@ from torch import Tensor, nn
 
 def tied(base: nn.Module) -> dict[str, list[str]]:
     """Name of every state-dict entry -> names of all that are the same tensor, itself included."""
-    groups: dict[tuple, list[str]] = {}
+    groups: dict[Hashable, list[str]] = {}
     state = base.state_dict()
     for name, value in state.items():
-        place = (
-            (value.device, value.data_ptr(), value.shape, value.stride())
-            if _has_memory(value)
-            else name
-        )
+        place: Hashable = name
+        if _has_memory(value):
+            place = value.device, value.data_ptr(), value.shape, value.stride()
         groups.setdefault(place, []).append(name)
     names_by_entry = {name: names for names in groups.values() for name in names}
     return {name: names_by_entry[name] for name in state}
@@ -31,15 +29,8 @@ def sharing(base: nn.Module) -> list[list[str]]:
     spans = []
     for place, value in enumerate(state.values()):
         if _has_memory(value):
-            start = value.data_ptr()
-            spans.append(
-                (
-                    (str(value.device), str(value.dtype)),
-                    start,
-                    start + _extent(value) * value.element_size(),
-                    place,
-                )
-            )
+            kind, start = (str(value.device), str(value.dtype)), value.data_ptr()
+            spans.append((kind, start, start + _extent(value) * value.element_size(), place))
     groups: list[list[int]] = []
     kind_before, end = None, 0
     for kind, start, stop, place in sorted(spans):
@@ -50,7 +41,8 @@ def sharing(base: nn.Module) -> list[list[str]]:
             groups.append([place])
             kind_before, end = kind, stop
     names = list(state)
-    return [[names[place] for place in sorted(group)] for group in groups if len(group) > 1]
+    overlapping = (sorted(group) for group in groups if len(group) > 1)
+    return [list(map(names.__getitem__, group)) for group in overlapping]
 
 
 def as_loaded(base: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -58,7 +50,7 @@ def as_loaded(base: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     those of the first of them.
 
     Args:
-        state: every entry of the base's state dict.
+        state: every entry of the base's state dict, name -> (…).
     """
     loaded, reference = dict(state), base.state_dict()
     for names in sharing(base):

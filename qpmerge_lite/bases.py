@@ -9,11 +9,14 @@ shape (K, g, m, n), see ``moments``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from .errors import MergeError, NonFinite, ShapeMismatch, is_finite
-from .moments import Pooled
+from .moments import Pooled, diagonal
 
 
 class Basis:
@@ -78,26 +81,28 @@ class RowBasis(Basis):
         self.size = (len(labels), 1, len(updates))
 
     def _sum(self, rows: Tensor) -> Tensor:
+        """Sums (b, …) over the rows of a group, of values (g, r, …)."""
         return rows.new_zeros(self.size[0], *rows.shape[2:]).index_add_(
             0, self.groups, rows.flatten(0, 1)
         )
 
-    def quadratic(self, C):
+    def quadratic(self, C: Tensor) -> Tensor:
         return self._sum(torch.einsum("kgrn,lgrn->grkl", self.D @ C, self.D))
 
-    def linear(self, A):
+    def linear(self, A: Tensor) -> Tensor:
         A = A if self.U is None else self.U.mT @ A
         return self._sum(torch.einsum("kgrn,grn->grk", self.D, A)).unsqueeze(1)
 
-    def combine(self, d):
+    def combine(self, d: Tensor) -> Tensor:
         per_row = d.to(self.D)[:, 0][self.groups].reshape(*self.D.shape[1:3], -1)
         rows = torch.einsum("grk,kgrn->grn", per_row, self.D)
         return rows if self.U is None else self.U @ rows
 
-    def arithmetic(self, scales):
+    def arithmetic(self, scales: float | Tensor) -> Tensor:
         if self.U is not None and self.U.shape[-1] < self.U.shape[-2]:
             raise MergeError(
-                f"basis {self.name} keeps {self.U.shape[-1]} of {self.U.shape[-2]} directions: task arithmetic is outside its span"
+                f"basis {self.name} keeps {self.U.shape[-1]} of {self.U.shape[-2]} directions: "
+                "task arithmetic is outside its span"
             )
         return _each(scales, self.D).expand(self.size)
 
@@ -117,67 +122,73 @@ class ColumnBasis(Basis):
         K, g, _, n = updates.shape
         self.size = (g, 1, K * n) if V is None else (g * n, 1, K)
 
-    def quadratic(self, C):
+    def quadratic(self, C: Tensor) -> Tensor:
         if self.V is None:
             H = torch.einsum("kgmi,lgmj->gkilj", self.D, self.D) * C[:, None, :, None, :]
             return H.reshape(self.size[0], self.size[2], self.size[2])
         C = self.V.mT @ C @ self.V
-        spread = C.diagonal(dim1=-2, dim2=-1)
+        spread = diagonal(C)
         if (C - torch.diag_embed(spread)).abs().max() > 1e-8 * spread.abs().max():
             raise MergeError(
-                f"basis {self.name} was rotated for other moments: build it from the ones it is solved with"
+                f"basis {self.name} was rotated for other moments: build it from the ones it is "
+                "solved with"
             )
         return torch.einsum("kgmi,lgmi,gi->gikl", self.D, self.D, spread).flatten(0, 1)
 
-    def linear(self, A):
-        A = A if self.V is None else A @ self.V
-        return torch.einsum(
-            "kgmi,gmi->gki" if self.V is None else "kgmi,gmi->gik", self.D, A
-        ).reshape(self.size)
+    def linear(self, A: Tensor) -> Tensor:
+        if self.V is None:
+            return torch.einsum("kgmi,gmi->gki", self.D, A).reshape(self.size)
+        return torch.einsum("kgmi,gmi->gik", self.D, A @ self.V).reshape(self.size)
 
-    def _per_column(self, d):
+    def _per_column(self, d: Tensor) -> Tensor:
+        """Coefficients (g, K, n) of d (b, s, q)."""
         K, g, _, n = self.D.shape
         d = d.to(self.D)
-        return d.reshape(g, K, n) if self.V is None else d.reshape(g, n, K).mT  # (g, K, n)
+        return d.reshape(g, K, n) if self.V is None else d.reshape(g, n, K).mT
 
-    def combine(self, d):
+    def combine(self, d: Tensor) -> Tensor:
         update = torch.einsum("gki,kgmi->gmi", self._per_column(d), self.D)
         return update if self.V is None else update @ self.V.mT
 
-    def arithmetic(self, scales):
+    def arithmetic(self, scales: float | Tensor) -> Tensor:
         scales = _each(scales, self.D)
-        return (
-            scales if self.V is not None else scales.repeat_interleave(self.D.shape[-1])
-        ).expand(self.size)
+        if self.V is None:
+            scales = scales.repeat_interleave(self.D.shape[-1])
+        return scales.expand(self.size)
 
 
 class SingularBasis(Basis):
-    """Singular pairs ``u_i v_iᵀ`` of every Δ_k; one dense block ``(UᵀU) ∘ (VᵀCV)`` per copy."""
+    """Singular pairs ``u_i v_iᵀ`` of every Δ_k; one dense block ``(UᵀU) ∘ (VᵀCV)`` per copy.
+
+    Args:
+        updates: (K, g, m, n). rtol: singular values below it, relative to the largest, are noise.
+    Attributes:
+        U, S, V: (g, m, q), (g, q) and (g, n, q) for q pairs per copy. owner: update of each pair.
+    """
 
     name = "singular"
 
     def __init__(self, updates: Tensor, rtol: float = 1e-10):
-        self.D, self.owner, parts = updates, [], []
+        self.D, self.owner, parts = updates, list[int](), []
         for k, update in enumerate(updates):
             U, S, Vh = torch.linalg.svd(update, full_matrices=False)
             rank = int((S > rtol * S.amax(-1, keepdim=True)).sum(-1).max())
             self.owner += [k] * rank
             parts.append((U[..., :rank], S[..., :rank], Vh.mT[..., :rank]))
-        self.U, self.S, self.V = (
-            torch.cat(z, -1) for z in zip(*parts)
-        )  # (g, m, p), (g, p), (g, n, p)
+        left, values, right = zip(*parts)
+        self.U, self.S, self.V = torch.cat(left, -1), torch.cat(values, -1), torch.cat(right, -1)
         self.size = (self.S.shape[0], 1, self.S.shape[1])
 
-    def quadratic(self, C):
+    def quadratic(self, C: Tensor) -> Tensor:
         return (self.U.mT @ self.U) * (self.V.mT @ C @ self.V)
 
-    def linear(self, A):
+    def linear(self, A: Tensor) -> Tensor:
         return ((self.U.mT @ A).mT * self.V).sum(-2).reshape(self.size)
 
-    def combine(self, d):
+    def combine(self, d: Tensor) -> Tensor:
         return (self.U * d.to(self.U).reshape(self.size)) @ self.V.mT
 
-    def arithmetic(self, scales):
+    def arithmetic(self, scales: float | Tensor) -> Tensor:
         return (_each(scales, self.D)[self.owner] * self.S).reshape(self.size)
 
 
@@ -191,22 +202,22 @@ class ElementBasis(Basis):
     name = "elements"
 
     def __init__(self, updates: Tensor):
-        self.D, self.size = updates, tuple(updates.shape[1:])
+        self.D, self.size = updates, cast(tuple[int, int, int], tuple(updates.shape[1:]))
 
-    def quadratic(self, C):
+    def quadratic(self, C: Tensor) -> Tensor:
         return C
 
-    def linear(self, A):
+    def linear(self, A: Tensor) -> Tensor:
         return A
 
-    def combine(self, d):
+    def combine(self, d: Tensor) -> Tensor:
         return d.to(self.D).reshape(self.size)
 
-    def arithmetic(self, scales):
+    def arithmetic(self, scales: float | Tensor) -> Tensor:
         return torch.tensordot(_each(scales, self.D), self.D, 1)
 
 
-def _each(scales, updates: Tensor) -> Tensor:
+def _each(scales: float | Tensor, updates: Tensor) -> Tensor:
     """One scale per update, (K,), from as many or from one for all."""
     return torch.as_tensor(scales, dtype=updates.dtype, device=updates.device).expand(len(updates))
 
@@ -216,27 +227,31 @@ def _eigenvectors(S: Tensor, keep: int | None) -> Tensor:
     return torch.linalg.eigh(S).eigenvectors.flip(-1)[..., :keep]
 
 
-def _directions(updates, pooled, keep=None):
-    """Label of every output direction of every copy; the copies of an embedding have theirs in
-    common."""
+def _directions(updates: Tensor, pooled: Pooled, keep: int | None = None) -> Tensor:
+    """Label (g·r,) of every output direction of every copy, r of them kept, for updates (K, g, m,
+    n); the copies of an embedding have theirs in common."""
     g, r = updates.shape[1], keep or updates.shape[2]
     return torch.arange(r).repeat(g) if pooled.shared else torch.arange(g * r)
 
 
-def _rotated_rows(updates, pooled, keep):
+def _rotated_rows(updates: Tensor, pooled: Pooled, keep: int | None) -> Basis:
+    """The basis of updates (K, g, m, n) along the ``keep`` leading eigenvectors of M."""
     if pooled.M is None:
         raise MergeError(
-            "basis rotated_rows needs the whole residual energy matrix M; collect the moments with full_energy=True"
+            "basis rotated_rows needs the whole residual energy matrix M; collect the moments with "
+            "full_energy=True"
         )
     U = _eigenvectors(pooled.M, keep)
     return RowBasis("rotated_rows", updates, _directions(updates, pooled, U.shape[-1]), U)
 
 
-FAMILIES = {
+# family -> basis of updates (K, g, m, n) and moments, with the labels of the output rows that groups
+# cannot do without, and the number of directions that rotated rows keep
+FAMILIES: dict[str, Callable[[Tensor, Pooled, Tensor | None, int | None], Basis]] = {
     "layer": lambda D, pooled, groups, keep: RowBasis(
         "layer", D, torch.zeros_like(_directions(D, pooled))
     ),
-    "groups": lambda D, pooled, groups, keep: RowBasis("groups", D, groups),
+    "groups": lambda D, pooled, groups, keep: RowBasis("groups", D, cast(Tensor, groups)),
     "rows": lambda D, pooled, groups, keep: RowBasis("rows", D, _directions(D, pooled)),
     "rotated_rows": lambda D, pooled, groups, keep: _rotated_rows(D, pooled, keep),
     "columns": lambda D, pooled, groups, keep: ColumnBasis("columns", D),
@@ -275,11 +290,13 @@ def build(
         raise MergeError(f"basis family: expected one of {sorted(FAMILIES)}, found {family!r}")
     if (groups is None) == (family == "groups"):
         raise MergeError(
-            f"basis family {family!r}: group labels are {'required' if groups is None else 'only used by groups'}"
+            f"basis family {family!r}: group labels are "
+            f"{'required' if groups is None else 'only used by groups'}"
         )
     if keep is not None and family != "rotated_rows":
         raise MergeError(
-            f"basis family {family!r} keeps all its directions; only rotated_rows takes keep, found keep={keep}"
+            f"basis family {family!r} keeps all its directions; only rotated_rows takes keep, "
+            f"found keep={keep}"
         )
     updates = updates.unsqueeze(1) if updates.dim() == 3 else updates
     if updates.shape[1:] != pooled.A.shape:

@@ -64,20 +64,17 @@ class Batch:
 
         Of a decoder without a mask of its own, tokens whose label is -100 are not.
         """
-        found = {
-            name: self.arguments[name]
-            for name in MASKS
-            if isinstance(self.arguments.get(name), Tensor)
-        }
+        given = {name: self.arguments.get(name) for name in MASKS}
+        masks = {name: mask for name, mask in given.items() if isinstance(mask, Tensor)}
         labels = self.arguments.get("labels")
-        if (
-            self.decodes_labels
-            and MASKS[1] not in found
-            and isinstance(labels, Tensor)
-            and labels.dim() == 2
-        ):
-            found[MASKS[1]] = labels != IGNORED
-        return {name: mask.movedim(-1, 1) for name, mask in found.items()}
+        if self.decodes_labels and MASKS[1] not in masks and isinstance(labels, Tensor):
+            if labels.dim() == 2:
+                masks[MASKS[1]] = labels != IGNORED
+        return {name: mask.movedim(-1, 1) for name, mask in masks.items()}
+
+    def mask(self, name: str | None) -> Tensor | None:
+        """A mask (B, S), or (B, S, choices), by its name; None where there is none."""
+        return None if name is None else self.masks.get(name)
 
     @property
     def padded(self) -> bool:
@@ -91,7 +88,8 @@ def check_calibration(
     """The batches of every task, tensors moved to ``device``.
 
     Args:
-        calibration: task -> batches (any iterable, also a generator); see the head of this file.
+        calibration: task -> batches (any iterable, also a generator); a batch maps names of
+            arguments of ``forward`` to tensors or plain values.
         tasks: for which there must be batches; others are left out.
         decodes_labels: of a :class:`Batch`.
     Raises: EmptyCalibration for tasks without batches or with an empty one; MergeError naming
@@ -109,14 +107,14 @@ def check_calibration(
             f"no calibration batches for {missing}; give every expert at least one batch of "
             "unlabelled inputs"
         )
-    found = {
-        task: _numbered(task, batches, device, decodes_labels) for task, batches in lists.items()
-    }
-    every = [batch for batches in found.values() for batch in batches]
-    names = frozenset(key for key in _names(every) if _is_shared(key, every))
-    return {
-        task: [replace(batch, shared=names) for batch in batches] for task, batches in found.items()
-    }
+    every: list[Batch] = []
+    for task, batches in lists.items():
+        every += _numbered(task, batches, device, decodes_labels)
+    shared = frozenset(key for key in _names(every) if _is_shared(key, every))
+    by_task: dict[str, list[Batch]] = {task: [] for task in lists}
+    for batch in every:
+        by_task[batch.task].append(replace(batch, shared=shared))
+    return by_task
 
 
 def _hollow(batch) -> bool:
@@ -172,13 +170,11 @@ def _arguments(where: str, batch, device) -> dict:
 
 def _names(batches: list[Batch]) -> set[str]:
     """Names of tensors of which it is not known beforehand that they hold one row per input."""
-    named = {*MASKS, *INPUTS, "labels"}
-    return {
-        k
-        for b in batches
-        for k, v in b.arguments.items()
-        if isinstance(v, Tensor) and v.dim() and k not in named
-    }
+    names = set[str]()
+    for batch in batches:
+        tensors = (k for k, v in batch.arguments.items() if isinstance(v, Tensor) and v.dim())
+        names.update(tensors)
+    return names - {*MASKS, *INPUTS, "labels"}
 
 
 def _is_shared(key: str, batches: list[Batch]) -> bool:
@@ -193,21 +189,17 @@ def _is_shared(key: str, batches: list[Batch]) -> bool:
     if len(lengths) > 1 or len(sizes) > 1:
         return len(lengths) == 1
     alone = lengths != sizes or not set(first.one_per_input) - {key}
-    if (
-        alone
-        or not all(torch.equal(value, values[0]) for value in values)
-        or bool((values[0] == values[0][:1]).all())
-    ):
-        return (
-            False  # it is no question, differs from batch to batch, or is the same for every input
-        )
+    differs = not all(torch.equal(value, values[0]) for value in values)
+    if alone or differs or bool((values[0] == values[0][:1]).all()):
+        return False  # no question, or it differs from batch to batch, or in no input
     if not all(_agree(first, batch, key) for batch in holders):
         return True
     if values[0].dim() == 1:
         raise MergeError(
-            f"task {first.task!r}, batch {first.number}, key {key!r}: expected to see whether it holds one number per input or is "
-            f"one for all, found a vector as long as the batch and no other batch; give one of another size, or shape "
-            f"({first.size}, 1) for the former and (1, {first.size}) for the latter"
+            f"task {first.task!r}, batch {first.number}, key {key!r}: expected to see whether it "
+            "holds one number per input or is one for all, found a vector as long as the batch and "
+            f"no other batch; give one of another size, or shape ({first.size}, 1) for the former "
+            f"and (1, {first.size}) for the latter"
         )
     return False
 
@@ -253,10 +245,11 @@ def _size(where: str, arguments: dict) -> int:
     for name in MASKS:
         mask = arguments.get(name)
         if mask is not None and len(shapes.get(name, ())) != 2 and shapes.get(name) != choices:
-            found = tuple(mask.shape) if isinstance(mask, Tensor) else repr(mask)
+            given = tuple(mask.shape) if isinstance(mask, Tensor) else repr(mask)
             raise MergeError(
-                f"{where}, key {name!r}: expected shape (B, S), or that of {TOKENS[0]!r} with choices (B, choices, S), "
-                f"one entry per token, found {found}; leave it out where nothing is padding"
+                f"{where}, key {name!r}: expected shape (B, S), or that of {TOKENS[0]!r} with "
+                f"choices (B, choices, S), one entry per token, found {given}; leave it out where "
+                "nothing is padding"
             )
     for name in TOKENS if MASKS[0] in shapes else ():
         if name in shapes and shapes[name][0] != shapes[MASKS[0]][0]:

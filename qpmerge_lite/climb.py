@@ -4,78 +4,73 @@ middle ridge."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .cholesky import spare
-from .moments import Pooled
-from .solve import least_definite
+from .moments import Pooled, diagonal
+from .solve import penalty_weights
 
 
-class _Climber:
-    """Scores of single ridges of a wide programme over single entries, by Cholesky factors in
-    float32."""
+@dataclass(frozen=True)
+class _Fold:
+    """The programme over single entries with one fold held out, in units that float32 can hold: the
+    roots of the residual energy and of the penalty.
 
-    def __init__(self, contest):
-        self.contest, self.known = contest, {}
-        self._prior = None
-        self.folds = [
-            self._prepared(*contest._split(fold)) for fold in range(contest.moments.folds)
-        ]
-        self._damped = torch.empty_like(self.folds[0][0])
+    Tensors are float32, their last axis (and both axes of C) with a spare column of zeros where
+    that makes factors faster.
 
-    def _prepared(self, fitted: Pooled, held: Pooled):
-        """Of a fold: scaled C of both sides, force and slope at the prior, all float32; the loss
-        there and the energy.
+    Attributes:
+        C_fitted, C_held_out: (g, n, n) second moments of the folds solved on, and of the other.
+        pull: (g, m, n) slope down from the prior on the folds solved on, ``A - P C``.
+        slope: (g, m, n) slope at the prior on the fold held out, ``P C - A``.
+        loss: at the prior, on the fold held out.
+        energy: residual energy of the fold held out.
+    """
 
-        Everything is relative to the root of the residual energy and of the penalty, so that
-        float32 can hold it, and has a spare column of zeros where that makes factors faster.
-        """
-        size = max(float(fitted.energy), 1e-300)
-        diagonal = fitted.C.diagonal(dim1=-2, dim2=-1)
-        gamma = (
-            diagonal if self.contest.penalty == "diagonal" else diagonal.mean().expand_as(diagonal)
+    C_fitted: Tensor
+    C_held_out: Tensor
+    pull: Tensor
+    slope: Tensor
+    loss: float
+    energy: float
+
+    @classmethod
+    def of(cls, fitted: Pooled, held_out: Pooled, penalty: str, prior: Tensor | None) -> _Fold:
+        """From the moments of both sides, and the prior's update (g, m, n) or None for the base."""
+        energy = max(float(fitted.energy), 1e-300)
+        root = penalty_weights(fitted.C, penalty).sqrt().unsqueeze(1)  # (g, 1, n)
+        C_fitted, C_held_out = _squares(fitted.C, root), _squares(held_out.C, root)
+        A_fitted, A_held_out = (
+            _columns(side.A / (root * energy**0.5)) for side in (fitted, held_out)
         )
-        root = torch.where(gamma > 0, gamma, 1.0).sqrt().unsqueeze(1)
-        C, other = (_squares(side.C, root) for side in (fitted, held))
-        A, elsewhere = (_columns(side.A / (root * size**0.5)) for side in (fitted, held))
-        prior = _columns(self._prior_of(fitted) * root / size**0.5)
-        force, slope = A - prior @ C, prior @ other - elsewhere
-        energy = float(held.energy) / size
-        start = energy + float((prior.double() * (slope - elsewhere).double()).sum()) / 2
-        return C, other, force, slope, start, energy
+        start = torch.zeros_like(fitted.A) if prior is None else prior
+        P = _columns(start * root / energy**0.5)
+        slope = P @ C_held_out - A_held_out
+        own_energy = float(held_out.energy) / energy
+        loss = own_energy + float((P.double() * (slope - A_held_out).double()).sum()) / 2
+        return cls(C_fitted, C_held_out, A_fitted - P @ C_fitted, slope, loss, own_energy)
 
-    def _prior_of(self, fitted: Pooled) -> Tensor:
-        """The prior's update (g, m, n), the same for every fold."""
-        contest = self.contest
-        if contest._at_base:
-            return torch.zeros_like(fitted.A)
-        if self._prior is None:
-            basis = contest.make(contest.family, contest.updates, fitted, groups=contest.groups)
-            self._prior = basis.arithmetic(contest.prior)
-        return self._prior
+    def captured(self, ridge: float, memory: Tensor) -> float:
+        """What the minimiser for a ridge captures of the fold held out; NaN where it has none.
 
-    def score(self, ridge: float) -> float:
-        """Average over the folds of what one ridge captures."""
-        if ridge not in self.known:
-            self.known[ridge] = sum(self._captured(ridge, *fold) for fold in self.folds) / len(
-                self.folds
-            )
-        return self.known[ridge]
-
-    def _captured(self, ridge, H, other, force, slope, start, energy) -> float:
-        damped = self._damped.copy_(H)
-        damped.diagonal(dim1=-2, dim2=-1).add_(ridge)
+        Args:
+            memory: like ``C_fitted``, written over.
+        """
+        damped = memory.copy_(self.C_fitted)
+        diagonal(damped).add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(damped)
-        if bool(failed.any()) or energy <= 0:
+        if bool(failed.any()) or self.energy <= 0:
             return math.nan
-        step = torch.cholesky_solve(force.mT, factor).mT
-        change = (step * slope).sum(dtype=torch.float64) + ((step @ other) * step).sum(
-            dtype=torch.float64
-        ) / 2
-        return 1 - (start + float(change)) / energy
+        step = torch.cholesky_solve(self.pull.mT, factor).mT
+        first = (step * self.slope).sum(dtype=torch.float64)
+        second = ((step @ self.C_held_out) * step).sum(dtype=torch.float64) / 2
+        return 1 - (self.loss + float(first + second)) / self.energy
 
 
 def _squares(C: Tensor, root: Tensor) -> Tensor:
@@ -94,29 +89,50 @@ def _columns(values: Tensor) -> Tensor:
     return F.pad(values.float(), (0, spare(values.shape[-1])))
 
 
-def climb(contest) -> tuple[Tensor, Tensor] | None:
-    """:meth:`Contest.best` for a wide layer on the CPU, ridge by ridge from a middle one upwards in
-    score.
+def _best_near(place: int, score: Callable[[float], float], ridges: Sequence[float]) -> int:
+    """Of the places next to one, and itself, that of the ridge with the highest score; the smaller
+    of equals."""
+    near = [i for i in (place - 1, place, place + 1) if 0 <= i < len(ridges)]
+    return max(near, key=lambda i: (score(ridges[i]), -i))
+
+
+def climb(
+    splits: Iterable[tuple[Pooled, Pooled]],
+    ridges: Sequence[float],
+    noise: float,
+    penalty: str,
+    prior: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """The best ridge of the programme over single entries of a wide layer on the CPU, from a middle
+    ridge upwards in score.
 
     What a ridge captures of a fold held out rises and then falls with it, as bias takes over from
-    variance; a few factorisations find
-    the top. None where that is not the way: few ridges, or a top beside ridges too weak for
-    Cholesky.
+    variance; a few float32 Cholesky factorisations find the top.
+
+    Args:
+        splits: moments of all folds but one, and of that one; taken one by one.
+        ridges: relative to Γ, to choose from.
+        noise: the least ridge that Cholesky can be trusted with, of ``solve.least_definite``.
+        penalty: Γ, see ``solve.penalty_weights``.
+        prior: update (g, m, n) that the ridge pulls towards, None for the base.
+    Returns: place in ``ridges`` () int64, and its average score () float64; None where this is not
+        the way: few ridges, or a top beside ridges below ``noise``.
     """
-    moments, ridges = contest.moments, contest.ridges
-    noise = least_definite(moments.rtol, moments.C.shape[2], moments.C.shape[-1])
     strong = sorted(ridge for ridge in ridges if noise <= ridge < math.inf)
     weak = [ridge for ridge in ridges if ridge < noise]
     if len(strong) < 3 or len(weak) + len(strong) < len(ridges):
         return None
-    climber, place = _Climber(contest), len(strong) // 2
-    while True:
-        near = [i for i in (place - 1, place, place + 1) if 0 <= i < len(strong)]
-        best = max(near, key=lambda i: (climber.score(strong[i]), -i))
-        if best == place:
-            break
+    folds = [_Fold.of(*split, penalty, prior) for split in splits]
+    memory = torch.empty_like(folds[0].C_fitted)
+
+    @cache
+    def score(ridge: float) -> float:
+        return sum(fold.captured(ridge, memory) for fold in folds) / len(folds)
+
+    place = len(strong) // 2
+    while (best := _best_near(place, score, strong)) != place:
         place = best
-    score = climber.score(strong[place])
-    if not math.isfinite(score) or (place == 0 and weak):
+    top = score(strong[place])
+    if not math.isfinite(top) or (place == 0 and weak):
         return None
-    return torch.tensor(list(ridges).index(strong[place])), torch.tensor(score, dtype=torch.float64)
+    return torch.tensor(list(ridges).index(strong[place])), torch.tensor(top, dtype=torch.float64)

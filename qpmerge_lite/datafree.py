@@ -1,7 +1,7 @@
 r"""Methods that look at weights only: ``method(base, experts, calibration=None, **options)``.
 
 All return a :class:`~qpmerge_lite.merge.Merge`. ``θ_0`` is the base, ``τ_k = θ_k - θ_0`` are the
-task vectors. Parameters are merged in float64 (WUDI: see there) and returned in the base's dtypes;
+task vectors. Parameters are merged in float64, by WUDI in float32 at least, and returned in the base's dtypes;
 floating buffers are averaged. Where implementations of one name differ, the difference is an
 option named after what it does or after whose it is.
 """
@@ -82,12 +82,12 @@ def greedy_soup(base, experts, calibration=None, *, score: Callable[[dict], floa
     function("score", score)
     experts = check_experts(base, experts, check_base=False)
     scores = {task: score_of(f"expert {task!r}", score(state)) for task, state in experts.items()}
-    order = sorted(experts, key=scores.get, reverse=True)
+    order = sorted(experts, key=scores.__getitem__, reverse=True)
     chosen, best = {order[0]: experts[order[0]]}, scores[order[0]]
     for task in order[1:]:
         larger = chosen | {task: experts[task]}
-        found = score(soup(base, larger).state_dict)
-        reached = score_of(f"the soup with expert {task!r}", found)
+        larger_score = score(soup(base, larger).state_dict)
+        reached = score_of(f"the soup with expert {task!r}", larger_score)
         if reached > best:
             chosen, best = larger, reached
     return soup(base, chosen)
@@ -119,7 +119,7 @@ def slerp(base, experts, calibration=None, *, t: float = 0.5) -> Merge:
 
 
 def _real(tensor: Tensor) -> Tensor:
-    """A complex tensor as one of its real and imaginary parts."""
+    """A complex tensor (…) as one of its real and imaginary parts (…, 2); a real one as it is."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
@@ -169,8 +169,8 @@ def task_arithmetic(
     Raises: MergeError for scales that are no such numbers, and for experts that do not fit.
     """
     experts = check_experts(base, experts)
-    scales = [scale] * len(experts) if isinstance(scale, Real) else scale
-    scales = torch.tensor(numbers("scale", scales, len(experts)), dtype=torch.float64)
+    given = [scale] * len(experts) if isinstance(scale, Real) else scale
+    scales = torch.tensor(numbers("scale", given, len(experts)), dtype=torch.float64)
     update = {}
     for name, vectors in differences(base, experts).items():
         update[name] = torch.tensordot(scales.to(vectors), vectors, 1)
@@ -251,7 +251,8 @@ def wudi(
     experts, state = check_experts(base, experts), base.state_dict()
     vectors = differences(base, experts)
     refuse_complex("wudi", vectors)
-    update, groups = {}, {}
+    update: dict[str, Tensor] = {}
+    groups: dict[tuple, dict[str, Tensor]] = {}
     for name, stacked in vectors.items():
         if stacked.dim() == 3 and stacked.any():
             # Adam works entry by entry, so matrices of one shape can go together
@@ -261,8 +262,8 @@ def wudi(
         else:
             update[name] = stacked.mean(0)
     for alike in groups.values():
-        found = _wudi_descent(torch.stack(list(alike.values())), rate, steps)
-        update |= dict(zip(alike, found))
+        descended = _wudi_descent(torch.stack(list(alike.values())), rate, steps)
+        update |= dict(zip(alike, descended))
     return add_update(base, experts, update, scale)
 
 

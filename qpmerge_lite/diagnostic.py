@@ -6,7 +6,8 @@ ceiling its output directions set.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from .bases import build
 from .errors import MergeError
 from .held_out import Contest, unchecked
-from .moments import Moments, Pooled
+from .moments import Moments, Pooled, diagonal, task_weights
 from .programme import Programme, programme
 from .solve import Factored, minimise
 
@@ -23,7 +24,8 @@ RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 def captured_energy(prog: Programme) -> float:
     """``ρ(B) = fᵀH⁺f / 2E`` in [0, 1]: the share of energy captured in sample; 1 if E = 0."""
-    return 1 - minimise(prog).objective / prog.energy if prog.energy else 1.0
+    energy = float(prog.energy)
+    return 1 - minimise(prog).objective / energy if energy else 1.0
 
 
 def spectral_capture(pooled: Pooled, U: Tensor) -> float:
@@ -31,10 +33,16 @@ def spectral_capture(pooled: Pooled, U: Tensor) -> float:
 
     Args:
         U: orthonormal columns, (m, r) or (g, m, r).
+    Raises: MergeError for moments that kept the diagonal of M only.
     """
-    U = U.to(pooled.M)
-    total = pooled.M.diagonal(dim1=-2, dim2=-1).sum()
-    return float(((pooled.M @ U) * U).sum() / total) if total > 0 else 1.0
+    M = pooled.M
+    if M is None:
+        raise MergeError(
+            "spectral capture needs the whole residual energy matrix M; collect the moments with "
+            "full_energy=True"
+        )
+    U, total = U.to(M), diagonal(M).sum()
+    return float(((M @ U) * U).sum() / total) if total > 0 else 1.0
 
 
 def gap(
@@ -60,7 +68,7 @@ def disjoint(
     ridges: Sequence[float] = (0.0,),
     *,
     priors: Sequence[float] | None = None,
-    **options,
+    **options: Any,
 ) -> Tensor:
     r"""Disjoint captured energy ``ρ̃``: solved on all folds but one, scored on that one.
 
@@ -92,7 +100,7 @@ def cross_fitted(
     ridges: Sequence[float] = RIDGES,
     *,
     priors: Sequence[float] | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[float, ...]:
     """The ridge with the highest disjoint captured energy averaged over folds, and that average.
 
@@ -110,8 +118,8 @@ def cross_fitted(
     index, score = contest.best()
     if priors is None:
         return ridges[int(index)], float(score)
-    scale, ridge = index.tolist()
-    return ridges[ridge], priors[scale], float(score)
+    place_of_prior, place_of_ridge = index.tolist()
+    return ridges[place_of_ridge], priors[place_of_prior], float(score)
 
 
 def choose(
@@ -121,7 +129,7 @@ def choose(
     ridges: Sequence[float] = RIDGES,
     *,
     priors: Sequence[float] | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """What :func:`cross_fitted` takes, as tensors on the device of the moments.
 
@@ -171,48 +179,65 @@ def optimism(
             f"optimism: expected one of {sorted(OPTIMISM)} and at least 2 folds, "
             f"found {by!r} and {moments.folds}"
         )
-    full = moments.pool(weights=weights)
 
     def solve(pooled: Pooled) -> tuple[Factored, Tensor]:
         basis = build(family, updates, pooled, groups=groups)
         factored = Factored(programme(pooled, basis), penalty)
         return factored, basis.combine(factored.solve(ridge, basis.arithmetic(prior)).d)
 
-    return OPTIMISM[by](moments, full, weights, ridge, solve) / full.energy if full.energy else 0.0
+    full = moments.pool(weights=weights)
+    fit = _Fit(moments, weights, ridge, full, solve)
+    energy = float(full.energy)
+    return OPTIMISM[by](fit) / energy if energy else 0.0
 
 
-def _by_refit(moments, full, weights, ridge, solve) -> float:
-    best, total = solve(full)[1], 0.0
-    for out in range(moments.folds):
-        others = [fold for fold in range(moments.folds) if fold != out]
-        update = solve(moments.pool(others, weights))[1]
-        held = moments.pool([out], weights)
-        total += held.loss(update) - held.loss(best) - full.loss(update) + full.loss(best)
+class _Fit(NamedTuple):
+    """What optimism is computed from: ``solve`` gives the factored programme under some moments, and
+    its merged update (g, m, n); ``full`` are those of all folds."""
+
+    moments: Moments
+    weights: str
+    ridge: float
+    full: Pooled
+    solve: Callable[[Pooled], tuple[Factored, Tensor]]
+
+
+def _by_refit(fit: _Fit) -> float:
+    """Mean over folds of what a fold held out adds to the loss of the fit without it, less what it
+    adds to that of the fit on all."""
+    moments, full, total = fit.moments, fit.full, 0.0
+    _, best = fit.solve(full)
+    for fold in range(moments.folds):
+        moments.check_samples([fold])
+        fitted, held_out = moments.split(fold, fit.weights)
+        _, update = fit.solve(fitted)
+        total += held_out.loss(update) - held_out.loss(best) - full.loss(update) + full.loss(best)
     return total / moments.folds
 
 
-def _by_gradients(moments, full, weights, ridge, solve) -> float:
-    factored, update = solve(full)
-    count, energy = moments.count, moments.energies.sum(1)
-    omega = 1 / count.sum(1)
-    if weights == "energy":
-        omega = torch.where(energy > 0, 1 / energy, 0.0)
+def _by_gradients(fit: _Fit) -> float:
+    """``tr((H + λΓ)⁻¹J)``, J of the gradients of tasks and folds at the minimiser."""
+    moments, count = fit.moments, fit.moments.count
+    factored, update = fit.solve(fit.full)
+    omega = task_weights(count.sum(1), moments.energies.sum(1), fit.weights)
     slopes = omega[:, None, None, None, None] * (update @ moments.C - moments.A)  # (T, F, g, m, n)
     share = (count / count.sum(1, keepdim=True))[:, :, None, None, None]
     slopes = (slopes - share * slopes.sum(1, keepdim=True)).flatten(0, 1)
     linear = torch.stack([factored.programme.basis.linear(slope) for slope in slopes])
     pulls = linear @ factored.rotation
-    total = (pulls.square() * factored.inverse((ridge,)).unsqueeze(2)).sum()
+    total = (pulls.square() * factored.inverse((fit.ridge,)).unsqueeze(2)).sum()
     return float(total) * moments.folds / (moments.folds - 1)
 
 
-def _by_tokens(moments, full, weights, ridge, solve) -> float:
-    factored, update = solve(full)
-    shrunk = factored.values * factored.inverse((ridge,))[0]
+def _by_tokens(fit: _Fit) -> float:
+    """``2L df/(N - df)`` for N samples of every output and df degrees of freedom."""
+    moments = fit.moments
+    factored, update = fit.solve(fit.full)
+    shrunk = factored.values * factored.inverse((fit.ridge,))[0]
     freedom = float(shrunk.sum()) * factored.programme.f.shape[1]
     copies, outputs = moments.A.shape[2:4]
     samples = float(moments.count.sum()) * (outputs if moments.shared else copies * outputs)
-    return 2 * full.loss(update) * freedom / max(samples - freedom, 1.0)
+    return 2 * fit.full.loss(update) * freedom / max(samples - freedom, 1.0)
 
 
 OPTIMISM = {"refit": _by_refit, "gradients": _by_gradients, "tokens": _by_tokens}

@@ -117,8 +117,9 @@ def _check_shared_memory(where: str, state: State, base: nn.Module) -> None:
     for name, value in as_loaded(base, state).items():
         if not equal(value, state[name]):
             raise MergeError(
-                f"{where}: entry {name!r} is not what other entries say, expected them to agree because in the base it shares "
-                "their memory, as the transpose of a matrix does; give the base a copy of its own, or tie the expert's"
+                f"{where}: entry {name!r} is not what other entries say, expected them to agree "
+                "because in the base it shares their memory, as the transpose of a matrix does; "
+                "give the base a copy of its own, or tie the expert's"
             )
 
 
@@ -174,7 +175,8 @@ def _refuse_tensor(where: str, name: str, value) -> None:
     if other_layout or str(value.dtype).endswith("_x2"):
         raise MergeError(
             f"{where}: parameter {name!r}: expected a dense tensor with one value per entry, found "
-            f"{'nested' if value.is_nested else value.layout} of {value.dtype}; convert it to a dense floating dtype first"
+            f"{'nested' if value.is_nested else value.layout} of {value.dtype}; convert it to a "
+            "dense floating dtype first"
         )
 
 
@@ -194,13 +196,13 @@ def _check_entry(where: str, name: str, value, like: Tensor, cast: bool) -> Tens
         raise NonFinite(f"{where}, parameter {name!r}", wide(value), cure)
     if not cast or value.dtype == like.dtype or not is_number(value):
         return value
-    if not is_finite(value):  # as the base's, see above
+    if not is_finite(value):  # checked: the base has the same values
         return value.to(like)
     return stored(f"{where}, parameter {name!r}", value, like)
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same values, in whatever dtypes."""
+    """Whether two tensors (…) have one shape and the same values, in whatever dtypes."""
     if a is b:
         return True
     if a.dtype != b.dtype or (a.is_floating_point() and a.element_size() == 1):
@@ -209,7 +211,7 @@ def equal(a: Tensor, b: Tensor) -> bool:
 
 
 def agreed(name: str, values: Sequence[Tensor]) -> Tensor:
-    """The value of an entry that is no number to average: the one that all experts have.
+    """The value (…) of an entry that is no number to average: the one that all experts have.
 
     Of integer counters without axes, such as ``num_batches_tracked``, the largest.
 
@@ -228,17 +230,17 @@ def agreed(name: str, values: Sequence[Tensor]) -> Tensor:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float64, or in complex128 if it is complex."""
+    """A tensor (…) in float64, or in complex128 if it is complex."""
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def is_number(tensor: Tensor) -> bool:
-    """Whether entries of this tensor can be averaged: real floating or complex ones."""
+    """Whether entries of a tensor (…) can be averaged: real floating or complex ones."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def stored(where: str, value: Tensor, like: Tensor) -> Tensor:
-    """A computed value in the dtype and on the device of ``like``.
+    """A computed value (…) in the dtype and on the device of ``like``.
 
     Args:
         where: what the value is, for messages, e.g. ``parameter 'blocks.0.weight'``.

@@ -94,27 +94,30 @@ def fisher_weights(
     """
     floor, normalise = number("floor", floor, low=0), flag("normalise", normalise)
     if known is None:
-        found = information(base, experts, calibration, **options)
+        diagonals = information(base, experts, calibration, **options)
     else:
-        found = _known(base, known, len(experts))
-    norms = [1.0] * len(found)
-    if normalise:
-        norms = [torch.stack([s.norm() for s in f.values()]).norm() + floor for f in found]
+        diagonals = _checked(base, known, len(experts))
+    norms = [_norm(F) + floor if normalise else 1.0 for F in diagonals]
     weights = {}
-    for name in found[0]:
-        weights[name] = torch.stack([(f[name] + floor) / norm for f, norm in zip(found, norms)])
+    for name in diagonals[0]:
+        weights[name] = torch.stack([(F[name] + floor) / n for F, n in zip(diagonals, norms)])
     return weights
 
 
-def _known(base: nn.Module, known, count: int) -> list[dict[str, Tensor]]:
+def _norm(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Euclidean norm () of tensors of any shapes together."""
+    return torch.stack([tensor.norm() for tensor in tensors.values()]).norm()
+
+
+def _checked(base: nn.Module, known, count: int) -> list[dict[str, Tensor]]:
     """What :func:`information` returned, or a MergeError for anything else."""
     state = base.state_dict()
     shapes = {name: state[name].shape for name in trained(base)}
     fits = isinstance(known, list) and len(known) == count
-    for found in known if fits else ():
-        fits &= isinstance(found, Mapping) and found.keys() == shapes.keys()
-        fits = fits and all(isinstance(value, Tensor) for value in found.values())
-        fits = fits and all(found[name].shape == shape for name, shape in shapes.items())
+    for F in known if fits else ():
+        fits = fits and isinstance(F, Mapping) and F.keys() == shapes.keys()
+        fits = fits and all(isinstance(value, Tensor) for value in F.values())
+        fits = fits and all(F[name].shape == shape for name, shape in shapes.items())
     if not fits:
         raise MergeError(
             f"known: expected a list of {count} mappings of the base's parameters, found "
@@ -151,8 +154,16 @@ def fisher(
     Raises: MergeError as :func:`information` does. Cost: one gradient per input.
     """
     experts = check_experts(base, experts)
-    options = {"normalise": normalise, "floor": floor, "known": known}
-    F = fisher_weights(base, experts, calibration, heads=heads, seed=seed, **options)
+    F = fisher_weights(
+        base,
+        experts,
+        calibration,
+        normalise=normalise,
+        floor=floor,
+        known=known,
+        heads=heads,
+        seed=seed,
+    )
     vectors = differences(base, experts)
     update = {name: (f * vectors[name]).sum(0) / f.sum(0) for name, f in F.items()}
     return add_update(base, experts, update)
@@ -177,13 +188,13 @@ class _Losses:
 
     def __call__(self, state: dict, drawn: dict[str, list[Batch]]) -> Tensor:
         outputs = self._outputs_together(state, drawn)
-        total = 0.0
+        entropies = []
         for task, batches in drawn.items():
             if outputs is not None:
-                total += _entropy(logits_of(self.heads, batches[0], outputs[task]))
+                entropies.append(_entropy(logits_of(self.heads, batches[0], outputs[task])))
             else:
-                total += self._one_task(state, batches)
-        return total
+                entropies.append(self._one_task(state, batches))
+        return torch.stack(entropies).sum()
 
     def _outputs_together(self, state: dict, drawn: dict[str, list[Batch]]):
         """Task -> output, or None where tasks have to run one by one."""
@@ -200,14 +211,15 @@ class _Losses:
         return dict(zip(drawn, output.split(sizes)))
 
     def _one_task(self, state: dict, batches: list[Batch]) -> Tensor:
+        """Mean entropy () of a task's inputs, batch by batch."""
         parts = []
         for batch in batches:
             output = outputs_of(self.base, state, batch)
             parts.append(_entropy(logits_of(self.heads, batch, output)))
         if len(parts) == 1:
             return parts[0]
-        sizes = [batch.size for batch in batches]
-        return sum(size * part for size, part in zip(sizes, parts)) / sum(sizes)
+        sizes = torch.tensor([batch.size for batch in batches]).to(parts[0])
+        return (sizes * torch.stack(parts)).sum() / sizes.sum()
 
 
 @torch.enable_grad()
@@ -245,7 +257,7 @@ def adamerging(
     generator = seeded(seed)
     experts = check_experts(base, experts)
     batches = inputs_of(base, experts, calibration, heads)
-    pools = {task: _pool(found) for task, found in batches.items()}
+    pools = {task: _pool(of_task) for task, of_task in batches.items()}
     vectors, ties = differences(base, experts), tied(base)
     vectors = {name: v for name, v in vectors.items() if ties[name][0] == name and v.any()}
     lambdas = {}

@@ -31,8 +31,8 @@ def inputs_of(base: nn.Module, experts, calibration, heads: Heads) -> dict[str, 
                 "heads={task: function to logits}"
             )
     batches = check_calibration(calibration, experts, next(base.parameters()).device)
-    for found in batches.values():
-        refuse_lost_entries(found)
+    for of_task in batches.values():
+        refuse_lost_entries(of_task)
     return batches
 
 
@@ -78,7 +78,7 @@ def _shape(output) -> str:
 def spread_over_ties(
     base: nn.Module, state: Mapping[str, Tensor], chosen: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """A state in which ``chosen`` parameters stand under all the names that they are tied to."""
+    """A state, name -> (…), in which ``chosen`` parameters stand under all the names that they are tied to."""
     everything = dict(state)
     ties = tied(base)
     for name, value in chosen.items():

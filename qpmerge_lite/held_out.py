@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,25 +16,29 @@ from torch import Tensor
 from .bases import FAMILIES, Basis, build
 from .climb import climb
 from .errors import EmptyCalibration, MergeError
-from .moments import WEIGHTS, Moments, Pooled
+from .moments import WEIGHTS, Moments, Pooled, diagonal
 from .programme import Programme, programme
-from .solve import RTOL_FLOAT32, Factored, check_ridge, is_definite, minimise
+from .solve import RTOL_FLOAT32, Factored, check_ridge, is_definite, least_definite, minimise
 
 WIDE = 256  # blocks from this width on, of float32 products, choose by float32 factorisations
 FEW = 3  # so many Cholesky factorisations cost less than one eigendecomposition
 
 
 def unchecked(family: str, updates: Tensor, pooled: Pooled, *, groups: Tensor | None) -> Basis:
-    """``bases.build`` without a look at the values."""
+    """``bases.build`` for updates (K, g, m, n) or (K, m, n), without a look at the values."""
     updates = updates.unsqueeze(1) if updates.dim() == 3 else updates
     return FAMILIES[family](updates.to(pooled.C), pooled, groups, None)
 
 
 @dataclass(frozen=True)
 class Contest:
-    """Ridges and priors compared by what they capture of folds held out; see :func:`disjoint`.
+    """Ridges and priors compared by what they capture of folds held out.
 
-    ``make`` builds a basis; ``quick`` allows float32 factorisations, see :func:`choose`.
+    Attributes:
+        moments, updates, family, ridges, priors, prior, groups, weights, penalty: as
+            ``diagnostic.disjoint`` takes them; updates (K, g, m, n), or (K, m, n).
+        make: builds a basis, ``bases.build`` or :func:`unchecked`.
+        quick: whether factorisations may be of float32, to choose by.
     """
 
     moments: Moments
@@ -49,7 +53,7 @@ class Contest:
     make: Callable[..., Basis] = build
     quick: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         moments, priors = self.moments, self.priors
         if len(self.ridges) == 0:
             raise MergeError("ridges: expected at least one number ≥ 0, found none")
@@ -57,7 +61,7 @@ class Contest:
             check_ridge(ridge)
         if priors is not None and len(priors) == 0:
             raise MergeError("priors: expected at least one factor of the prior, found none")
-        if priors is not None and self._at_base:
+        if priors is not None and self.at_base:
             raise MergeError("priors: factors of a prior that is 0; give prior=1 to scale Σ_k Δ_k")
         if self.weights not in WEIGHTS:
             raise MergeError(f"task weights: expected one of {WEIGHTS}, found {self.weights!r}")
@@ -69,22 +73,26 @@ class Contest:
 
     def check_counts(self) -> None:
         """Raise EmptyCalibration for a fold without samples of a task."""
-        counts = replace(self.moments.rows(0, 0), C=self.moments.C[..., :0, :0])
         for fold in range(self.moments.folds):
-            counts.pool([fold])
+            self.moments.check_samples([fold])
 
     @property
-    def _at_base(self) -> bool:
+    def at_base(self) -> bool:
+        """Whether the ridge pulls towards the base."""
         return not isinstance(self.prior, Tensor) and self.prior == 0
 
     def best(self) -> tuple[Tensor, Tensor]:
-        """Place and average of the highest score; see :func:`choose`."""
-        found = climb(self) if self._climbs else None
-        if found is not None:
-            return found
+        """Place of the highest score and that score, averaged over the folds.
+
+        Returns: place in ``ridges`` () or, given ``priors``, in these and in ``ridges`` (2,), int64;
+            average () float64.
+        """
+        top = self._climb() if self._climbs else None
+        if top is not None:
+            return top
         mean = self.scores().mean(0).flatten()
-        order = sorted(range(len(mean)), key=self._size)
-        order = torch.tensor(order, device=mean.device)
+        by_size = sorted(range(len(mean)), key=self._size)
+        order = torch.tensor(by_size, device=mean.device)
         best = order.take(mean.take(order).argmax())  # the first of equals
         score = mean.take(best)
         if self.priors is None:
@@ -100,6 +108,20 @@ class Contest:
         wide = C.shape[-1] >= WIDE and self.moments.rtol >= RTOL_FLOAT32 and C.device.type == "cpu"
         return self.quick and wide and self.priors is None and self.family == "elements"
 
+    def _climb(self) -> tuple[Tensor, Tensor] | None:
+        """The best ridge over single entries, step by step; None where that is not the way."""
+        moments, prior = self.moments, None
+        if not self.at_base:
+            shapes = Pooled(moments.C[0, 0], moments.A[0, 0], None, 0.0)  # all that entries look at
+            prior = self.make(self.family, self.updates, shapes, groups=None).arithmetic(self.prior)
+        return climb(
+            (self.split(fold) for fold in range(moments.folds)),
+            self.ridges,
+            least_definite(moments.rtol, moments.C.shape[2], moments.C.shape[-1]),
+            self.penalty,
+            prior,
+        )
+
     def _size(self, place: int) -> tuple[float, float]:
         """Ridge and size of the prior's factor at a place of the flattened (P, R) scores."""
         scale, ridge = divmod(place, len(self.ridges))
@@ -108,60 +130,41 @@ class Contest:
     def scores(self) -> Tensor:
         """``ρ̃`` (F, P, R), P = 1 without ``priors``."""
         folds = range(self.moments.folds)
-        return torch.stack([self._score(*self._split(fold)) for fold in folds])
+        return torch.stack([self._score(*self.split(fold)) for fold in folds])
 
-    def _split(self, fold: int) -> tuple[Pooled, Pooled]:
-        """What ``moments.pool`` returns for all folds but one, and for that one, on the device."""
-        moments, row_energy = self.moments, self.moments.energies
-        held = torch.zeros_like(moments.count[0])
-        held[fold] = 1.0
-        parts = torch.stack([1 - held, held])
-        count, energy = parts @ moments.count.mT, parts @ row_energy.mT  # (2, T)
-        omega = 1 / count
-        if self.weights == "energy":
-            omega = torch.where(energy > 0, 1 / energy, 0.0)
-        share = (omega[:, :, None] * parts[:, None, :]).flatten(1)  # (2, T F)
+    def split(self, fold: int) -> tuple[Pooled, Pooled]:
+        """Moments of all folds but one, and of that one, with no more of M than the basis needs."""
+        return self.moments.split(fold, self.weights, self.family == "rotated_rows")
 
-        def pool(sums: Tensor) -> Tensor:
-            return (share @ sums.reshape(share.shape[1], -1)).reshape(2, *sums.shape[2:])
-
-        C, A, total = pool(moments.C), pool(moments.A), (omega * energy).sum(1) / 2
-        M = [None, None]
-        if self.family == "rotated_rows" and moments.full_energy:
-            M = pool(moments.M)
-        fitted, out = (
-            Pooled(C[i], A[i], M[i], total[i], moments.shared, moments.rtol) for i in (0, 1)
-        )
-        return fitted, out
-
-    def _score(self, fitted: Pooled, held: Pooled) -> Tensor:
+    def _score(self, fitted: Pooled, held_out: Pooled) -> Tensor:
         """``ρ̃`` (P, R) of one fold."""
         basis = self.make(self.family, self.updates, fitted, groups=self.groups)
         problem = programme(fitted, basis)
-        prior = None if self._at_base else basis.arithmetic(self.prior)
-        losses = self._losses(problem, held, prior)
+        prior = None if self.at_base else basis.arithmetic(self.prior)
+        losses = self._losses(problem, held_out, prior)
         loss, at_prior = losses[:, :-1], losses[:, -1:]
-        rounding = 1e-18 * held.C.diagonal(dim1=-2, dim2=-1).sum() + 1e-12 * at_prior
+        rounding = 1e-18 * diagonal(held_out.C).sum() + 1e-12 * at_prior
         silent = torch.where(loss <= rounding, 1.0, -math.inf)  # as Pooled.captured has it
-        return torch.where(held.energy > 0, 1 - loss / held.energy, silent)
+        energy = torch.as_tensor(held_out.energy)
+        return torch.where(energy > 0, 1 - loss / energy, silent)
 
-    def _losses(self, problem: Programme, held: Pooled, prior: Tensor | None) -> Tensor:
-        """Losses (P, R + 1) on the fold held out, those of the priors last."""
+    def _losses(self, problem: Programme, held_out: Pooled, prior: Tensor | None) -> Tensor:
+        """Losses (P, R + 1) on the fold held out, those of the priors (b, s, q) last."""
         basis, ridges = problem.basis, (*self.ridges, math.inf)
         if self.priors is None and self._are_few(problem):
             solutions = [minimise(problem, r, prior, self.penalty).d for r in self.ridges]
             start = torch.zeros_like(problem.f) if prior is None else prior
-            return _losses_one_by_one(held, basis, [*solutions, start]).unsqueeze(0)
+            return _losses_one_by_one(held_out, basis, [*solutions, start]).unsqueeze(0)
         wide = problem.f.shape[2] >= WIDE and problem.rtol >= RTOL_FLOAT32
         dtype = torch.float32 if self.quick and wide else torch.float64
         factored = Factored(problem, self.penalty, dtype=dtype)
         if self.family != "rotated_columns":
             scales = None if self.priors is None else problem.f.new_tensor(self.priors)
-            return losses_elsewhere(factored, programme(held, basis), ridges, prior, scales)
+            return losses_elsewhere(factored, programme(held_out, basis), ridges, prior, scales)
         losses = []  # whose blocks couple under other moments
         for scale in (1.0,) if self.priors is None else self.priors:
             path = factored.path(ridges, None if prior is None else scale * prior)
-            losses.append(_losses_one_by_one(held, basis, path))
+            losses.append(_losses_one_by_one(held_out, basis, path))
         return torch.stack(losses)
 
     def _are_few(self, problem: Programme) -> bool:
@@ -170,18 +173,14 @@ class Contest:
         return few and all(is_definite(problem, ridge) for ridge in self.ridges)
 
 
-def _losses_one_by_one(held: Pooled, basis: Basis, solutions: Iterable[Tensor]) -> Tensor:
-    """``L(W)`` (R,) of the merges of R coefficients, through their weights."""
-    losses = []
-    for d in solutions:
-        update = basis.combine(d)
-        losses.append(((update @ held.C / 2 - held.A) * update).sum() + held.energy)
-    return torch.stack(losses)
+def _losses_one_by_one(pooled: Pooled, basis: Basis, solutions: Iterable[Tensor]) -> Tensor:
+    """``L(W)`` (R,) of the merges of R coefficients (b, s, q), through their weights."""
+    return torch.stack([pooled.loss_tensor(basis.combine(d)) for d in solutions])
 
 
 def losses_elsewhere(
     factored: Factored,
-    held: Programme,
+    elsewhere: Programme,
     ridges: Sequence[float],
     prior: Tensor | None = None,
     scales: Tensor | None = None,
@@ -193,26 +192,26 @@ def losses_elsewhere(
     operations. The pull is linear in the prior, so a factor of it costs as little.
 
     Args:
-        held: programme of the same basis under other moments.
+        elsewhere: programme of the same basis under other moments.
         ridges: R relative ridges, ``inf`` for the prior itself.
         prior: (b, s, q), zero by default.
         scales: (P,) float64, factors of the prior; by default it is taken as it is, P = 1.
-    Returns: (P, R) float64, including the residual energy ``held.energy``.
+    Returns: (P, R) float64, including the residual energy ``elsewhere.energy``.
     """
-    along, problem = _Along(factored, held, ridges), factored.programme
+    along, problem = _Along(factored, elsewhere, ridges), factored.programme
     f = problem.f
     if prior is None:
-        level = along.loss(held.energy, -f, held.f)
+        level = along.loss(torch.as_tensor(elsewhere.energy), -f, elsewhere.f)
         return level.expand(1 if scales is None else len(scales), -1)
     prior = prior.to(f)
-    force, moved = prior @ problem.H, prior @ held.H
-    tilt, bend = (held.f * prior).sum(), (moved * prior).sum()
+    force, moved = prior @ problem.H, prior @ elsewhere.H
+    tilt, bend = (elsewhere.f * prior).sum(), (moved * prior).sum()
     if scales is None:
-        level = held.energy + tilt + bend / 2
-        return along.loss(level, -(f + force), held.f + moved).unsqueeze(0)
-    pull, slope = along.turn(-f), along.turn(held.f)
+        level = elsewhere.energy + tilt + bend / 2
+        return along.loss(level, -(f + force), elsewhere.f + moved).unsqueeze(0)
+    pull, slope = along.turn(-f), along.turn(elsewhere.f)
     more_pull, more_slope = along.turn(-force), along.turn(moved)
-    constant = held.energy + along.linear(pull, slope) + along.quadratic(pull, pull) / 2
+    constant = elsewhere.energy + along.linear(pull, slope) + along.quadratic(pull, pull) / 2
     first = tilt + along.linear(more_pull, slope) + along.linear(pull, more_slope)
     first = first + along.quadratic(pull, more_pull)
     second = bend / 2 + along.linear(more_pull, more_slope)
@@ -228,31 +227,32 @@ class _Along:
     Pulls and slopes are relative to the root of the residual energy, so that float32 can hold them.
     """
 
-    def __init__(self, factored: Factored, held: Programme, ridges: Sequence[float]):
+    def __init__(self, factored: Factored, elsewhere: Programme, ridges: Sequence[float]):
         self.vectors, self.inverse = factored.vectors, factored.inverse(ridges)
         energy = torch.as_tensor(factored.programme.energy).to(self.inverse)
         self.energy = torch.where(energy > 0, energy, 1.0)
         root = factored.gamma.sqrt()
         self.unit = (root * self.energy.sqrt()).unsqueeze(1)
-        scaled = held.H / (root[:, :, None] * root[:, None, :])
+        scaled = elsewhere.H / (root[:, :, None] * root[:, None, :])
         self.H = self.vectors.mT @ scaled.to(self.vectors.dtype) @ self.vectors
 
     def turn(self, slopes: Tensor) -> Tensor:
-        """Slopes of the coefficients as slopes along the eigenvectors, (b, s, q)."""
+        """Slopes of the coefficients (b, s, q) as slopes along the eigenvectors, (b, s, q)."""
         return (slopes / self.unit).to(self.vectors.dtype) @ self.vectors
 
     def linear(self, pull: Tensor, slope: Tensor) -> Tensor:
-        """``Σ s ∘ pull ∘ slope`` (R,)."""
+        """``Σ s ∘ pull ∘ slope`` (R,) of pull and slope (b, s, q)."""
         steps = (pull * slope).sum(1).to(self.inverse)
         return self.energy * (self.inverse * steps).sum((1, 2))
 
     def quadratic(self, pull: Tensor, other: Tensor) -> Tensor:
-        """``(s ∘ pull)ᵀ H' (s ∘ other)`` (R,)."""
+        """``(s ∘ pull)ᵀ H' (s ∘ other)`` (R,) of pull and other (b, s, q)."""
         curved = ((pull.mT @ other) * self.H).to(self.inverse)
         steps = self.inverse.transpose(0, 1)  # (b, R, q)
         return self.energy * ((steps @ curved) * steps).sum((0, 2))
 
     def loss(self, level: Tensor, force: Tensor, slope: Tensor) -> Tensor:
-        """Losses (R,) of starts with a loss ``level``, pulled by ``force`` down from ``slope``."""
+        """Losses (R,) of starts with a loss ``level`` (), pulled by ``force`` (b, s, q) down from
+        ``slope`` (b, s, q)."""
         pull = self.turn(force)
         return level + self.linear(pull, self.turn(slope)) + self.quadratic(pull, pull) / 2

@@ -63,7 +63,8 @@ def average(
 ) -> dict[str, Tensor]:
     """Weighted mean of the experts, in float64, returned in the base's dtypes.
 
-    Parameters are weighted; floating buffers are averaged evenly; of all else see :func:`agreed`.
+    Parameters are weighted; floating buffers are averaged evenly; of what is no number to average,
+    the value that all experts have, of counters the largest.
     Values that all experts share come back bit for bit if the weights sum to one.
 
     Args:
@@ -90,7 +91,9 @@ def _mean(name: str, values: list[Tensor], weights: Sequence[float], like: Tenso
     alike = affine and all(equal(first, other) for other in values[1:])
     if alike and not is_finite(first):  # checked: as in the base
         return first.to(like, copy=True)
-    mean = sum(weight * wide(value) for weight, value in zip(weights, values))
+    mean = torch.zeros_like(wide(first))
+    for weight, value in zip(weights, values):
+        mean += weight * wide(value)
     if affine:
         mean = torch.where(_shared(values), wide(first), mean)
     return stored(f"parameter {name!r}", mean, like)
@@ -106,7 +109,8 @@ def _shared(values: list[Tensor]) -> Tensor:
 
 
 def task_vectors(base: nn.Module, experts: Mapping[str, State]) -> dict[str, Tensor]:
-    """The experts, checked, as updates of every parameter: see :func:`differences`.
+    """Updates ``τ_k = θ_k - θ_0`` of every parameter by experts, which are checked: name -> (K, …),
+    float64 or complex128.
 
     Raises: what :func:`check_experts` raises.
     """
@@ -143,13 +147,13 @@ def add_update(
 ) -> Merge:
     """The base plus ``scale`` times an update of its parameters.
 
-    Buffers, counters and codes are the experts', as in :func:`average`. Tied parameters get the
+    Buffers are the experts' mean, counters and codes the experts'. Tied parameters get the
     update of the first of their names that has one, so that they stay tied; so do parameters that
-    share memory otherwise, see :func:`as_loaded`. Parameters without an update stay the base's.
+    share memory otherwise, as a matrix and its transpose. Parameters without an update stay the base's.
 
     Args:
         experts: as :func:`check_experts` returns them.
-        update: parameter name -> tensor of its shape, float64 or complex128.
+        update: parameter name -> tensor (…) of its shape, float64 or complex128.
     Raises: MergeError for a scale that is no number; NonFinite for weights that are not finite, or
         that the base's dtype cannot hold.
     """

@@ -4,17 +4,21 @@ r"""Methods that solve layers on calibration inputs, and tuning:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields
 from inspect import signature
+from typing import TypeVar
 
 from torch import Tensor
 
 from .engine.recipes import Recipe
 from .errors import MergeError
 from .merge import Merge
-from .options import function, score_of, words
+from .options import function, score_of
 from .sequential import merge_sequentially, merge_together
 from .solvers import QP, FeatCal, RegMean, Sketched
+
+# fields of a Recipe that are options of qp too
+OF_RECIPE = ("inputs", "targets", "folds", "scope", "layers", "anchor")
+SolverType = TypeVar("SolverType")
 
 
 def qp(
@@ -39,7 +43,8 @@ def qp(
     Args:
         anchor: state dict of any merge. The ridge then runs from it (λ → ∞) to the programme over a
             basis that contains it.
-        The others as in :func:`merge_sequentially`.
+        base, experts, calibration, inputs, targets, folds, scope, blocks, layers, products,
+            activations, progress: as in :func:`merge_sequentially`.
     """
     return merge_sequentially(
         base,
@@ -59,16 +64,16 @@ def qp(
     )
 
 
-def _qp_recipe(
-    *, inputs="merged", targets="own", folds=4, scope="all", layers=None, anchor=None, **solver
-) -> Recipe:
-    named = None if layers is None else tuple(words("layers", layers))
-    return Recipe(_made(QP, solver), inputs, targets, scope, folds, named, anchor)
+def _qp_recipe(**options) -> Recipe:
+    """How :func:`qp` makes a merge: ``options`` are fields of Recipe and of QP."""
+    of_recipe = {name: options[name] for name in OF_RECIPE if name in options}
+    of_solver = {name: value for name, value in options.items() if name not in OF_RECIPE}
+    return Recipe(_made(QP, of_solver), **of_recipe)
 
 
-def _made(solver, options: dict):
+def _made(solver: type[SolverType], options: dict) -> SolverType:
     """A solver with the given fields, or a MergeError naming one that it does not have."""
-    known = [field.name for field in fields(solver)]
+    known = list(signature(solver).parameters)
     for name in options:
         if name not in known:
             raise MergeError(f"{name}: unknown option; {solver.__name__} takes {', '.join(known)}")
@@ -82,13 +87,17 @@ def regmean(base, experts, calibration, *, alpha=0.95, blocks=None, progress=Fal
     Weights of dense layers only; biases, norms and embeddings are averaged.
     """
     recipe = _regmean_recipe(alpha=alpha)
-    return merge_together(
-        base, experts, calibration, {"merge": recipe}, blocks=blocks, progress=progress
-    )["merge"]
+    return _one(base, experts, calibration, recipe, blocks=blocks, progress=progress)
 
 
-def _regmean_recipe(*, alpha=0.95) -> Recipe:
-    return Recipe(RegMean(alpha), "expert", "propagated", "weights", folds=1)
+def _one(base, experts, calibration, recipe: Recipe, **options) -> Merge:
+    """One merge by a recipe; ``options`` are those of :func:`merge_together`."""
+    return merge_together(base, experts, calibration, {"merge": recipe}, **options)["merge"]
+
+
+def _regmean_recipe(**solver) -> Recipe:
+    """How :func:`regmean` makes a merge."""
+    return Recipe(_made(RegMean, solver), "expert", "propagated", "weights", folds=1)
 
 
 def regmean_plus_plus(
@@ -97,13 +106,12 @@ def regmean_plus_plus(
     """RegMean++ (arXiv:2508.03121): RegMean on the merged model's block inputs, the expert running
     within the block."""
     recipe = _regmean_plus_plus_recipe(alpha=alpha)
-    return merge_together(
-        base, experts, calibration, {"merge": recipe}, blocks=blocks, progress=progress
-    )["merge"]
+    return _one(base, experts, calibration, recipe, blocks=blocks, progress=progress)
 
 
-def _regmean_plus_plus_recipe(*, alpha=0.95) -> Recipe:
-    return Recipe(RegMean(alpha), "block", "propagated", "weights", folds=1)
+def _regmean_plus_plus_recipe(**solver) -> Recipe:
+    """How :func:`regmean_plus_plus` makes a merge."""
+    return Recipe(_made(RegMean, solver), "block", "propagated", "weights", folds=1)
 
 
 def lot(base, experts, calibration, *, blocks=None, progress=False) -> Merge:
@@ -140,13 +148,12 @@ def featcal(
     folded into their layers, and what no layer covers is averaged.
     """
     recipe = _featcal_recipe(ridge=ridge, anchor=anchor)
-    return merge_together(
-        base, experts, calibration, {"merge": recipe}, blocks=blocks, progress=progress
-    )["merge"]
+    return _one(base, experts, calibration, recipe, blocks=blocks, progress=progress)
 
 
-def _featcal_recipe(*, ridge=0.05, anchor=0.66) -> Recipe:
-    return Recipe(FeatCal(ridge, anchor), targets=0.25, scope="dense", folds=1)
+def _featcal_recipe(**solver) -> Recipe:
+    """How :func:`featcal` makes a merge."""
+    return Recipe(_made(FeatCal, solver), targets=0.25, scope="dense", folds=1)
 
 
 def sketched(
@@ -177,15 +184,14 @@ def sketched(
     )
 
 
-RECIPES = {
+RECIPES: dict[Callable[..., Merge], Callable[..., Recipe]] = {
     qp: _qp_recipe,
     regmean: _regmean_recipe,
     regmean_plus_plus: _regmean_plus_plus_recipe,
     featcal: _featcal_recipe,
 }
-TOGETHER = (
-    4  # merges in one pass, each with forwards of its own; any number on the experts' own inputs
-)
+# merges in one pass, each with forwards of its own; any number on the experts' own inputs
+TOGETHER = 4
 
 
 def many(
@@ -206,7 +212,8 @@ def many(
     recipes = [RECIPES[method](**options) for options in grid]
     alone = all(recipe.inputs == "expert" for recipe in recipes)
     for batch in batched(recipes, len(recipes) if alone else TOGETHER):
-        yield from merge_together(base, experts, calibration, dict(enumerate(batch))).values()
+        by_name = {str(place): recipe for place, recipe in enumerate(batch)}
+        yield from merge_together(base, experts, calibration, by_name).values()
 
 
 def batched(items: list, size: int) -> Iterator[list]:
@@ -253,7 +260,9 @@ def tune(
     Raises: MergeError for an empty grid, NonFinite for a score that is not a number.
     """
     function("score", score)
-    best, scores, grid = None, [], _grid(method, grid)
+    best: tuple[Merge, dict] | None = None
+    scores: list[float] = []
+    grid = _grid(method, grid)
     for options, merge in zip(grid, many(method, grid, base, experts, calibration)):
         score_now = score_of(f"options {options}", score(merge.state_dict))
         if best is None or score_now > max(scores):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +26,21 @@ from torch import Tensor
 from .errors import EmptyCalibration, MergeError, NonFinite, ShapeMismatch, is_finite
 
 WEIGHTS = ("tokens", "energy")
+
+
+def diagonal(C: Tensor) -> Tensor:
+    """Diagonals (…, n) of square matrices (…, n, n), as a view of them."""
+    return C.diagonal(dim1=-2, dim2=-1)
+
+
+def task_weights(count: Tensor, energy: Tensor, weights: str) -> Tensor:
+    """Weights ``ω_t`` (…, T) of T tasks, from their numbers of samples and residual energies.
+
+    Args:
+        count, energy: ``N_t`` and ``‖R_t‖²``, (…, T) float64.
+        weights: ``tokens`` for ``1/N_t``, or ``energy`` for ``1/‖R_t‖²``, 0 without a residual.
+    """
+    return 1 / count if weights == "tokens" else torch.where(energy > 0, 1 / energy, 0.0)
 
 
 @dataclass(frozen=True)
@@ -47,14 +63,14 @@ class Pooled:
         return float(self.loss_tensor(update))
 
     def loss_tensor(self, update: Tensor) -> Tensor:
-        """The same as a tensor without axes, which nothing waits for."""
+        """``L(W)`` of an update (g, m, n) as a tensor without axes, which nothing waits for."""
         if update.shape != self.A.shape:
             raise ShapeMismatch("merged update", self.A.shape, update.shape)
         update = update.to(self.C)
         return ((update @ self.C) * update).sum() / 2 - (update * self.A).sum() + self.energy
 
     def captured(self, update: Tensor) -> float:
-        """``1 - L(W)/E``: at most 1, negative if the merge is worse than the base.
+        """``1 - L(W)/E`` of an update (g, m, n): at most 1, negative if worse than the base.
 
         With nothing to capture (E = 0) it is 1 if, to rounding, nothing was added either, and else
         minus infinity: a number to choose by. Tables of merges and audits, which are read, have
@@ -62,12 +78,9 @@ class Pooled:
         """
         loss = self.loss(update)
         if self.energy == 0:
-            return (
-                1.0
-                if loss <= 1e-18 * float(self.C.diagonal(dim1=-2, dim2=-1).sum())
-                else float("-inf")
-            )
-        return 1 - loss / self.energy
+            rounding = 1e-18 * float(diagonal(self.C).sum())
+            return 1.0 if loss <= rounding else float("-inf")
+        return 1 - loss / float(self.energy)
 
 
 @dataclass(frozen=True)
@@ -92,44 +105,43 @@ class Moments:
     @classmethod
     def zeros(
         cls,
-        tasks,
+        tasks: Iterable[str],
         n: int,
         m: int,
         *,
         g: int = 1,
         folds: int = 1,
         layer: str = "layer",
-        device=None,
+        device: torch.device | str | None = None,
         full_energy: bool = True,
         shared: bool = False,
     ) -> Moments:
         """Empty sums for ``tasks`` and a layer of shape (g, m, n); ``full_energy`` keeps all of M,
         not only its diagonal."""
-        outputs = 1 if shared else g
-        new = lambda *shape: torch.zeros(
-            len(tasks), folds, *shape, dtype=torch.float64, device=device
-        )
-        return cls(
-            layer,
-            tuple(tasks),
-            new(g, n, n),
-            new(g, m, n),
-            new(outputs, m, m) if full_energy else new(outputs, m),
-            new(),
-        )
+        tasks = tuple(tasks)
+
+        def sums(*shape: int) -> Tensor:
+            """Zeros (T, F, *shape)."""
+            return torch.zeros(len(tasks), folds, *shape, dtype=torch.float64, device=device)
+
+        outputs = (1 if shared else g, m)
+        M = sums(*outputs, m) if full_energy else sums(*outputs)
+        return cls(layer, tasks, sums(g, n, n), sums(g, m, n), M, sums())
 
     @property
     def folds(self) -> int:
+        """Number of folds F."""
         return self.count.shape[1]
 
     @property
     def full_energy(self) -> bool:
+        """Whether M holds products of different outputs, not only the energy of each."""
         return self.M.dim() == 5
 
     @property
     def energies(self) -> Tensor:
         """Residual energy ``‖R‖²`` (T, F) of every task and fold."""
-        return (self.M.diagonal(dim1=-2, dim2=-1) if self.full_energy else self.M).sum((-2, -1))
+        return (diagonal(self.M) if self.full_energy else self.M).sum((-2, -1))
 
     @property
     def shared(self) -> bool:
@@ -154,8 +166,10 @@ class Moments:
                 f"layer {self.layer}, task {task}: folds are 0 to {self.folds - 1}, found {fold.unique().tolist()}"
             )
         order, counts = fold.argsort(stable=True), fold.bincount(minlength=self.folds).tolist()
-        for f, parts in enumerate(zip(*(z[order].split(counts) for z in (x, r)))):
-            xf, rf = (z.transpose(0, 1) for z in parts)  # (g, N_f, ·)
+        inputs_of_folds, residuals_of_folds = x[order].split(counts), r[order].split(counts)
+        for f in range(self.folds):
+            xf = inputs_of_folds[f].transpose(0, 1)  # (g, N_f, n)
+            rf = residuals_of_folds[f].transpose(0, 1)  # (g, N_f, m)
             self.C[t, f] += xf.mT @ xf
             self.A[t, f] += rf.mT @ xf
             self.M[t, f] += rf.mT @ rf if self.full_energy else rf.square().sum(1)
@@ -177,7 +191,8 @@ class Moments:
         )
         self.count[t] += c.sum(1)
 
-    def _checked(self, task, inputs, residuals):
+    def _checked(self, task: str, inputs: Tensor, residuals: Tensor) -> tuple[int, Tensor, Tensor]:
+        """Place of a task, its inputs (N, g, n) and residuals (N, g, m), in float64."""
         if task not in self.tasks:
             raise MergeError(
                 f"layer {self.layer}: unknown task {task!r}; the moments were opened for {list(self.tasks)}"
@@ -186,7 +201,7 @@ class Moments:
             "inputs": (inputs, self.C.shape[2:4]),
             "residuals": (residuals, self.A.shape[2:4]),
         }
-        out = []
+        checked = []
         for name, (z, (g, width)) in shapes.items():
             z = z.unsqueeze(1) if z.dim() == 2 and g == 1 else z
             if z.shape != (len(inputs), g, width):
@@ -202,8 +217,8 @@ class Moments:
                     z,
                     "check this task's calibration data and weights",
                 )
-            out.append(z.to(self.C))
-        return self.tasks.index(task), *out
+            checked.append(z.to(self.C))
+        return self.tasks.index(task), checked[0], checked[1]
 
     def __add__(self, other: Moments) -> Moments:
         """Moments of both sample sets together; either may be an empty shard."""
@@ -222,38 +237,29 @@ class Moments:
             count=self.count + other.count,
         )
 
-    def all_reduce(self, group=None) -> None:
+    def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Add up the sums of all processes of a ``torch.distributed`` group, in place."""
         for z in (self.C, self.A, self.M, self.count):
             torch.distributed.all_reduce(z, group=group)
 
-    def rows(self, start: int, stop: int) -> Moments:
-        """Moments of the outputs ``start:stop`` of layers stacked over one input."""
-        part = slice(start, stop)
-        return replace(
-            self,
-            A=self.A[..., part, :],
-            M=self.M[..., part, part] if self.full_energy else self.M[..., part],
-        )
-
-    def only(self, tasks) -> Moments:
+    def only(self, tasks: Iterable[str]) -> Moments:
         """Moments of some of the tasks, in the order given."""
+        tasks = tuple(tasks)
         places = [self.tasks.index(t) for t in tasks]
-        return replace(
-            self,
-            tasks=tuple(tasks),
-            **{k: getattr(self, k)[places] for k in ("C", "A", "M", "count")},
-        )
+        C, A, M = self.C[places], self.A[places], self.M[places]
+        return replace(self, tasks=tasks, C=C, A=A, M=M, count=self.count[places])
 
-    def shrink(self, updates: Tensor, alpha: float) -> Moments:
-        """RegMean's ``C' = α C + (1 - α) diag C`` per task, with propagated targets
-        ``A' = Δ_t C'_t`` for updates (T, g, m, n)."""
-        C = alpha * self.C + (1 - alpha) * torch.diag_embed(self.C.diagonal(dim1=-2, dim2=-1))
-        D = updates.to(C).unsqueeze(1)
-        A = D @ C
-        return replace(self, C=C, A=A, M=A @ D.mT if self.full_energy else (A * D).sum(-1))
+    def check_samples(self, folds: Sequence[int]) -> None:
+        """EmptyCalibration naming the tasks without a sample in these folds together."""
+        count = self.count[:, list(folds)].sum(1)
+        empty = [t for t, c in zip(self.tasks, count.tolist()) if c == 0]
+        if empty:
+            raise EmptyCalibration(
+                f"layer {self.layer}: no calibration tokens for {empty} in folds {list(folds)} of "
+                f"{self.folds}; give at least one sequence per task and fold, or use fewer folds"
+            )
 
-    def pool(self, folds=None, weights: str = "tokens") -> Pooled:
+    def pool(self, folds: Iterable[int] | None = None, weights: str = "tokens") -> Pooled:
         """Weighted sum over tasks on a subset of folds.
 
         Args:
@@ -265,33 +271,53 @@ class Moments:
         if weights not in WEIGHTS:
             raise MergeError(f"task weights: expected one of {WEIGHTS}, found {weights!r}")
         chosen = list(range(self.folds) if folds is None else folds)
-        count = self.count[:, chosen].sum(1)
-        empty = [t for t, c in zip(self.tasks, count.tolist()) if c == 0]
-        if empty:
-            raise EmptyCalibration(
-                f"layer {self.layer}: no calibration tokens for {empty} in folds {chosen} of "
-                f"{self.folds}; give at least one sequence per task and fold, or use fewer folds"
-            )
+        self.check_samples(chosen)
         pooled = self.pooled(chosen, weights)
         return replace(pooled, energy=float(pooled.energy))
 
-    def pooled(self, folds=None, weights: str = "tokens") -> Pooled:
+    def pooled(self, folds: Iterable[int] | None = None, weights: str = "tokens") -> Pooled:
         """:meth:`pool` without a look at the values: nothing waits for the device, E is a tensor,
         and every task must have samples."""
-        inside = torch.zeros(self.folds, dtype=torch.float64)
-        inside[list(range(self.folds) if folds is None else folds)] = 1.0
-        inside = inside.to(self.C.device)
-        count = self.count @ inside
-        energy = self.energies @ inside
-        omega = 1 / count if weights == "tokens" else torch.where(energy > 0, 1 / energy, 0.0)
-        C, A, M = (
-            torch.tensordot(omega[:, None] * inside, z, 2) for z in (self.C, self.A, self.M)
-        )  # one pass, no copies
-        return Pooled(
-            C, A, M if self.full_energy else None, omega @ energy / 2, self.shared, self.rtol
-        )
+        inside = torch.zeros(1, self.folds, dtype=torch.float64)
+        inside[0, list(range(self.folds) if folds is None else folds)] = 1.0
+        return self._pooled(inside.to(self.C.device), weights, self.full_energy)[0]
 
-    def save(self, path) -> None:
+    def split(
+        self, fold: int, weights: str = "tokens", full_energy: bool = True
+    ) -> tuple[Pooled, Pooled]:
+        """Weighted sums over all folds but one, and over that one, without a look at the values.
+
+        Args:
+            fold: the one held out; every task must have samples in it and in the others.
+            weights: of the tasks, as in :meth:`pool`.
+            full_energy: whether M is wanted, which only rotated rows need.
+        """
+        held_out = torch.zeros_like(self.count[0])
+        held_out[fold] = 1.0
+        inside = torch.stack([1 - held_out, held_out])
+        fitted, scored = self._pooled(inside, weights, full_energy and self.full_energy)
+        return fitted, scored
+
+    def _pooled(self, inside: Tensor, weights: str, with_products: bool) -> list[Pooled]:
+        """Weighted sums over S sets of folds, taken together: each is one pass over the sums.
+
+        Args:
+            inside: (S, F) float64, one where a fold belongs to a set.
+            with_products: whether M is pooled too.
+        """
+        count, energy = inside @ self.count.mT, inside @ self.energies.mT  # (S, T)
+        omega = task_weights(count, energy, weights)
+        share = (omega[:, :, None] * inside[:, None, :]).flatten(1)  # (S, T·F)
+
+        def weighted(sums: Tensor) -> Tensor:
+            """(S, …) of sums (T, F, …)."""
+            return (share @ sums.reshape(share.shape[1], -1)).reshape(-1, *sums.shape[2:])
+
+        C, A, E = weighted(self.C), weighted(self.A), (omega * energy).sum(1) / 2
+        M = weighted(self.M) if with_products else [None] * len(inside)
+        return [Pooled(*of_set, self.shared, self.rtol) for of_set in zip(C, A, M, E)]
+
+    def save(self, path: str | os.PathLike) -> None:
         """Write safetensors to ``path`` through a temporary name."""
         temporary = f"{path}.partial"
         meta = {"layer": self.layer, "tasks": json.dumps(self.tasks)}
@@ -303,7 +329,7 @@ class Moments:
         os.replace(temporary, path)
 
     @classmethod
-    def load(cls, path, device="cpu") -> Moments:
+    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> Moments:
         """Read what :meth:`save` wrote."""
         with safe_open(path, framework="pt", device=str(device)) as f:
             meta = f.metadata()

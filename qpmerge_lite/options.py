@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 
@@ -24,12 +23,16 @@ def number(name: str, value, low: float = -math.inf, high: float = math.inf) -> 
     if isinstance(value, bool) or not isinstance(value, Real):
         cure = "; pass value.item()" if isinstance(value, Tensor) else ""
         raise MergeError(f"{name}: expected a number, found {type(value).__name__} {value!r}{cure}")
-    if not abs(value) <= sys.float_info.max:
+    try:
+        as_float = float(value)
+    except OverflowError:
+        as_float = math.inf
+    if not math.isfinite(as_float):
         raise MergeError(f"{name}: expected a finite number, found {value}")
-    if not low <= value <= high:
+    if not low <= as_float <= high:
         bounds = f"in [{low:g}, {high:g}]" if high < math.inf else f"≥ {low:g}"
         raise MergeError(f"{name}: expected a number {bounds}, found {value}")
-    return float(value)
+    return as_float
 
 
 def flag(name: str, value) -> bool:
@@ -43,8 +46,8 @@ def whole(name: str, value, low: int = 0) -> int:
     """``value`` as an int, or a MergeError unless it is a whole number from ``low`` on."""
     fits = isinstance(value, Integral) and not isinstance(value, bool)
     if not fits or not low <= value < 2**63:
-        found = f"{type(value).__name__} {value!r}"
-        raise MergeError(f"{name}: expected a whole number ≥ {low}, found {found}")
+        given = f"{type(value).__name__} {value!r}"
+        raise MergeError(f"{name}: expected a whole number ≥ {low}, found {given}")
     return int(value)
 
 
@@ -75,9 +78,9 @@ def numbers(name: str, values, count: int) -> list[float]:
     elif isinstance(values, str) or not isinstance(values, Sequence):
         cure = "pass a list, for example values.tolist()"
     else:
-        found = [number(name, value) for value in values]
-        if len(found) == count:
-            return found
+        checked = [number(name, value) for value in values]
+        if len(checked) == count:
+            return checked
         cure = "pass one per expert"
     raise MergeError(
         f"{name}: expected {count} numbers, found {type(values).__name__} {values!r}; {cure}"
@@ -88,13 +91,12 @@ def words(name: str, values) -> list[str]:
     """One word or several as a list, or a MergeError."""
     if isinstance(values, str):
         return [values]
-    found = (
-        list(values) if isinstance(values, Iterable) and not isinstance(values, Tensor) else None
-    )
-    if found is None or not all(isinstance(word, str) for word in found):
+    several = isinstance(values, Iterable) and not isinstance(values, Tensor)
+    given = list(values) if several else [values]
+    if not all(isinstance(word, str) for word in given):
         kind = type(values).__name__
         raise MergeError(f"{name}: expected names (a list of strings), found {kind} {values!r}")
-    return found
+    return given
 
 
 def one_of(name: str, value, known: Collection[str]) -> None:
@@ -103,17 +105,17 @@ def one_of(name: str, value, known: Collection[str]) -> None:
         raise MergeError(f"{name}: expected one of {', '.join(known)}, found {value!r}")
 
 
-def score_of(where: str, found) -> float:
+def score_of(where: str, score) -> float:
     """What a score function returned as a float: a number, or a tensor of one; NaN is refused.
 
     Raises: MergeError or NonFinite naming what was scored.
     """
-    if isinstance(found, Tensor) and found.numel() == 1 and not found.is_complex():
-        found = found.item()
-    if not isinstance(found, Real):
-        name = type(found).__name__
-        raise MergeError(f"score of {where}: expected a number, found {name} {found!r}")
-    value = float(found)
+    if isinstance(score, Tensor) and score.numel() == 1 and not score.is_complex():
+        score = score.item()
+    if not isinstance(score, Real):
+        name = type(score).__name__
+        raise MergeError(f"score of {where}: expected a number, found {name} {score!r}")
+    value = float(score)
     if math.isnan(value):
         cure = "see what the score divides by, and whether the model's outputs are finite"
         raise NonFinite(f"score of {where}", torch.tensor(value), cure)

@@ -28,16 +28,17 @@ class Programme:
     basis: Basis
     H: Tensor
     f: Tensor
-    energy: float
+    energy: float | Tensor
     rtol: float = 1e-10
 
     def gradient(self, d: Tensor) -> Tensor:
-        """``Hd + f``, the shape of d."""
+        """``Hd + f`` (b, s, q) of coefficients d (b, s, q)."""
         return d @ self.H + self.f
 
     def objective(self, d: Tensor) -> float:
-        """``L(d)``, half the weighted squared output error left by the merge."""
-        return float((d * (d @ self.H / 2 + self.f)).sum()) + self.energy
+        """``L(d)`` of coefficients d (b, s, q): half the weighted squared output error that the
+        merge leaves."""
+        return float((d * (d @ self.H / 2 + self.f)).sum()) + float(self.energy)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """H (p, p) and f (p,) without block structure: for small examples and generic solvers."""
@@ -49,7 +50,6 @@ def programme(pooled: Pooled, basis: Basis) -> Programme:
     """The programme of a basis under given moments; the moments may come from other data than the
     basis."""
     H = basis.quadratic(pooled.C)
-    H = (
-        H if H is pooled.C and H.shape[-1] > 384 else (H + H.mT) / 2
-    )  # wide C is symmetric as it is, see sums.gram
+    symmetric = H is pooled.C and H.shape[-1] > 384  # wide C is, see engine.products.mirror
+    H = H if symmetric else (H + H.mT) / 2
     return Programme(basis, H, -basis.linear(pooled.A), pooled.energy, pooled.rtol)

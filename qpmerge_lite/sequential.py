@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .aliases import tied
 from .calibration import check_calibration
 from .engine.gather import Gatherer, Reads, Unreached
-from .engine.lockstep import Apart, Disordered, Forward, LeftOut, Stage, hand_over, run
+from .engine.lockstep import Apart, Disordered, Forward, LeftOut, Stage, Stream, hand_over, run
 from .engine.orders import Point, predecessors, sort
 from .engine.pauses import pausing
 from .engine.reasons import reasons_to_average
@@ -32,9 +32,34 @@ from .errors import MergeError, MissingLayer
 from .experts import check_experts, is_number, stored
 from .forwards import evaluating, is_encoder_decoder, refuse_what_cannot_run
 from .merge import Merge, average
-from .options import number, one_of, words
+from .options import number, one_of
 
 PRODUCTS = ("activations", "float64")
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """What holds for all merges of a pass.
+
+    Attributes:
+        blocks: paths of the lists whose members are blocks, for ``inputs="block"``; all outermost
+            lists by default.
+        products: precision of products of activations: that of the ``activations``, at least
+            float32, or ``float64``.
+        activations: bytes that paused forwards may hold. Where they would hold more, some wait in
+            front of blocks only and run these again for every layer: the same merge, bit for bit.
+            By default half a GiB, or what the layers of one block read together, if that is more.
+    Raises: MergeError for ``products`` or ``activations`` that are none of these.
+    """
+
+    blocks: str | Iterable[str] | None = None
+    products: str = "activations"
+    activations: float | None = None
+
+    def __post_init__(self):
+        one_of("products", self.products, PRODUCTS)
+        if self.activations is not None:
+            number("activations", self.activations, low=0)
 
 
 class Pass:
@@ -44,15 +69,7 @@ class Pass:
         base: the common initialisation, whose device is where everything runs; the same afterwards.
         experts: task -> state dict. calibration: task -> batches.
         recipes: name -> how that merge is made.
-        blocks: paths of the lists whose members are blocks, for ``inputs="block"``; all outermost
-            lists by default.
-        products: precision of products of activations: that of the ``activations``, at least
-            float32, or ``float64``.
-        activations: bytes that paused forwards may hold. Where they would hold more, some wait in
-            front of blocks only and
-            run these again for every layer: the same merge, bit for bit. By default half a GiB, or
-                what the layers of one
-            block read together, if that is more.
+        options: what holds for all of them.
     """
 
     def __init__(
@@ -61,21 +78,11 @@ class Pass:
         experts,
         calibration,
         recipes: Mapping[str, Recipe],
-        blocks=None,
-        products="activations",
-        activations: int | None = None,
+        options: PassOptions,
     ):
         refuse_what_cannot_run(base)
-        one_of("products", products, PRODUCTS)
-        if activations is not None:
-            number("activations", activations, low=0)
         check_recipes(recipes)
-        self.model, self.recipes, self.products, self.activations = (
-            base,
-            dict(recipes),
-            products,
-            activations,
-        )
+        self.model, self.recipes, self.options = base, dict(recipes), options
         self.experts = check_experts(base, experts, cast=True)
         self.base = {k: v.detach() for k, v in base.state_dict().items()}
         self.tied = tied(base)
@@ -86,37 +93,39 @@ class Pass:
         self.batches = [batch for batches in by_task.values() for batch in batches]
         self.tasks = list(by_task)
         check_folds(by_task, max(recipe.folds for recipe in self.recipes.values()))
-        self.blocks = block_paths(base, blocks)
-        self.bordering = (
-            self.blocks if any(r.inputs == "block" for r in self.recipes.values()) else []
-        )
-        self.reruns, self.orders = (
-            True,
-            [],
-        )  # whether blocks may be run again; orders in which batches came to layers
+        self.blocks = block_paths(base, options.blocks)
+        by_block = any(recipe.inputs == "block" for recipe in self.recipes.values())
+        self.bordering = self.blocks if by_block else []
+        self.reruns = True  # whether blocks may be run again
+        self.orders: list[list[Point]] = []  # in which batches came to layers
         with evaluating(base):
             self.known = survey(base, self.batches, self.blocks, self.base)
-        self.recipes = {
-            name: self._with_known_layers(recipe) for name, recipe in self.recipes.items()
-        }
+        for name, recipe in recipes.items():
+            self.recipes[name] = self._with_known_layers(recipe)
         self.gatherer = Gatherer(
-            self.known, self.tasks, self.batches, self.base, self.experts, products
+            self.known,
+            self.tasks,
+            self.batches,
+            base=self.base,
+            experts=self.experts,
+            products=options.products,
         )
 
     def _with_known_layers(self, recipe: Recipe) -> Recipe:
         """The recipe, naming layers as the survey does. Raises: MissingLayer; MergeError for one
         that cannot be solved on these batches."""
         views = self.known.views_in(recipe.scope)
+        wanted = set(views)
         if recipe.layers is not None:
-            recipe = replace(
-                recipe, layers=tuple(self.known.paths.get(name, name) for name in recipe.layers)
-            )
-        for name in sorted(set(recipe.layers or ()) - views.keys()):
+            layers = [self.known.paths.get(name, name) for name in recipe.layers]
+            recipe, wanted = replace(recipe, layers=layers), set(layers)
+        for name in sorted(wanted - views.keys()):
             raise MissingLayer(
-                f"layer {name!r}: not among the layers of scope {recipe.scope!r}, which are {sorted(views)}"
+                f"layer {name!r}: not among the layers of scope {recipe.scope!r}, which are "
+                f"{sorted(views)}"
             )
         for name, message in self.known.refusals.items():
-            if name in views and (recipe.layers is None or name in recipe.layers):
+            if name in wanted:
                 raise MergeError(message)
         return recipe
 
@@ -134,12 +143,12 @@ class Pass:
             while True:
                 try:
                     return self._sweep(stage, progress)
-                except LeftOut as found:
-                    self.known.left_out[found.layer] = found.reason
-                except Apart as found:
-                    self.known.put_apart(found.layer)
-                except Disordered as found:
-                    self._settle_order(stage, found.orders)
+                except LeftOut as layer:
+                    self.known.left_out[layer.layer] = layer.reason
+                except Apart as layer:
+                    self.known.put_apart(layer.layer)
+                except Disordered as layers:
+                    self._settle_order(stage, layers.orders)
                 finally:
                     stage.restore()
 
@@ -163,8 +172,10 @@ class Pass:
         """One attempt: all forwards in lockstep, every stage visited once."""
         makings = [self._begun(name, recipe) for name, recipe in self.recipes.items()]
         wanted = set().union(*(making.views for making in makings))
-        kept = [[layer for layer in group if layer in wanted] for group in self.known.stages]
-        self.groups = {group[0]: group for group in kept if group}
+        self.groups: dict[str, list[str]] = {}  # the first of the layers that read a tensor -> all
+        for group in self.known.stages:
+            if layers := [layer for layer in group if layer in wanted]:
+                self.groups[layers[0]] = layers
         tables = {layer for layer in wanted if isinstance(self.known.views[layer], Table)}
         left, everything = len(self.groups), all(r.layers is None for r in self.recipes.values())
         bar = tqdm(total=left, desc="merging", unit="layer", disable=not progress)
@@ -191,29 +202,24 @@ class Pass:
         self.gatherer.check()
         return makings
 
-    def _begun(self, name, recipe) -> Making:
+    def _begun(self, name: str, recipe: Recipe) -> Making:
         """A merge of which nothing is solved yet."""
-        anchor = None
-        if recipe.anchor is not None:
+        if recipe.anchor is None:
+            anchor, state = None, average(self.model, self.experts)
+        else:
             anchor = check_experts(self.model, {"anchor": recipe.anchor})["anchor"]
-        state = (
-            average(self.model, self.experts)
-            if anchor is None
-            else {k: v.clone() for k, v in anchor.items()}
-        )
+            state = {key: value.clone() for key, value in anchor.items()}
         state = {key: state[self.tied[key][0]] for key in state}
-        views = {
-            k: v
-            for k, v in self.known.views_in(recipe.scope).items()
-            if k not in self.known.left_out
-        }
-        if recipe.layers is not None:
-            views = {k: v for k, v in views.items() if k in recipe.layers}
+        views = self.known.views_in(recipe.scope)
+        asked_for = set(views if recipe.layers is None else recipe.layers)
+        solved = asked_for - self.known.left_out.keys()
+        views = {layer: v for layer, v in views.items() if layer in solved}
         return Making(name, recipe, views, state, anchor)
 
-    def _forwards(self, stage, makings) -> list[Forward]:
+    def _forwards(self, stage: Stage, makings: list[Making]) -> list[Forward]:
         """Those of one state next to each other, so that the model is seldom pointed to another."""
-        streams = []
+        # whose inputs -> the state that runs on every batch, None for the expert of its task
+        streams: list[tuple[Stream, dict[str, Tensor] | None]] = []
         if any(m.recipe.inputs == "expert" or m.recipe.own_weight for m in makings):
             streams.append(("expert", None))
         for making in makings:
@@ -221,22 +227,21 @@ class Pass:
                 streams.append((making.stream, None))
             if making.recipe.inputs != "expert":
                 streams.append((("merged", making.name), making.state))
-        wanted = [
-            (kind, state or self.experts[b.task], b)
-            for kind, state in streams
-            for b in self.batches
-        ]
-        blocks = self.blocks if self.reruns and not self.bordering else []
         room = Room(
             stage,
             self.known,
             list(self.groups),
-            blocks,
-            self.batches,
-            len(streams),
-            self.activations,
+            self.blocks if self.reruns and not self.bordering else [],
+            batches=self.batches,
+            streams=len(streams),
+            allowed=self.options.activations,
         )
-        return [room.forward(stage, state, batch, kind) for kind, state, batch in wanted]
+        forwards = []
+        for stream, state in streams:
+            for batch in self.batches:
+                own = self.experts[batch.task] if state is None else state
+                forwards.append(room.forward(stage, own, batch, stream))
+        return forwards
 
     def _visit(self, group: list[str], reads: Reads, makings: list[Making]) -> None:
         """Solve the layers of a stage for every merge."""
@@ -254,17 +259,18 @@ class Pass:
     def _solve(self, views: list[View], reads: Reads, making: Making, shared: dict | None) -> None:
         """Solve layers that read alike, for one merge."""
         started, first = time.perf_counter(), len(making.table)
-        for v, moments, updates in self.gatherer.moments(views, reads, making, shared):
+        for layer in self.gatherer.moments(views, reads, making, shared):
+            v, moments, updates = layer
             if making.recipe.solver is None:
-                making.moments[v.name] = v, moments, updates
+                making.moments[v.name] = layer
                 continue
             base = v.matrix(self.base)
             anchor = () if making.anchor is None else (v.matrix(making.anchor) - base,)
             solution = making.recipe.solver(moments, updates, *anchor)
             if not is_solution(solution, base):
                 raise MergeError(
-                    f"layer {v.name!r}: expected the solver to return an update of shape {tuple(base.shape)} and a table row "
-                    f"(a mapping), found {shown(solution)}"
+                    f"layer {v.name!r}: expected the solver to return an update of shape "
+                    f"{tuple(base.shape)} and a table row (a mapping), found {shown(solution)}"
                 )
             update, facts = solution
             self._settle(v, base + update, making)
@@ -273,7 +279,8 @@ class Pass:
             row["seconds"] = (time.perf_counter() - started) / len(views)
 
     def _settle(self, v: View, W: Tensor, making: Making) -> None:
-        """Set the weights of a solved layer, for all forwards in flight."""
+        """Set the weights W (g, m, n) of a solved layer in the merge's state, which all forwards in
+        flight read."""
         for name, value in v.parts(W, making.state).items():
             if self.gatherer.looks:
                 value = stored(
@@ -301,7 +308,7 @@ def merge_together(
     calibration,
     recipes: Mapping[str, Recipe],
     *,
-    blocks=None,
+    blocks: str | Iterable[str] | None = None,
     products: str = "activations",
     activations: int | None = None,
     progress: bool = False,
@@ -310,19 +317,23 @@ def merge_together(
     itself.
 
     Args:
-        base, experts, calibration, blocks, products: as in :func:`merge_sequentially`.
+        base, experts, calibration, blocks, products, activations: as in
+            :func:`merge_sequentially`.
         recipes: name -> :class:`Recipe`. Merges on the experts' own inputs share all their sums
             too.
     Cost: one forward of every expert batch where a recipe needs it, one of the merged model per
         recipe with merged inputs.
     """
-    making = Pass(base, experts, calibration, recipes, blocks, products, activations)
+    refuse_what_cannot_run(base)
+    options = PassOptions(blocks, products, activations)
+    check_recipes(recipes)
     for name, recipe in recipes.items():
         if recipe.solver is None:
             raise MergeError(
-                f"recipes: {name!r}: expected a solver, found None; layer_moments keeps moments without one"
+                f"recipes: {name!r}: expected a solver, found None; layer_moments keeps moments "
+                "without one"
             )
-    return making.run(progress)
+    return Pass(base, experts, calibration, recipes, options).run(progress)
 
 
 def merge_sequentially(
@@ -354,15 +365,15 @@ def merge_sequentially(
         blocks: paths of the lists whose members are blocks, for ``inputs="block"``.
         products: precision of products of activations: that of the ``activations``, at least
             float32 (relative error of second moments 1e-6), or ``float64`` (1e-14).
-        activations: bytes that paused forwards may hold; see :class:`Pass`.
+        activations: bytes that paused forwards may hold, at the price of time: the same merge. By
+            default half a GiB, or what the layers of one block read together, if that is more.
     Returns: Merge; rows in forward order. Cost: one forward of every expert batch and one of the
         merged model.
     Raises: MissingLayer, ShapeMismatch, NonFinite, EmptyCalibration; MergeError for an unknown
         option, a batch that the model does not take, or a mask that cannot be matched to what a
         layer reads.
     """
-    named = None if layers is None else tuple(words("layers", layers))
-    recipe = Recipe(solver, inputs, targets, scope, folds, named, anchor)
+    recipe = Recipe(solver, inputs, targets, scope, folds, layers, anchor)
     return merge_together(
         base,
         experts,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .cholesky import solve_definite
 from .errors import Infeasible, MergeError
+from .moments import diagonal
 from .programme import Programme
 
 RTOL = 1e-10  # eigenvalues below RTOL times the largest are rounding noise of float64 products
@@ -34,7 +35,7 @@ class Solution:
 
     Attributes:
         programme: that ``d`` minimises.
-        ridge, prior, penalty: what it was asked for with, see :func:`minimise`.
+        ridge, prior, penalty: λ, d0 (b, s, q) and Γ that it was asked for with.
         factored: the factorisation it was found with, if by eigenvectors.
     """
 
@@ -66,7 +67,7 @@ class Solution:
         """Stationarity error ``‖(H + λΓ)(d - d0) + H d0 + f‖ / ‖f‖``; absolute where f = 0."""
         programme = self.programme
         step = self.d if self.prior is None else self.d - self.prior.to(self.d)
-        gamma = penalty_weights(programme, self.penalty).unsqueeze(1)
+        gamma = penalty_weights(programme.H, self.penalty).unsqueeze(1)
         error = float((programme.gradient(self.d) + self.ridge * gamma * step).norm())
         size = float(programme.f.norm())
         return error / size if size > 0 else error
@@ -96,10 +97,11 @@ class ConstrainedSolution(Solution):
     status: str = ""
 
 
-def penalty_weights(programme: Programme, penalty: str = "mean") -> Tensor:
+def penalty_weights(H: Tensor, penalty: str = "mean") -> Tensor:
     """Γ of the ridge term as its diagonal (b, q), positive; 1 for elements without any output.
 
     Args:
+        H: quadratic term (b, q, q) of a programme.
         penalty: ``mean``, the mean of diag H for all (filters weak directions, does not depend on
             the coordinates) or ``diagonal``, diag H (does not depend on the scale of single
             elements; RegMean's α is one).
@@ -107,8 +109,9 @@ def penalty_weights(programme: Programme, penalty: str = "mean") -> Tensor:
     """
     if penalty not in PENALTIES:
         raise MergeError(f"ridge penalty: expected 'mean' or 'diagonal', found {penalty!r}")
-    diagonal = programme.H.diagonal(dim1=-2, dim2=-1)
-    gamma = diagonal if penalty == "diagonal" else diagonal.mean().expand_as(diagonal)
+    gamma = diagonal(H)
+    if penalty == "mean":
+        gamma = gamma.mean().expand_as(gamma)
     return torch.where(gamma > 0, gamma, 1.0)
 
 
@@ -116,7 +119,7 @@ class Factored:
     """A programme by its eigenvectors, to be solved for many ridges at the price of one.
 
     Args:
-        penalty: Γ of the ridge term, see :func:`penalty_weights`.
+        penalty: Γ of the ridge term, ``mean`` of diag H or ``diagonal``, diag H itself.
         rtol: eigenvalues below ``rtol`` times the largest of their block (of all blocks, where
             these are eigenvectors) are taken for noise: nothing moves along their directions. By
             default what the programme says of its moments.
@@ -124,8 +127,9 @@ class Factored:
             to choose a ridge by.
 
     Attributes:
-        gamma: (b, q) float64.
-        values, kept: (b, q) eigenvalues of ``Γ^-½ H Γ^-½``, noise set to 0.
+        gamma: (b, q) float64, diagonal of Γ.
+        values: (b, q) eigenvalues of ``Γ^-½ H Γ^-½``, noise set to 0.
+        significant: (b, q) boolean, eigenvalues above the noise.
         vectors: (b, q, q) eigenvectors, in ``dtype``.
     """
 
@@ -137,7 +141,7 @@ class Factored:
         dtype: torch.dtype = torch.float64,
     ):
         self.programme, self.penalty = programme, penalty
-        self.gamma = penalty_weights(programme, penalty)
+        self.gamma = penalty_weights(programme.H, penalty)
         root = self.gamma.sqrt()
         scaled = programme.H / (root[:, :, None] * root[:, None, :])
         values, self.vectors = torch.linalg.eigh(scaled.to(dtype))
@@ -145,8 +149,8 @@ class Factored:
         noise = programme.rtol if rtol is None else rtol
         if dtype == torch.float32:
             noise = max(noise, RTOL_FLOAT32)
-        self.kept = values > noise * self._largest(values)
-        self.values = torch.where(self.kept, values, 0.0)
+        self.significant = values > noise * self._largest(values)
+        self.values = torch.where(self.significant, values, 0.0)
 
     def _largest(self, values: Tensor) -> Tensor | float:
         """What noise is relative to: the largest eigenvalue of all, or of each block, if not lost
@@ -166,14 +170,14 @@ class Factored:
     @cached_property
     def rank(self) -> int:
         """Eigenvalues of H above the noise, for all right-hand sides."""
-        return int(self.kept.sum()) * self.programme.f.shape[1]
+        return int(self.significant.sum()) * self.programme.f.shape[1]
 
     def inverse(self, ridges: Sequence[Ridge]) -> Tensor:
         """``1 / (w + λ)`` (R, b, q) for the eigenvalues w, 0 for those that are noise."""
         for ridge in ridges:
             check_ridge(ridge)
         damped = torch.stack([self.values + ridge for ridge in ridges])
-        return torch.where(self.kept, 1 / damped, 0.0)
+        return torch.where(self.significant, 1 / damped, 0.0)
 
     def path(self, ridges: Sequence[Ridge], prior: Tensor | None = None) -> Tensor:
         """Minimisers (R, b, s, q) for R relative ridges ``λ ≥ 0`` towards a prior.
@@ -202,8 +206,9 @@ def is_definite(programme: Programme, ridge: Ridge) -> bool:
     """Whether a ridge is known to outweigh the noise of a wide programme, for Cholesky to take
     it."""
     b, _, q = programme.f.shape
-    wide_and_known = q >= CHOLESKY_WIDTH and not isinstance(ridge, Tensor)
-    return wide_and_known and least_definite(programme.rtol, b, q) <= ridge < math.inf
+    if q < CHOLESKY_WIDTH or isinstance(ridge, Tensor):
+        return False
+    return least_definite(programme.rtol, b, q) <= ridge < math.inf
 
 
 def least_definite(rtol: float, b: int, q: int) -> float:
@@ -223,21 +228,25 @@ def minimise(
     Args:
         ridge: relative ``λ ≥ 0``, a number or a float64 tensor without axes, which is not read.
         prior: d0 (b, s, q), zero (the base) by default.
-        penalty: Γ, see :func:`penalty_weights`.
+        penalty: Γ, ``mean`` of diag H or ``diagonal``, diag H itself.
     Returns: a Solution; its ``d`` is NaN where the moments are not those of any data.
     Raises: MergeError for a negative ridge or an unknown penalty.
     """
     check_ridge(ridge)
     if not is_definite(programme, ridge):
         return Factored(programme, penalty).solve(ridge, prior)
-    d = _by_cholesky(programme, ridge, prior, penalty_weights(programme, penalty))
+    d = _by_cholesky(programme, ridge, prior, penalty_weights(programme.H, penalty))
     return Solution(d, programme, ridge, prior, penalty)
 
 
-def _by_cholesky(programme: Programme, ridge: float, prior: Tensor | None, gamma: Tensor) -> Tensor:
-    """``d`` (b, s, q) for a ridge that makes H definite; NaN if H was not positive semidefinite."""
+def _by_cholesky(programme: Programme, ridge: Ridge, prior: Tensor | None, gamma: Tensor) -> Tensor:
+    """``d`` (b, s, q) for a ridge that makes H definite; NaN if H was not positive semidefinite.
+
+    Args:
+        prior: (b, s, q), zero where None. gamma: (b, q), diagonal of Γ.
+    """
     H = programme.H.clone()
-    H.diagonal(dim1=-2, dim2=-1).add_(ridge * gamma)
+    diagonal(H).add_(ridge * gamma)
     start = None if prior is None else prior.to(programme.f)
     pull = -programme.f if start is None else -programme.gradient(start)
     step = solve_definite(H, pull)
@@ -284,9 +293,9 @@ def minimise_constrained(
             f"constrained programme over basis {programme.basis.name}: Clarabel reports "
             f"{answer.status}; check H and f for scale"
         )
-    d = np.asarray(answer.x)
-    error = np.abs(H @ d + f + G.T @ np.asarray(answer.z)).max() / (np.abs(f).max() or 1.0)
-    d = torch.from_numpy(d).to(programme.f).reshape(b, s, q)
+    x, dual = np.asarray(answer.x), np.asarray(answer.z)
+    error = np.abs(H @ x + f + G.T @ dual).max() / (np.abs(f).max() or 1.0)
+    d = torch.from_numpy(x).to(programme.f).reshape(b, s, q)
     status = f"{answer.status} by Clarabel in {answer.iterations} steps"
     return ConstrainedSolution(d, programme, residual=float(error), status=status)
 

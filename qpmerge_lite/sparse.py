@@ -20,10 +20,11 @@ def _flat(vectors: Tensor) -> Tensor:
     return vectors.reshape(len(vectors), vectors[0].numel())
 
 
-def _rescaled(vector: Tensor, mask: Tensor, kept, rescale: str) -> Tensor:
-    """Masked entries over the probability of being kept, or scaled to the L1 norm of all."""
+def _rescaled(vector: Tensor, mask: Tensor, chance: float | Tensor, rescale: str) -> Tensor:
+    """Masked entries of a vector (d,) over their ``chance`` of being kept, one number or (d,), or
+    scaled to the L1 norm of all."""
     if rescale == "keep":
-        return vector * mask / kept
+        return vector * mask / chance
     left = (vector * mask).abs().sum()
     return vector * mask * (vector.abs().sum() / left if left >= 1e-7 else 1.0)
 
@@ -52,12 +53,13 @@ def dare(
     number("scale", scale)
     generator = seeded(seed)
     experts = check_experts(base, experts)
-    vectors, total = differences(base, experts), {}
+    vectors = differences(base, experts)
+    total = {name: torch.zeros_like(stacked[0]) for name, stacked in vectors.items()}
     for k in range(len(experts)):
         for name in sorted(vectors):
             vector = vectors[name][k]
             mask = torch.rand(vector.shape, generator=generator).to(vector.device) >= drop
-            total[name] = total.get(name, 0) + _rescaled(vector, mask, 1 - drop, rescale)
+            total[name] += _rescaled(vector, mask, 1 - drop, rescale)
     return add_update(base, experts, total, scale)
 
 
@@ -87,9 +89,9 @@ def breadcrumbs(
     for name, stacked in vectors.items():
         flat = _flat(stacked)
         d = flat.shape[1]
-        kept = d if density == 1 else int(density * d)
-        first = max(0, d - kept - int(outliers * d))
-        chosen = flat.abs().argsort(dim=1, stable=True)[:, first : first + kept]
+        count = d if density == 1 else int(density * d)
+        first = max(0, d - count - int(outliers * d))
+        chosen = flat.abs().argsort(dim=1, stable=True)[:, first : first + count]
         mask = torch.zeros_like(flat).scatter_(1, chosen, 1.0)
         update[name] = (flat * mask).sum(0).reshape(stacked.shape[1:])
     return add_update(base, experts, update, scale)
@@ -108,26 +110,27 @@ class TiesRule:
         divisor: agreeing entries are divided by their ``count``, ``weights`` or ``nothing``.
     """
 
-    whole_model: bool
-    keep_threshold: bool
-    keep_one: bool
-    majority: bool
-    weighted_votes: bool
-    divisor: str
+    whole_model: bool = False
+    keep_threshold: bool = False
+    keep_one: bool = False
+    majority: bool = False
+    weighted_votes: bool = False
+    divisor: str = "count"
 
 
 TIES = {
-    "authors": TiesRule(True, True, False, True, False, "count"),
-    "fusion_bench": TiesRule(True, True, False, True, False, "nothing"),
-    "mergekit": TiesRule(False, False, True, False, True, "weights"),
-    "peft": TiesRule(False, False, False, False, False, "count"),
+    "authors": TiesRule(whole_model=True, keep_threshold=True, majority=True),
+    "fusion_bench": TiesRule(
+        whole_model=True, keep_threshold=True, majority=True, divisor="nothing"
+    ),
+    "mergekit": TiesRule(keep_one=True, weighted_votes=True, divisor="weights"),
+    "peft": TiesRule(),
 }
 
 
 def _trim(vector: Tensor, density: float, rule: TiesRule) -> Tensor:
     """The largest entries of a vector (d,), the others zero."""
-    kept = max(int(len(vector) * density), 1 if rule.keep_one else 0)
-    dropped = len(vector) - kept
+    dropped = len(vector) - max(int(len(vector) * density), 1 if rule.keep_one else 0)
     if dropped <= 0:
         return vector
     if rule.keep_threshold:
@@ -137,31 +140,30 @@ def _trim(vector: Tensor, density: float, rule: TiesRule) -> Tensor:
 
 def _consensus(
     vectors: Tensor,
+    rule: TiesRule = TiesRule(),  # noqa: B008 - frozen
     weights: Tensor | None = None,
     cancelled: Tensor | float = 1.0,
-    weighted_votes: bool = True,
-    divisor: str = "count",
 ) -> Tensor:
     """Sign election and mean of the agreeing entries.
 
     Args:
         vectors: (K, d), trimmed.
+        rule: whether votes are weighted, and what agreeing entries are divided by.
         weights: (K,), ones by default.
         cancelled: the sign of entries that cancel.
-        weighted_votes, divisor: see :class:`TiesRule`.
     Returns: (d,).
     """
     if weights is None:
         weights = torch.ones(len(vectors))
     weights = weights.to(vectors)[:, None]
-    votes = vectors * weights if weighted_votes else vectors
+    votes = vectors * weights if rule.weighted_votes else vectors
     sign = votes.sum(0).sign()
     sign = torch.where(sign == 0, cancelled, sign)
     agree = torch.where(sign > 0, votes > 0, votes < 0)
     total = (vectors * weights * agree).sum(0)
-    if divisor == "nothing":
+    if rule.divisor == "nothing":
         return total
-    parts = (agree if divisor == "count" else agree * weights).sum(0)
+    parts = (agree if rule.divisor == "count" else agree * weights).sum(0)
     return total / torch.where(parts == 0, 1.0, parts)
 
 
@@ -195,30 +197,32 @@ def ties(
     one_of("semantics", semantics, TIES)
     number("scale", scale)
     rule, experts = TIES[semantics], check_experts(base, experts)
+    by_expert = None
     if weights is not None:
-        weights = torch.tensor(numbers("ties weights", weights, len(experts)), dtype=torch.float64)
+        given = numbers("ties weights", weights, len(experts))
         if rule.whole_model:
             raise MergeError(
                 f"ties weights: expected none with semantics {semantics}, found "
-                f"{weights.tolist()}; semantics mergekit and peft take weights"
+                f"{given}; semantics mergekit and peft take weights"
             )
+        by_expert = torch.tensor(given, dtype=torch.float64)
     vectors = _trimmed_vectors(base, experts, density, rule)
-    sign = 1.0
+    cancelled: float | Tensor = 1.0
     if rule.majority:
         signs = [v.sum(0).sign().sum() for v in vectors.values()]
-        sign = sum(signs, torch.zeros(())).sign()
+        cancelled = sum(signs, torch.zeros(())).sign()
     update, state = {}, base.state_dict()
     for name, flat in vectors.items():
-        merged = _consensus(flat, weights, sign, rule.weighted_votes, rule.divisor)
+        merged = _consensus(flat, rule, by_expert, cancelled)
         update[name] = merged.view_as(state[name])
     return add_update(base, experts, update, scale)
 
 
 def _trimmed_vectors(base, experts, density: float, rule: TiesRule) -> dict[str, Tensor]:
     """Name -> trimmed task vectors (K, d), in the order of names; tied parameters once."""
-    found, ties_of = differences(base, experts), tied(base)
-    refuse_complex("ties", found)
-    vectors = {name: _flat(found[name]) for name in sorted(found) if ties_of[name][0] == name}
+    updates, ties_of = differences(base, experts), tied(base)
+    refuse_complex("ties", updates)
+    vectors = {name: _flat(updates[name]) for name in sorted(updates) if ties_of[name][0] == name}
     together = rule.whole_model and vectors
     groups = [list(vectors)] if together else [[name] for name in vectors]
     for k in range(len(experts)):  # one by one and in place: a whole model's vectors are large
@@ -265,8 +269,8 @@ def della(
     for name, stacked in sorted(vectors.items()):
         rows = stacked.flatten(1, -2) if stacked.dim() > 2 else stacked[:, None]
         ranks = rows.abs().argsort(dim=-1, stable=True).argsort(dim=-1)
-        kept = density - spread + 2 * spread * ranks / max(rows.shape[-1] - 1, 1)
-        mask = torch.rand(kept.shape, generator=generator).to(kept) < kept
-        thinned = [_rescaled(r, m, p, rescale) for r, m, p in zip(rows, mask, kept)]
+        chances = density - spread + 2 * spread * ranks / max(rows.shape[-1] - 1, 1)
+        mask = torch.rand(chances.shape, generator=generator).to(chances) < chances
+        thinned = [_rescaled(r, m, p, rescale) for r, m, p in zip(rows, mask, chances)]
         update[name] = _consensus(_flat(torch.stack(thinned))).reshape(stacked.shape[1:])
     return add_update(base, experts, update, scale)

@@ -287,7 +287,7 @@ def test_first_order_optimism_by_hand(family, layer, weights):
     expected = float(torch.linalg.solve(penalised, J).trace()) / pooled.energy
     options = {"by": "gradients", "weights": weights, "groups": groups}
     found = optimism(moments, layer.updates, family, 0.3, **options)
-    if factored.kept.all():  # directions without an output are left out
+    if factored.significant.all():  # directions without an output are left out
         assert_relative(found, expected, 1e-6, scale=1)
 
 

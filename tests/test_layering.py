@@ -29,8 +29,8 @@ WEIGHTS = [
     "sparse",
     "datafree",
 ]  # and batches
-ENGINE = ["sums", "views", "norms", "layers", "effects", "orders", "lockstep", "pauses", "layouts", "probes", "recording", "lookups", "survey",
-          "rerun", "recipes", "reasons", "rows", "gather"]  # fmt: skip
+ENGINE = ["products", "views", "norms", "layers", "effects", "orders", "lockstep", "pauses", "layouts", "probes", "recording", "lookups", "survey",
+          "rerun", "recipes", "reasons", "rows", "sums", "gather"]  # fmt: skip
 METHODS = ["sequential", "solvers", "assess", "heads", "gradient", "methods"]
 CORE = ["errors", *MATHEMATICS, *WEIGHTS, *(f"engine.{name}" for name in ENGINE), *METHODS]
 COMPANION = [

@@ -11,6 +11,7 @@ import qpmerge_lite as q
 from qpmerge_lite.engine.layers import view
 from qpmerge_lite.errors import MergeError
 from qpmerge_lite.methods import QP, Sketched
+from qpmerge_lite.solvers import shrink
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +248,6 @@ def test_the_captured_energy_of_a_wide_layer_is_that_of_its_update(solver):
     layer = make_layer(1, K=3, g=1, m=4, n=80, N=200)
     moments = layer.moments()
     if isinstance(solver, q.RegMean):
-        moments = moments.shrink(layer.updates, 1.0)  # of propagated targets
+        moments = shrink(moments, layer.updates, 1.0)  # of propagated targets
     update, row = solver(moments, layer.updates)
     assert_relative(row["captured"], moments.pool().captured(update), 1e-9)

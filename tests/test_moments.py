@@ -20,6 +20,7 @@ from qpmerge_lite.errors import EmptyCalibration, MergeError, NonFinite, ShapeMi
 from qpmerge_lite.moments import Moments
 from qpmerge_lite.programme import programme
 from qpmerge_lite.solve import minimise
+from qpmerge_lite.solvers import shrink
 
 
 def empty(layer):
@@ -242,19 +243,6 @@ def test_all_reduce_over_two_processes(tmp_path):
         assert_same_moments(Moments.load(tmp_path / f"reduced{rank}"), layer.moments())
 
 
-@given(layer=layers(experts=("random",)))
-def test_rows_of_stacked_layers(layer):
-    """Layers reading one input are solved from one set of moments: rows ``start:stop`` are the
-    moments of that output slice."""
-    m = layer.updates.shape[2]
-    part = replace(
-        layer,
-        updates=layer.updates[:, :, : (m + 1) // 2],
-        R=tuple(r[..., : (m + 1) // 2] for r in layer.R),
-    )
-    assert_same_moments(layer.moments().rows(0, (m + 1) // 2), part.moments())
-
-
 @given(layer=layers(folds=2))
 def test_moments_of_some_tasks_are_those_of_their_samples(layer):
     """In the order asked for, and with the tasks' names."""
@@ -271,7 +259,7 @@ def test_shrink_keeps_the_diagonal_and_the_propagated_targets(layer, alpha):
     """``C' = αC + (1-α) diag C``, ``A' = Δ C'``, ``M' = Δ C' Δᵀ``; α = 1 is the identity on
     propagated targets."""
     moments = layer.moments()
-    shrunk = moments.shrink(layer.updates, alpha)
+    shrunk = shrink(moments, layer.updates, alpha)
     off = ~torch.eye(moments.C.shape[-1], dtype=torch.bool)
     assert_relative(
         shrunk.C.diagonal(dim1=-2, dim2=-1), moments.C.diagonal(dim1=-2, dim2=-1), 1e-14
@@ -279,7 +267,7 @@ def test_shrink_keeps_the_diagonal_and_the_propagated_targets(layer, alpha):
     assert_relative(shrunk.C[..., off], alpha * moments.C[..., off], 1e-12)
     assert_relative(shrunk.A, torch.einsum("tgmi,tfgij->tfgmj", layer.updates, shrunk.C))
     assert_relative(shrunk.M, torch.einsum("tfgmj,tgkj->tfgmk", shrunk.A, layer.updates))
-    assert_same_moments(moments.shrink(layer.updates, 1.0), moments, 1e-10)
+    assert_same_moments(shrink(moments, layer.updates, 1.0), moments, 1e-10)
 
 
 def test_bad_input_is_named():

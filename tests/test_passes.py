@@ -11,7 +11,9 @@ from toys import TASKS, experts_of, tokens, vision
 import qpmerge_lite as q
 from qpmerge_lite import solvers
 from qpmerge_lite.engine import gather, rerun
-from qpmerge_lite.engine.sums import Buffers, Sums, add_gram, mirror
+from qpmerge_lite.engine.products import add_gram, mirror
+from qpmerge_lite.engine.rows import Samples
+from qpmerge_lite.engine.sums import Buffers, Sums
 from qpmerge_lite.engine.views import Dense
 from qpmerge_lite.errors import MergeError, NonFinite
 
@@ -44,7 +46,7 @@ def sums_of(Z, r):
     sums = Sums(
         ["a"], (1, r.shape[1], Z.shape[1]), Buffers("cpu"), folds=1, drift=True, full_energy=True
     )
-    sums.add(Dense("layer", nn.Linear(1, 1), False), "a", Z, r, [len(Z)])
+    sums.add(Dense("layer", nn.Linear(1, 1), False), "a", Samples(Z, r, [len(Z)]))
     mirror(sums.C)
     return sums
 
@@ -61,7 +63,7 @@ def test_products_in_single_precision_are_right_to_1e_6_and_in_double_to_1e_14(n
         (Z.double(), r.double(), 1e-14, 1e-10),
     ):
         sums = sums_of(samples, answers)
-        for found, wanted in zip((sums.C, sums.B, sums.R), exact):
+        for found, wanted in zip((sums.C, *sums.drift), exact):
             assert found.dtype == torch.float64
             assert (found[0, 0, 0] - wanted).norm() <= bound * wanted.norm()
         assert sums.rtol == noise and sums.counts == [[1000]]

@@ -14,6 +14,7 @@ from strategies import FAMILIES, FREE, Layer, layers, make_layer, normal, output
 from qpmerge_lite.diagnostic import captured_energy, gap
 from qpmerge_lite.programme import programme
 from qpmerge_lite.solve import minimise
+from qpmerge_lite.solvers import shrink
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -140,7 +141,7 @@ def test_regmean_is_the_element_basis_with_propagated_targets(layer, alpha):
     closed = torch.linalg.solve(
         sum(grams), sum(C @ (base + D).mT for C, D in zip(grams, layer.updates))
     ).mT
-    pooled = layer.moments().shrink(layer.updates, alpha).pool()
+    pooled = shrink(layer.moments(), layer.updates, alpha).pool()
     prog = layer.programme("elements", pooled)
     assert_relative(base + prog.basis.combine(minimise(prog).d), closed, 1e-8)
 
@@ -149,7 +150,7 @@ def test_fisher_averaging_is_the_diagonal_case():
     """α = 0 leaves ``W = Σ_t (diag C_t / N_t) W_t / Σ_t diag C_t / N_t``: a per-entry weighted mean
     of the experts."""
     layer = make_layer(2, K=3, targets="propagated")
-    pooled = layer.moments().shrink(layer.updates, 0.0).pool()
+    pooled = shrink(layer.moments(), layer.updates, 0.0).pool()
     prog = layer.programme("elements", pooled)
     F = torch.stack([(x[:, 0] ** 2).mean(0) for x in layer.X])[:, None, None]
     assert_relative(

@@ -17,6 +17,7 @@ from qpmerge_lite.bases import build
 from qpmerge_lite.errors import Infeasible, MergeError
 from qpmerge_lite.programme import Programme, programme
 from qpmerge_lite.solve import Factored, minimise, minimise_constrained
+from qpmerge_lite.solvers import shrink
 
 CONSTRAINTS = [
     {"nonnegative": True},
@@ -154,8 +155,8 @@ def test_the_alpha_of_regmean_is_a_diagonal_ridge(layer, alpha):
     """Shrinking C by α = the element programme with Γ = diag H, λ = (1-α)/α and the diagonal
     (Fisher) average as prior."""
     moments = layer.moments()
-    shrunk = layer.programme("elements", moments.shrink(layer.updates, alpha).pool())
-    diagonal = layer.programme("elements", moments.shrink(layer.updates, 0.0).pool())
+    shrunk = layer.programme("elements", shrink(moments, layer.updates, alpha).pool())
+    diagonal = layer.programme("elements", shrink(moments, layer.updates, 0.0).pool())
     fisher = minimise(diagonal).d
     prog = layer.programme("elements", moments.pool())
     found = minimise(prog, (1 - alpha) / alpha, fisher, "diagonal").d

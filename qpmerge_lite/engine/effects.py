@@ -45,13 +45,13 @@ def set_modes(found: tuple) -> None:
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor was written to; 0 where torch does not count."""
+    """How often a tensor of any shape was written to; 0 where torch does not count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def identity_of(tensor: Tensor) -> tuple:
-    """Equal for a tensor that has not been written to since; never where torch does not count
-    that."""
+    """Equal for a tensor of any shape that has not been written to since; never where torch does not
+    count that."""
     return id(tensor), object() if tensor.is_inference() else tensor._version
 
 
@@ -63,8 +63,8 @@ def copied(value):
 def first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
     """What a module is given to read: the first tensor among its arguments; None for one within
     torch.vmap."""
-    found = next((z for z in (*args, *kwargs.values()) if isinstance(z, Tensor)), None)
-    return None if found is None or torch._C._functorch.is_batchedtensor(found) else found
+    first = next((z for z in (*args, *kwargs.values()) if isinstance(z, Tensor)), None)
+    return None if first is None or torch._C._functorch.is_batchedtensor(first) else first
 
 
 @contextmanager

@@ -4,26 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..calibration import Batch
 from ..errors import MergeError, NonFinite
+from ..experts import State
 from ..moments import Moments
 from .layouts import Layout
-from .lockstep import Forward, LeftOut
-from .recipes import Making, Recipe, looks_at
-from .rows import joined, selection
+from .lockstep import Forward, LeftOut, Stream
+from .recipes import LayerMoments, Making, Recipe, looks_at
+from .rows import Samples, Selection, joined, selection
 from .sums import Buffers, Sums
 from .survey import Survey
 from .views import Table, View
 
 ROWS = 4096  # rows whose products are taken together, at least
-Reads = Mapping[
-    tuple, Forward
-]  # (stream, task, number of the batch) -> the forward that waits at the layer
-Gathered = tuple[View, Moments, Tensor]
+# (stream, task, number of the batch) -> the forward that waits at the layer
+Reads = Mapping[tuple, Forward]
+CURE = "check this task's calibration data and weights"
+
+
+class Rows(NamedTuple):
+    """Rows (N, d) that a layer reads and are no padding, those of a fold side by side, and how many
+    each fold has."""
+
+    rows: Tensor
+    counts: list[int]
+
+
+class Tokens(NamedTuple):
+    """Tokens (N,) that a table looks up and are no padding, and the fold (N,) of each."""
+
+    ids: Tensor
+    fold: Tensor
 
 
 class Unreached(Exception):
@@ -36,31 +52,37 @@ class Gatherer:
     Args:
         known: what the survey found. tasks, batches: of the calibration.
         base, experts: their entries, on the device of the model.
-        products: ``activations`` or ``float64``, see :class:`sequential.Pass`.
+        products: precision of products of activations, ``activations`` or ``float64``.
     """
 
     def __init__(
-        self, known: Survey, tasks: list[str], batches: list[Batch], base, experts, products: str
+        self,
+        known: Survey,
+        tasks: list[str],
+        batches: list[Batch],
+        *,
+        base: State,
+        experts: Mapping[str, State],
+        products: str,
     ):
         self.known, self.tasks, self.batches = known, tasks, batches
         self.base, self.experts, self.products = base, experts, products
         self.device = next(iter(base.values())).device
         self.looks = looks_at(self.device)
         self._finite: dict[str, Tensor] = {}
-        self._selections: dict[tuple, tuple] = {}
+        self._selections: dict[tuple, Selection] = {}
         self._widths: dict[str, int] = {}
         self._row_counts: dict[tuple, torch.Size] = {}
         self._buffers = Buffers(self.device)
 
     def moments(
         self, views: list[View], reads: Reads, making: Making, shared: dict | None
-    ) -> Iterator[Gathered]:
-        """Of layers that read alike, one by one: the view, its moments, and its updates (K, g, m,
-        n).
+    ) -> Iterator[LayerMoments]:
+        """Of layers that read alike, one by one.
 
         Args:
-            shared: sums on the experts' own inputs that other merges of the pass have already; None
-                where there are no others.
+            shared: sums on the experts' own inputs that other merges of the pass have already, and
+                to which those of this one are added; None where there are no others.
         Raises: Unreached, LeftOut; NonFinite for activations that are NaN or infinite.
         """
         if isinstance(views[0], Table):
@@ -72,130 +94,132 @@ class Gatherer:
             updates = self._updates(v)
             rows = slice(row, row + updates.shape[2])
             row = rows.stop
-            yield v, sums.moments(v.name, updates, making.recipe.own_weight, rows), updates
+            moments = sums.moments(v.name, updates, making.recipe.own_weight, rows)
+            yield LayerMoments(v, moments, updates)
 
     def check(self) -> None:
         """Where values were not looked at on the way, because that waits for the device: NonFinite
         for the first layer that read one."""
         if self.looks or not self._finite:
             return
-        found = torch.stack(list(self._finite.values()))  # (layers, T), read once
-        for layer, finite in zip(self._finite, found.tolist()):
+        by_layer = torch.stack(list(self._finite.values()))  # (layers, T), read once
+        for layer, finite in zip(self._finite, by_layer.tolist()):
             if not all(finite):
-                task = self.tasks[finite.index(False)]
-                cure = "check this task's calibration data and weights"
-                raise NonFinite(
-                    f"layer {layer}, task {task}, inputs", torch.tensor(float("nan")), cure
-                )
+                where = f"layer {layer}, task {self.tasks[finite.index(False)]}, inputs"
+                raise NonFinite(where, torch.tensor(float("nan")), CURE)
 
     def _updates(self, v: View) -> Tensor:
+        """Residual updates (K, g, m, n) of a layer."""
         base = v.matrix(self.base)
         return torch.stack([v.matrix(state) - base for state in self.experts.values()])
 
-    def _summed(self, views, reads, making: Making, shared) -> Sums:
+    def _summed(self, views: list[View], reads: Reads, making: Making, shared: dict | None) -> Sums:
         """Sums over all batches for layers that read alike."""
         recipe, first = making.recipe, views[0]
         key = (first.reads, recipe.folds, recipe.keeps_full_energy)
-        own_stream = making.stream == "expert" and shared is not None
-        if own_stream and key in shared:
-            sums = shared[key]
-        else:
-            g, m, n = torch.cat([v.matrix(self.base) for v in views], 1).shape
-            sums = self._opened((g, m, n), recipe, reuse=not own_stream)
+        cache = {} if shared is None or making.stream != "expert" else shared
+        if key not in cache:
+            shapes = [v.matrix(self.base).shape for v in views]
+            g, _, n = shapes[0]
+            outputs = sum(m for _, m, _ in shapes)
+            cache[key] = self._opened((g, outputs, n), recipe, reused=cache is not shared)
             for task in self.tasks:
-                W = (
-                    torch.cat([v.matrix(self.experts[task]) for v in views], 1)
-                    if recipe.own_weight
-                    else None
-                )
-                self._add_task(task, W, sums, first, reads, making)
-        if own_stream:
-            shared[key] = sums
+                self._add_task(task, views, cache[key], reads, making)
+        sums = cache[key]
         self._check_reached(sums.counts)
         self._finite[first.name] = finite = sums.finite()
         if self.looks and not bool(finite.all()):
             self._refuse_not_finite(self.tasks[finite.tolist().index(False)], first, reads, making)
         return sums
 
-    def _opened(self, shape, recipe: Recipe, reuse: bool) -> Sums:
-        """Empty sums, in the buffers of those of the layer before where they will not be needed
-        again."""
-        buffers = (
-            self._buffers
-            if reuse and recipe.solver is not None
-            else Buffers(self.device, kept=True)
-        )
-        drift = bool(recipe.own_weight)
+    def _opened(self, shape: tuple[int, int, int], recipe: Recipe, reused: bool) -> Sums:
+        """Empty sums for layers of a shape (g, m, n), in the memory of those before where these are
+        ``reused``."""
+        lasting = recipe.solver is None or not reused
+        buffers = Buffers(self.device, reused=False) if lasting else self._buffers
         return Sums(
             self.tasks,
             shape,
             buffers,
             folds=recipe.folds,
-            drift=drift,
+            drift=bool(recipe.own_weight),
             full_energy=recipe.keeps_full_energy,
         )
 
-    def _add_task(self, task, W, sums: Sums, v: View, reads, making: Making) -> None:
-        """Add one task's batches, small ones together."""
-        held, batches = [], [batch for batch in self.batches if batch.task == task]
+    def _add_task(
+        self, task: str, views: list[View], sums: Sums, reads: Reads, making: Making
+    ) -> None:
+        """Add one task's batches to the sums of layers that read alike, small ones together."""
+        W = None
+        if making.recipe.own_weight:
+            W = torch.cat([v.matrix(self.experts[task]) for v in views], 1)
+        batches = [batch for batch in self.batches if batch.task == task]
+        waiting: list[Samples] = []
         for batch in batches:
-            found = self._pair(W, v, reads, making, batch)
-            held += [] if found is None else [found]
-            if held and (batch is batches[-1] or sum(len(Z) for Z, *_ in held) >= ROWS):
-                sums.add(v, task, *joined(held))
-                held = []
+            samples = self._samples(W, views[0], reads, making, batch)
+            if samples is not None:
+                waiting.append(samples)
+            enough = batch is batches[-1] or sum(len(part.Z) for part in waiting) >= ROWS
+            if waiting and enough:
+                sums.add(views[0], task, joined(waiting))
+                waiting = []
 
-    def _pair(
-        self, W, v: View, reads, making: Making, batch: Batch
-    ) -> tuple[Tensor, Tensor | None, list[int]] | None:
-        """Samples Z of a batch, the expert's answer r to its drift from them, and rows by fold;
-        None where no forward has come."""
-        read = reading(reads, making.stream, batch)
-        own = reading(reads, "expert", batch) if W is not None else None
-        if read is None or (own is None and W is not None):
-            return None
-        Z, counts = self._samples(v, read, batch, making.recipe.folds)
-        if own is None:
-            return Z, None, counts
-        Z_own, own_counts = self._samples(v, own, batch, making.recipe.folds)
-        if own_counts != counts:
-            raise LeftOut(v.name, "which rows it reads depends on the weights before it")
-        return Z, v.respond(W.to(Z.dtype), Z_own - Z), counts
-
-    def _samples(self, v: View, read: Tensor, batch: Batch, folds: int) -> tuple[Tensor, list[int]]:
-        rows, counts = self._rows(v, read, batch, folds)
-        Z = v.samples(rows)
-        return (Z.double() if self.products == "float64" else Z), counts
-
-    def _rows(
-        self, v: View, read: Tensor, batch: Batch, folds: int, layout: Layout | None = None
-    ) -> tuple[Tensor, list[int]]:
-        """Rows (N, d) of a batch that are no padding, those of a fold side by side, and how many
-        each fold has.
+    def _samples(
+        self, W: Tensor | None, v: View, reads: Reads, making: Making, batch: Batch
+    ) -> Samples | None:
+        """Samples of a batch; None where no forward has come.
 
         Args:
-            layout: of tokens that are read behind the first call of a table; otherwise that of the
-                layer.
+            W: the expert's (g, m, n), where its own inputs are looked at too.
         """
-        first, rows = layout is None, v.rows(read)
-        layout = self.known.layout(v.name, batch) if first else layout
+        read = reading(reads, making.stream, batch)
+        if read is None:
+            return None
+        Z, counts = self._inputs(v, read, batch, making.recipe.folds)
+        if W is None:
+            return Samples(Z, None, counts)
+        own_read = reading(reads, "expert", batch)
+        if own_read is None:
+            return None
+        Z_own, own_counts = self._inputs(v, own_read, batch, making.recipe.folds)
+        if own_counts != counts:
+            raise LeftOut(v.name, "which rows it reads depends on the weights before it")
+        return Samples(Z, v.respond(W.to(Z.dtype), Z_own - Z), counts)
+
+    def _inputs(self, v: View, read: Tensor, batch: Batch, folds: int) -> Rows:
+        """What a layer makes of the rows that it reads, in the precision that products are taken
+        in."""
+        rows, counts = self._rows(v, read, batch, folds)
+        Z = v.samples(rows)
+        return Rows(Z.double() if self.products == "float64" else Z, counts)
+
+    def _rows(
+        self, v: View, read: Tensor, batch: Batch, folds: int, later: Layout | None = None
+    ) -> Rows:
+        """Rows of a batch that are no padding, from what the module reads.
+
+        Args:
+            later: layout of tokens that are read behind the first call of a table.
+        """
+        rows = v.rows(read)
+        layout = self.known.layout(v.name, batch) if later is None else later
         if not layout.fits(rows, batch):
             raise LeftOut(v.name, "its rows are laid out differently from batch to batch")
-        if first:
+        if later is None:
             self._check_count(v, rows, batch)
         width = self._widths.setdefault(v.name, rows.shape[-1])
         if rows.shape[-1] != width:
             raise MergeError(
-                f"task {batch.task!r}, batch {batch.number}: layer {v.name!r} expects rows of width {width}, found "
-                f"{rows.shape[-1]}; give all batches inputs of one kind"
+                f"task {batch.task!r}, batch {batch.number}: layer {v.name!r} expects rows of "
+                f"width {width}, found {rows.shape[-1]}; give all batches inputs of one kind"
             )
         rows = layout.arrange(rows, batch.size)
         key = (batch.task, batch.number, folds, layout.mask, rows.shape[:-1])
         if key not in self._selections:
             self._selections[key] = selection(rows.shape[:-1], batch, folds, layout.mask)
-        index, counts = self._selections[key]
+        places, counts = self._selections[key]
         rows = rows.reshape(-1, rows.shape[-1])
-        return (rows if index is None else rows.index_select(0, index)), counts
+        return Rows(rows if places is None else rows.index_select(0, places), counts)
 
     def _check_count(self, v: View, rows: Tensor, batch: Batch) -> None:
         """LeftOut where the shapes of a batch do not settle how many rows a layer reads: they are
@@ -204,70 +228,80 @@ class Gatherer:
         if self._row_counts.setdefault((v.name, shapes), rows.shape[:-1]) != rows.shape[:-1]:
             raise LeftOut(v.name, "which rows it reads depends on what they hold")
 
-    def _refuse_not_finite(self, task, v: View, reads, making: Making) -> None:
+    def _refuse_not_finite(self, task: str, v: View, reads: Reads, making: Making) -> None:
+        """NonFinite naming what is not finite in a task's inputs; MergeError where only products
+        are."""
         for batch in self.batches:
             read = reading(reads, making.stream, batch) if batch.task == task else None
             if read is not None:
-                rows = self._rows(v, read, batch, 1)[0]
+                rows = self._rows(v, read, batch, 1).rows
                 if not bool(v.samples(rows).isfinite().all()):
-                    cure = "check this task's calibration data and weights"
-                    raise NonFinite(f"layer {v.name}, task {task}, inputs", rows, cure)
+                    raise NonFinite(f"layer {v.name}, task {task}, inputs", rows, CURE)
         raise MergeError(
             f"layer {v.name}, task {task}: products of its inputs overflow; use products='float64'"
         )
 
     def _check_reached(self, counts: list[list[int]]) -> None:
         """Unreached unless every task and fold has rows."""
-        silent = [task for task, found in zip(self.tasks, counts) if min(found) == 0]
+        silent = [task for task, of_folds in zip(self.tasks, counts) if min(of_folds) == 0]
         if silent:
             raise Unreached(f"too few calibration inputs of {silent} reach it")
 
     def _tokens(
-        self, table: Table, read: Tensor, batch: Batch, folds: int, layout: Layout | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens (N,) of a batch that are no padding, and the fold of each."""
-        rows, counts = self._rows(table, read, batch, folds, layout)
+        self, table: Table, read: Tensor, batch: Batch, folds: int, later: Layout | None = None
+    ) -> Tokens:
+        """Tokens of a batch, from what the module reads; ``later`` is their layout behind its first
+        call."""
+        rows, counts = self._rows(table, read, batch, folds, later)
         fold = torch.arange(folds).repeat_interleave(torch.tensor(counts))
-        return rows[:, 0], fold.to(rows.device)
+        return Tokens(rows[:, 0], fold.to(rows.device))
 
-    def _counted(self, table: Table, reads, making: Making) -> Gathered:
-        """A table of the tokens that occur, and its moments: how often each does. All targets agree
-        on it."""
-        folds, found = making.recipe.folds, {task: [] for task in self.tasks}
+    def _looked_up(self, table: Table, reads: Reads, making: Making) -> dict[str, list[Tokens]]:
+        """What a table looks up: task -> tokens, call by call."""
+        folds = making.recipe.folds
+        tokens: dict[str, list[Tokens]] = {task: [] for task in self.tasks}
         for batch in self.batches:
             read = reading(reads, making.stream, batch)
-            if read is not None:
-                found[batch.task].append(self._tokens(table, read, batch, folds))
-                for key, layout in self.known.later_lookups(table.name, batch):
-                    found[batch.task].append(
-                        self._tokens(table, batch.arguments[key], batch, folds, layout)
-                    )
-        tokens = [ids for parts in found.values() for ids, _ in parts]
-        if not tokens:
+            if read is None:
+                continue
+            tokens[batch.task].append(self._tokens(table, read, batch, folds))
+            for key, layout in self.known.later_lookups(table.name, batch):
+                argument = batch.arguments[key]
+                tokens[batch.task].append(self._tokens(table, argument, batch, folds, layout))
+        return tokens
+
+    def _counted(self, table: Table, reads: Reads, making: Making) -> LayerMoments:
+        """A table of the tokens that occur, and its moments: how often each does. All targets agree
+        on it."""
+        folds = making.recipe.folds
+        tokens = self._looked_up(table, reads, making)
+        every = [part.ids for parts in tokens.values() for part in parts]
+        if not every:
             raise Unreached("no calibration input reaches it")
-        table = replace(table, ids=torch.cat(tokens).unique())
-        updates, g = self._updates(table), len(table.ids)
-        options = {
-            "g": g,
-            "folds": folds,
-            "layer": table.name,
-            "device": updates.device,
-            "shared": True,
-        }
+        ids = torch.cat(every).unique()
+        table = replace(table, ids=ids)
+        updates, g = self._updates(table), len(ids)
         moments = Moments.zeros(
-            self.tasks, 1, updates.shape[2], full_energy=making.recipe.keeps_full_energy, **options
+            self.tasks,
+            1,
+            updates.shape[2],
+            g=g,
+            folds=folds,
+            layer=table.name,
+            device=updates.device,
+            full_energy=making.recipe.keeps_full_energy,
+            shared=True,
         )
-        for (task, parts), update in zip(found.items(), updates):
-            for ids, fold in parts:
-                places = fold * g + torch.searchsorted(table.ids, ids)
-                moments.count_copies(
-                    task, places.bincount(minlength=folds * g).reshape(folds, -1), update
-                )
+        for (task, parts), update in zip(tokens.items(), updates):
+            for part in parts:
+                places = part.fold * g + torch.searchsorted(ids, part.ids)
+                counts = places.bincount(minlength=folds * g).reshape(folds, -1)
+                moments.count_copies(task, counts, update)
         self._check_reached(moments.count.tolist())
-        return table, moments, updates
+        return LayerMoments(table, moments, updates)
 
 
-def reading(reads: Reads, stream, batch: Batch) -> Tensor | None:
+def reading(reads: Reads, stream: Stream, batch: Batch) -> Tensor | None:
     """What a forward of a stream is about to read, None where it has not come to the layer."""
     forward = reads.get((stream, batch.task, batch.number))
     return None if forward is None else forward.payload

@@ -3,8 +3,6 @@ its layers."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -38,9 +36,11 @@ def view(name: str, module: nn.Module, scope: str = "all") -> View | None:
     kind = _kind(module)
     if kind is None or _obstacle(module, kind) or not _covered(kind, scope):
         return None
-    found = kind(name, module, scope != "weights" and getattr(module, "bias", None) is not None)
-    named_rms = any("rms" in parent.__name__.lower() for parent in type(module).__mro__)
-    return replace(found, subtracts_mean=False) if kind is Norm and named_rms else found
+    bias = scope != "weights" and getattr(module, "bias", None) is not None
+    if kind is Norm:
+        named_rms = any("rms" in parent.__name__.lower() for parent in type(module).__mro__)
+        return Norm(name, module, bias, subtracts_mean=not named_rms)
+    return kind(name, module, bias)
 
 
 def why_no_view(module: nn.Module) -> str:
@@ -86,7 +86,10 @@ def _obstacle(module: nn.Module, kind: type[View]) -> str | None:
         if module.groups > 1:
             return "convolutions in groups, or by channel, are not solved"
         if module.padding_mode != "zeros" or module.padding == "same":
-            return f"convolutions that pad with {module.padding_mode!r} to {module.padding!r} are not solved"
+            return (
+                f"convolutions that pad with {module.padding_mode!r} to {module.padding!r} are not "
+                "solved"
+            )
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "embeddings that are rescaled when they are looked up (max_norm) are not solved"
     if kind is Norm and own.dim() != 1:

@@ -8,6 +8,7 @@ is theirs. No guess from shapes that happen to agree.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,12 +49,12 @@ class Layout:
         return rows if self.token_axis is None else rows.movedim(self.token_axis, 1)
 
     def fits(self, rows: Tensor, batch: Batch) -> bool:
-        """Whether rows of another batch can lie like this."""
+        """Whether rows (…, d) of another batch can lie like this."""
         if self.axis is None:
             return True
         if rows.dim() <= self.axis + 1 or rows.shape[self.axis] % batch.size:
             return False
-        mask = batch.masks.get(self.mask)
+        mask = batch.mask(self.mask)
         return mask is None or self.arrange(rows, batch.size).shape[: mask.dim()] == mask.shape
 
 
@@ -61,14 +62,19 @@ def find_layout(
     layer: str,
     rows: Tensor,
     fewer: Tensor | None,
-    shorter: dict,
+    shorter: Mapping[str, Tensor | None],
     batch: Batch,
+    *,
     padded: bool,
-    table=False,
+    table: bool = False,
 ) -> Layout:
-    """The layout of rows (…, d) on the few sequences of a batch, given those on one sequence less,
-    the others in reverse order, and on shorter ones.
+    """The layout of what a layer reads of a batch of few sequences.
 
+    Args:
+        rows: (…, d). fewer: rows (…, d) without the last sequence, the others in reverse order.
+        shorter: mask -> rows (…, d) of the sequences of ``fewer`` with one token less.
+        padded: whether some of the calibration batches have padding.
+        table: whether the layer looks up tokens.
     Raises: LeftOut or MergeError with the reason where there is none.
     """
     if fewer is None:
@@ -78,7 +84,7 @@ def find_layout(
     relations = {}
     for mask, cut in shorter.items():
         relations[mask] = _relation(layout, fewer, cut, size - 1, batch, mask)
-    axes = [(mask, axis) for mask, found in relations.items() for axis in found or ()]
+    axes = [(mask, axis) for mask, of_mask in relations.items() for axis in of_mask or ()]
     if len(axes) > 1:
         raise LeftOut(layer, "reads pairs of tokens")
     if not axes:
@@ -118,9 +124,9 @@ def _close(one: Tensor, other: Tensor) -> bool:
     if not one.is_floating_point() or one.shape != other.shape:
         return torch.equal(one, other)
     one, other = one.double(), other.double()
-    return not bool(one.isfinite().all()) or bool(
-        (one - other).norm() <= 0.03 * other.norm() + 1e-12
-    )
+    if not bool(one.isfinite().all()):
+        return True
+    return bool((one - other).norm() <= 0.03 * other.norm() + 1e-12)
 
 
 def _relation(layout: Layout, rows, shorter, size, batch, mask) -> list[int] | None:
@@ -155,8 +161,9 @@ def _relation(layout: Layout, rows, shorter, size, batch, mask) -> list[int] | N
 def _unmatched(rows, batch) -> MergeError:
     masks = {name: tuple(mask.movedim(1, -1).shape) for name, mask in batch.masks.items()}
     return MergeError(
-        f"expected rows that can be matched to the tokens of {masks}, found {tuple(rows.shape)}; the model does not keep one row "
-        "per token there: give it batches without padding (masks of ones), or name the layers to solve with layers="
+        f"expected rows that can be matched to the tokens of {masks}, found {tuple(rows.shape)}; "
+        "the model does not keep one row per token there: give it batches without padding (masks "
+        "of ones), or name the layers to solve with layers="
     )
 
 
@@ -164,8 +171,8 @@ def _layout_by_shape(rows, batch: Batch, padded) -> Layout:
     """Where a model runs on whole batches only: the first axis as long as the batch."""
     if padded:
         raise MergeError(
-            "the model does not run on some of a batch's sequences alone, so which rows are padding cannot be told; "
-            "give it batches without padding (masks of ones)"
+            "the model does not run on some of a batch's sequences alone, so which rows are "
+            "padding cannot be told; give it batches without padding (masks of ones)"
         )
     axes = [i for i in range(rows.dim() - 1) if rows.shape[i] == batch.size]
     if axes:

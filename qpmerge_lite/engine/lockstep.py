@@ -30,6 +30,8 @@ from ..calibration import Batch
 from .effects import ABSENT, Traces, blaming, copied, modes, set_modes, version_of
 from .orders import Point
 
+Stream = str | tuple[str, str]  # whose inputs are read: "expert", or a kind of inputs and a merge
+
 
 class LeftOut(BaseException):  # no model may take it for an error of its own
     """A layer turned out not to be one that a pass can solve: the pass starts again without it."""
@@ -67,10 +69,10 @@ class Stage:
     one that runs."""
 
     def __init__(self, model: nn.Module):
-        self.model, self._shown = model, None
-        self.parking: dict[
-            Point, list[Point]
-        ] = {}  # entrances of blocks in front of which a Rerun waits, and layers inside
+        self.model = model
+        self._shown: Mapping[str, Tensor] | None = None
+        # entrances of blocks in front of which a Rerun waits, and layers inside
+        self.parking: dict[Point, list[Point]] = {}
         state = model.state_dict(keep_vars=True)
         self._places = []
         for path, module in model.named_modules():
@@ -81,7 +83,9 @@ class Stage:
                         self._places.append((entries, key, name))
         self._original = {name: entries[key] for entries, key, name in self._places}
         self._recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
-        self.copies_inputs, self._kept, self._before = False, [], []
+        self.copies_inputs = False
+        self._written: list[tuple[dict, str]] = []  # places that forwards write to
+        self._before: list = []
 
     def keep(self, traces: Traces) -> None:
         """Heed what forwards of the model leave behind, as the survey saw it: every one then has
@@ -89,16 +93,16 @@ class Stage:
         self.copies_inputs = traces.inputs
         for path, kind, key in sorted(traces.values):
             module = self.model.get_submodule(path)
-            self._kept.append((module._buffers if kind == "buffer" else module.__dict__, key))
+            self._written.append((module._buffers if kind == "buffer" else module.__dict__, key))
         self._before = self.values()
 
     def values(self) -> list:
         """What the places that forwards write to hold now."""
-        return [entries.get(key, ABSENT) for entries, key in self._kept]
+        return [entries.get(key, ABSENT) for entries, key in self._written]
 
-    def put(self, values: list) -> None:
-        """Give these places their values back."""
-        for (entries, key), value in zip(self._kept, values):
+    def set_values(self, values: list) -> None:
+        """Give the places that forwards write to other values, those of :meth:`values`."""
+        for (entries, key), value in zip(self._written, values):
             if value is ABSENT:
                 entries.pop(key, None)
             else:
@@ -109,7 +113,7 @@ class Stage:
         return tree_map(copied, batch.arguments) if self.copies_inputs else batch.arguments
 
     def show(self, state: Mapping[str, Tensor]) -> None:
-        """Point the model to the entries of a state, by name; nothing is copied."""
+        """Point the model to the entries of a state, name -> (…); nothing is copied."""
         if state is self._shown:
             return
         for entries, key, name in self._places:
@@ -119,19 +123,19 @@ class Stage:
         self._shown = state
 
     def begin(self, state: Mapping[str, Tensor]) -> None:
-        """Point the model to a state for a new forward, with values of its own where forwards
-        write."""
-        if not self._kept:
+        """Point the model to a state, name -> (…), for a new forward, with values of its own where
+        forwards write."""
+        if not self._written:
             return self.show(state)
-        self.put(self._before)
+        self.set_values(self._before)
         self._shown = None
         self.show(state)
-        self.put(tree_map(copied, self.values()))
+        self.set_values(tree_map(copied, self.values()))
 
     def restore(self) -> None:
         """The model as it was."""
         self.show(self._original)
-        self.put(self._before)
+        self.set_values(self._before)
 
 
 class Forward(greenlet):
@@ -143,7 +147,12 @@ class Forward(greenlet):
     """
 
     def __init__(
-        self, stage: Stage, state: Mapping[str, Tensor], batch: Batch, kind: str, function=None
+        self,
+        stage: Stage,
+        state: Mapping[str, Tensor],
+        batch: Batch,
+        kind: Stream,
+        function: Callable[[], object] | None = None,
     ):
         super().__init__()
         self.stage, self.state, self.batch, self.kind = stage, state, batch, kind
@@ -151,7 +160,8 @@ class Forward(greenlet):
         self.payload, self.answer, self._function = None, None, function
         self.started = False
         self.own: list | None = None  # values on modules, which other forwards write to as well
-        self._called: dict[str, object] = {}
+        # layer -> the tensor that it last read, and how often that had been written to
+        self._called: dict[str, tuple[weakref.ref[Tensor], int]] = {}
         self._modes: tuple | None = None
         self._inference = False  # the scheduler's mode
 
@@ -170,7 +180,7 @@ class Forward(greenlet):
             self.stage.begin(self.state)
         else:
             self.stage.show(self.state)
-            self.stage.put(self.own)
+            self.stage.set_values(self.own)
         outside, self._inference = modes(), torch.is_inference_mode_enabled()
         set_modes(self._modes or outside)
         try:
@@ -197,16 +207,18 @@ class Forward(greenlet):
         """Whether the forward waits at a point."""
         return point not in self.stage.parking
 
-    def reads_again(self, leader: str, read: Tensor) -> bool:
-        """Whether a tensor is the one that a layer named ``leader`` has just read."""
-        reference, version = self._called.get(leader, (None, None))
-        return reference is not None and reference() is read and version == version_of(read)
+    def reads_same(self, leader: str, read: Tensor) -> bool:
+        """Whether a tensor of any shape is the one that a layer named ``leader`` has just read."""
+        if leader not in self._called:
+            return False
+        reference, version = self._called[leader]
+        return reference() is read and version == version_of(read)
 
     def note(self, layer: str, read: Tensor) -> bool:
-        """Remember what a layer reads; whether it had been called before."""
-        again = layer in self._called
+        """Remember what a layer reads, of any shape; whether it had been called before."""
+        called_before = layer in self._called
         self._called[layer] = weakref.ref(read), version_of(read)
-        return again
+        return called_before
 
 
 def run(
@@ -256,7 +268,7 @@ def run(
 
 def hand_over(arrived: list[Forward]) -> None:
     """At the border of a block, the expert's forward goes on with what the merged one has."""
-    merged = {}
+    merged: dict[tuple, object] = {}
     for forward in arrived:
         if forward.kind[0] == "merged":
             merged[forward.kind[1], forward.batch.task, forward.batch.number] = forward.payload

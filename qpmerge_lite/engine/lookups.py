@@ -48,7 +48,7 @@ def later_lookups(
         raise LeftOut(
             table.name, "how often it is called in a forward depends on what the batch holds"
         )
-    found = []
+    lookups = []
     for place in range(1, len(ran["some"])):
         arguments = frozenset.intersection(*(calls[place].arguments for calls in ran.values()))
         if not arguments:
@@ -57,12 +57,18 @@ def later_lookups(
                 "called more than once in a forward, on tokens that no argument of the model holds",
             )
 
-        def rows(name, place=place) -> Tensor | None:
-            return table.rows(ran[name][place].read) if name in ran else None
-
-        shorter = {mask: rows(mask) for mask in recorded.shorter}
+        shorter = {mask: _rows(table, ran, mask, place) for mask in recorded.shorter}
+        rows, fewer = (_rows(table, ran, name, place) for name in ("some", "fewer"))
+        if rows is None:
+            raise LeftOut(table.name, "called without a tensor")
         layout = find_layout(
-            table.name, rows("some"), rows("fewer"), shorter, recorded.batch, padded, True
+            table.name, rows, fewer, shorter, recorded.batch, padded=padded, table=True
         )
-        found.append((min(arguments), layout))
-    return found
+        lookups.append((min(arguments), layout))
+    return lookups
+
+
+def _rows(table: Table, ran: Mapping[str, list[Call]], recording: str, place: int) -> Tensor | None:
+    """Rows (…, 1) of one of the calls of a recording, None where it has none."""
+    read = ran[recording][place].read if recording in ran else None
+    return None if read is None else table.rows(read)

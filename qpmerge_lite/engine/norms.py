@@ -3,13 +3,16 @@ normalised input."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .sums import accumulate
+from ..experts import State
+from .products import accumulate
 from .views import View, at_least_single
 
 
@@ -25,12 +28,12 @@ class Norm(View):
             one.
     """
 
-    puts_out = "a norm over the last axis"
+    puts_out: ClassVar[str] = "a norm over the last axis"
     subtracts_mean: bool = True
     offset: float = 0.0
 
     @property
-    def reads(self):
+    def reads(self) -> Hashable:
         """Norms are solved one by one, each with an output axis of length one."""
         return self.name, self.bias, self.subtracts_mean, self._epsilon
 
@@ -42,22 +45,22 @@ class Norm(View):
                 return value
         return None
 
-    def readings(self) -> list[Norm]:
+    def readings(self) -> list[View]:
         """With and without the mean, with gains that count from zero and from one: names of classes
         do not tell."""
-        found = []
+        readings: list[View] = []
         for subtracts_mean in (self.subtracts_mean, not self.subtracts_mean):
             for offset in (self.offset, 1 - self.offset):
-                found.append(replace(self, subtracts_mean=subtracts_mean, offset=offset))
-        return found
+                readings.append(replace(self, subtracts_mean=subtracts_mean, offset=offset))
+        return readings
 
-    def matrix(self, state) -> Tensor:
+    def matrix(self, state: State) -> Tensor:
         """W (d, 1, n), n = 2 with a bias, float64."""
         gain = state[self.parameters[0]].double() + self.offset
         columns = [gain, *(state[name].double() for name in self.parameters[1:])]
         return torch.stack(columns, -1).unsqueeze(1)
 
-    def parts(self, W: Tensor, state=None) -> dict[str, Tensor]:
+    def parts(self, W: Tensor, state: State | None = None) -> dict[str, Tensor]:
         """State-dict entries of W (d, 1, n)."""
         gain, *bias = W[:, 0].unbind(-1)
         return dict(zip(self.parameters, (gain - self.offset, *bias)))
@@ -75,7 +78,7 @@ class Norm(View):
         return torch.cat([Z, torch.ones_like(Z)], -1) if self.bias else Z
 
     def respond(self, W: Tensor, Z: Tensor) -> Tensor:
-        """``gain ∘ Z`` (N, d); for differences of samples, from which the bias has gone."""
+        """``gain ∘ Z`` (N, d) for differences Z (N, d) of samples, from which the bias has gone."""
         return Z * W[:, 0, 0]
 
     def add_products(self, Z: Tensor, C: Tensor, fresh: bool) -> None:

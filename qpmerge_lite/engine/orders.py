@@ -8,7 +8,7 @@ Point = tuple[str, str]  # "layer", "enter" or "leave", and the path of a module
 
 
 def insert(sequence: list[Point], points: list[Point]) -> None:
-    """Add points to a sequence, each behind the one that comes before it."""
+    """Add points to a sequence, in place, each behind the one that comes before it."""
     place = 0
     for point in points:
         if point not in sequence:
@@ -17,11 +17,11 @@ def insert(sequence: list[Point], points: list[Point]) -> None:
 
 
 def place_the_rest(sequence: list[Point], model: nn.Module, layers, blocks) -> None:
-    """Put layers and borders of blocks that were not called behind what comes before them in the
-    model."""
-    place, opened = 0, []
+    """Add layers and borders of blocks that were not called to a sequence, in place, behind what
+    comes before them in the model."""
+    place, opened = 0, list[str]()
 
-    def put(point):
+    def place_behind(point: Point) -> None:
         nonlocal place
         if point not in sequence:
             sequence.insert(place, point)
@@ -29,36 +29,33 @@ def place_the_rest(sequence: list[Point], model: nn.Module, layers, blocks) -> N
 
     for name, _ in model.named_modules():
         while opened and not name.startswith(f"{opened[-1]}."):
-            put(("leave", opened.pop()))
+            place_behind(("leave", opened.pop()))
         if name in blocks and ("enter", name) not in sequence:
-            put(("enter", name))
+            place_behind(("enter", name))
             opened.append(name)
         if name in layers:
-            put(("layer", name))
+            place_behind(("layer", name))
     for name in reversed(opened):
-        put(("leave", name))
+        place_behind(("leave", name))
 
 
 def predecessors(orders: list[list[Point]]) -> dict[Point, set[Point]]:
     """For every point, those that come before it in some of the orders, or before one of these;
     itself where orders disagree."""
-    found: dict[Point, set[Point]] = {point: set() for order in orders for point in order}
+    earlier: dict[Point, set[Point]] = {point: set() for order in orders for point in order}
     for order in orders:
         for place, point in enumerate(order):
-            found[point].update(order[:place])
-    for between in found:
-        for earlier in found.values():
-            if between in earlier:
-                earlier |= found[between]
-    return found
+            earlier[point].update(order[:place])
+    for between in earlier:
+        for before in earlier.values():
+            if between in before:
+                before |= earlier[between]
+    return earlier
 
 
 def sort(sequence: list[Point], earlier: dict[Point, set[Point]]) -> None:
-    """Put each point behind its predecessors, where orders agree; points without an entry stay in
-    their places."""
-    ranked = iter(
-        sorted(
-            (point for point in sequence if point in earlier), key=lambda point: len(earlier[point])
-        )
-    )
+    """Put each point of a sequence, in place, behind its predecessors, where orders agree; points
+    without an entry stay in their places."""
+    ordered = [point for point in sequence if point in earlier]
+    ranked = iter(sorted(ordered, key=lambda point: len(earlier[point])))
     sequence[:] = [next(ranked) if point in earlier else point for point in sequence]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 
 from greenlet import getcurrent
+from torch import Tensor
 
 from .effects import first_tensor
 from .lockstep import Apart, Forward, LeftOut, Stage
@@ -24,7 +25,7 @@ def pausing(stage: Stage, leaders: Mapping[str, list[str]], blocks: Iterable[str
     """
     hooks = []
 
-    def on(path, hook, **options):
+    def on(path: str, hook, **options) -> None:
         module = stage.model.get_submodule(path)
         hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True, **options))
 
@@ -44,12 +45,22 @@ def pausing(stage: Stage, leaders: Mapping[str, list[str]], blocks: Iterable[str
             hook.remove()
 
 
-def _leading(layer, may_be_called_again):
+def _read_by(layer: str, args: tuple, kwargs: dict) -> Tensor:
+    """What a layer is given to read, of any shape. Raises: LeftOut where that is no tensor."""
+    read = first_tensor(args, kwargs)
+    if read is None:
+        raise LeftOut(layer, "called without a tensor")
+    return read
+
+
+def _leading(layer: str, may_be_called_again: bool):
+    """Hook of a layer that is visited: the forward pauses there."""
+
     def hook(module, args, kwargs):
         forward = getcurrent()
         if not isinstance(forward, Forward):
             return
-        read = first_tensor(args, kwargs)
+        read = _read_by(layer, args, kwargs)
         if not forward.note(layer, read):
             forward.pause(("layer", layer), read)
         elif not may_be_called_again:
@@ -58,21 +69,25 @@ def _leading(layer, may_be_called_again):
     return hook
 
 
-def _following(layer, leader):
+def _following(layer: str, leader: str):
+    """Hook of a layer behind one that reads the same tensor: it is seen to that it does."""
+
     def hook(module, args, kwargs):
         forward = getcurrent()
         if not isinstance(forward, Forward):
             return
-        read = first_tensor(args, kwargs)
+        read = _read_by(layer, args, kwargs)
         if forward.note(layer, read):
             raise LeftOut(layer, "called more than once in a forward")
-        if not forward.reads_again(leader, read):
+        if not forward.reads_same(leader, read):
             raise Apart(layer)
 
     return hook
 
 
-def _entering(block):
+def _entering(block: str):
+    """Hook of a block before it is called, where its arguments may be replaced."""
+
     def hook(module, args, kwargs):
         forward = getcurrent()
         if isinstance(forward, Forward):
@@ -81,7 +96,9 @@ def _entering(block):
     return hook
 
 
-def _leaving(block):
+def _leaving(block: str):
+    """Hook of a block behind it, where its output may be replaced."""
+
     def hook(module, args, kwargs, output):
         forward = getcurrent()
         if isinstance(forward, Forward):

@@ -13,10 +13,10 @@ from ..forwards import is_encoder_decoder
 IDS = ("input_ids", "decoder_input_ids")
 
 
-def kind_of(batch: Batch) -> frozenset[str]:
+def kind_of(batch: Batch) -> frozenset[tuple]:
     """Batches with the same arguments, of as many axes, the same dtypes and equal flags, are
     alike."""
-    kinds = set()
+    kinds = set[tuple]()
     for key, value in batch.arguments.items():
         if isinstance(value, Tensor):
             kinds.add((key, value.dim(), value.dtype))
@@ -74,8 +74,8 @@ def without_a_token(model, batch: Batch, mask: str) -> Batch | None:
     length, arguments = mine[named[0]].shape[axis], dict(batch.arguments)
     if length < 2:
         return None
-    kept = batch.masks.get(mask)
-    start = 0 if kept is None or bool((kept[:, -1] != 0).any()) else 1
+    counted = batch.masks.get(mask)
+    start = 0 if counted is None or bool((counted[:, -1] != 0).any()) else 1
     for key, value in mine.items():
         tokens = value.dim() > axis and value.shape[axis] == length
         if tokens and (not value.is_floating_point() or value.dim() <= axis + 2):

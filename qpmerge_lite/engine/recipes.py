@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +13,26 @@ from ..errors import MergeError
 from ..moments import Moments
 from ..options import flag, number, one_of, whole, words
 from .layers import SCOPES
+from .lockstep import Stream
 from .views import View
 
 INPUTS = ("merged", "expert", "block")
 TARGETS = {"own": 1.0, "blend": 0.5, "propagated": 0.0}
 Solver = Callable[..., tuple[Tensor, dict]]
+
+
+class LayerMoments(NamedTuple):
+    """What a programme needs to know of one layer.
+
+    Attributes:
+        view: how the layer's module is ``y = W x``.
+        moments: sums over what it reads.
+        updates: residual updates (K, g, m, n).
+    """
+
+    view: View
+    moments: Moments
+    updates: Tensor
 
 
 @dataclass(frozen=True)
@@ -34,10 +50,12 @@ class Recipe:
         targets: ``own`` (the expert's outputs on its own stream), ``propagated`` (its layer applied
             to the merged stream), ``blend``, or the weight β in [0, 1] of own targets. Without
             effect unless inputs are merged.
-        scope: see :func:`layers.view`; what no layer covers is averaged and listed.
-        folds: number of folds of sequences kept apart for cross-fitting.
-        layers: names of the only layers to solve, the others being averaged; all by default. Any
-            name of a shared module will do.
+        scope: ``all``: dense layers with their bias folded in, convolutions, norms and embeddings;
+            ``dense``: dense layers with their bias, and norms; ``weights``: the weights of dense
+            layers only. What no layer covers is averaged and listed.
+        folds: number of folds of sequences, each held out in turn for cross-fitting.
+        layers: names of the only layers to solve, the others being averaged, or one name; all by
+            default. Any name of a shared module will do. A tuple once the recipe is made.
         anchor: state dict of another merge, which stands in for the average where no layer is
             solved; the solver is given its update (g, m, n) of every layer as a third argument.
         full_energy: whether all of M is kept, not only its diagonal; what the solver says by
@@ -49,7 +67,7 @@ class Recipe:
     targets: str | float = "own"
     scope: str = "all"
     folds: int = 4
-    layers: tuple[str, ...] | None = None
+    layers: Iterable[str] | None = None
     anchor: Mapping[str, Tensor] | None = None
     full_energy: bool | None = None
 
@@ -66,7 +84,7 @@ class Recipe:
             number("targets", self.targets, 0, 1)
         whole("folds", self.folds, 1)
         if self.layers is not None:
-            words("layers", self.layers)
+            object.__setattr__(self, "layers", tuple(words("layers", self.layers)))
         if self.full_energy is not None:
             flag("full_energy", self.full_energy)
 
@@ -79,11 +97,9 @@ class Recipe:
     @property
     def keeps_full_energy(self) -> bool:
         """Whether all of M is needed."""
-        return (
-            getattr(self.solver, "full_energy", True)
-            if self.full_energy is None
-            else self.full_energy
-        )
+        if self.full_energy is not None:
+            return self.full_energy
+        return getattr(self.solver, "full_energy", True)
 
 
 @dataclass
@@ -98,10 +114,10 @@ class Making:
     table: list[dict] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     solved: set[str] = field(default_factory=set)
-    moments: dict[str, tuple[View, Moments, Tensor]] = field(default_factory=dict)
+    moments: dict[str, LayerMoments] = field(default_factory=dict)
 
     @property
-    def stream(self):
+    def stream(self) -> Stream:
         """Whose inputs its layers read: a key of the forwards."""
         return "expert" if self.recipe.inputs == "expert" else (self.recipe.inputs, self.name)
 
@@ -125,25 +141,27 @@ def check_recipes(recipes) -> None:
     """MergeError for anything but a mapping of names to recipes."""
     if not isinstance(recipes, Mapping) or not recipes:
         raise MergeError(
-            f"recipes: expected a mapping of names to Recipe, found {type(recipes).__name__} {recipes!r}"
+            "recipes: expected a mapping of names to Recipe, found "
+            f"{type(recipes).__name__} {recipes!r}"
         )
     for name, recipe in recipes.items():
         if not isinstance(recipe, Recipe):
             raise MergeError(
-                f"recipes: {name!r}: expected a Recipe, found {type(recipe).__name__}; pass Recipe(solver)"
+                f"recipes: {name!r}: expected a Recipe, found {type(recipe).__name__}; "
+                "pass Recipe(solver)"
             )
 
 
-def is_solution(found, base: Tensor) -> bool:
-    """Whether a solver returned an update of the shape of W and a table row."""
-    if not isinstance(found, tuple) or len(found) != 2:
+def is_solution(answer, base: Tensor) -> bool:
+    """Whether a solver returned an update of the shape of W (g, m, n), and a table row."""
+    if not isinstance(answer, tuple) or len(answer) != 2:
         return False
-    update, facts = found
+    update, facts = answer
     return isinstance(update, Tensor) and update.shape == base.shape and isinstance(facts, Mapping)
 
 
-def shown(found) -> str:
+def shown(answer) -> str:
     """What a solver returned, for messages."""
-    if isinstance(found, tuple):
-        return f"({', '.join(shown(part) for part in found)})"
-    return f"Tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    if isinstance(answer, tuple):
+        return f"({', '.join(shown(part) for part in answer)})"
+    return f"Tensor {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -27,17 +28,26 @@ class Call:
 
     point: Point
     read: Tensor | None = None
-    put: Tensor | None = None
+    output: Tensor | None = None
     identity: tuple = ()  # of the tensor that was read: layers with the same one read the same
-    held: float = (
-        0.0  # bytes in the frames of the forward, per number in the arguments of the batch
-    )
+    held: float = 0.0  # bytes in the forward's frames, per number in the batch's arguments
     arguments: frozenset[str] = (
         frozenset()
-    )  # names of those that hold just what was read, of tokens
+    )  # names of those that hold just the tokens that were read
 
 
-def call_at(calls, point: Point) -> Call | None:
+@dataclass(frozen=True)
+class _Reading:
+    """What a layer is about to read, as a :class:`Call` has it."""
+
+    read: Tensor | None
+    identity: tuple
+    held: float
+    arguments: frozenset[str]
+
+
+def call_at(calls: list[Call] | None, point: Point) -> Call | None:
+    """The first of some calls at a point, None where there is none."""
     return next((call for call in calls or () if call.point == point), None)
 
 
@@ -49,9 +59,9 @@ class Recordings:
     Attributes:
         batch: the few sequences. some: calls on them.
         fewer: calls without the last of them, the others in reverse order.
-        shorter: mask -> calls on those, the last token gone.
-        even: calls on those, every token holding what the first one holds; empty where there are no
-            tokens.
+        shorter: mask -> calls on the sequences of ``fewer``, the last token gone.
+        even: calls on the sequences of ``fewer``, every token holding what the first one holds; None
+            where there are no tokens.
     """
 
     batch: Batch
@@ -75,17 +85,16 @@ def recordings(views, model, batch: Batch, blocks, traces: Traces) -> Recordings
     try:
         some = _record(model, views, few, blocks, traces)
         fewer = _record(model, views, without_last, blocks, traces)
-    except (
-        MergeError
-    ):  # a model may need its batches whole, or this batch is wrong: then what follows says so
+    except MergeError:
+        # a model may need its batches whole, or this batch is wrong: then what follows says so
         return Recordings(batch, _record(model, views, batch, blocks, traces))
     shorter, even = {}, with_even_tokens(without_last)
     for mask in MASKS if batch.masks else ():
         cut = without_a_token(model, without_last, mask)
         if cut is not None:
             shorter[mask] = _attempt(model, views, cut, blocks, traces)
-    held = None if even is None else _attempt(model, views, even, blocks, traces)
-    return Recordings(few, some, fewer, shorter, held)
+    on_even = None if even is None else _attempt(model, views, even, blocks, traces)
+    return Recordings(few, some, fewer, shorter, on_even)
 
 
 class _OutsideReads(TorchFunctionMode):
@@ -108,7 +117,7 @@ class _OutsideReads(TorchFunctionMode):
     def __init__(self, views):
         super().__init__()
         self.running: set[object] = set()
-        self.found: set[str] = set()
+        self.layers_read: set[str] = set()
         self._layers: dict[Tensor, set[str]] = {}
         for name, v in views.items():
             for parameter in v.module.parameters(recurse=False):
@@ -120,13 +129,11 @@ class _OutsideReads(TorchFunctionMode):
         returns_tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
         if self.running and returns_tensors and function.__name__ not in self.ALIKE:
             for value in tree_leaves(args[:1] if function is Tensor.to else (args, kwargs)):
-                layers = (
-                    self._layers.get(value)
-                    if isinstance(value, Parameter) and value is not result
-                    else None
-                )
-                if layers and not layers & self.running:
-                    self.found |= layers
+                if not isinstance(value, Parameter) or value is result:
+                    continue
+                layers = self._layers.get(value, set())
+                if not layers & self.running:
+                    self.layers_read |= layers
         return result
 
 
@@ -151,7 +158,7 @@ def read_outside(views, model, batch: Batch, traces: Traces) -> set[str]:
     finally:
         for hook in hooks:
             hook.remove()
-    return reads.found
+    return reads.layers_read
 
 
 def _attempt(model, views, batch, blocks, traces):
@@ -167,7 +174,9 @@ class _Recorder:
 
     def __init__(self, model, batch: Batch):
         self.calls: list[Call] = []
-        self._batch, self._reading, self._alive = batch, {}, []
+        self._batch = batch
+        self._readings: dict[str, _Reading] = {}
+        self._alive: list[Tensor | None] = []  # so that identities stay their own
         entries = (*model.state_dict().values(), *batch.arguments.values())
         self._known = {z.untyped_storage().data_ptr() for z in entries if isinstance(z, Tensor)}
 
@@ -176,14 +185,11 @@ class _Recorder:
 
         def hook(module, args, kwargs):
             read = first_tensor(args, kwargs)
-            self._alive.append(read)  # so that identities stay its own
+            self._alive.append(read)
             identity = () if read is None else identity_of(read)
-            self._reading[name] = (
-                None if read is None else read.clone(),
-                identity,
-                self._held(),
-                self._holding(read),
-            )
+            as_it_is = None if read is None else read.clone()
+            holds = self._held(sys._getframe(1))
+            self._readings[name] = _Reading(as_it_is, identity, holds, self._holding(read))
 
         return hook
 
@@ -191,11 +197,13 @@ class _Recorder:
         """Hook of a layer, behind it."""
 
         def hook(module, args, output):
-            read, *facts = self._reading[name]
-            put = (
-                output.clone() if isinstance(output, Tensor) else None
-            )  # before others work in place
-            self.calls.append(Call(("layer", name), read, put, *facts))
+            seen = self._readings[name]
+            # cloned before others work in place
+            as_it_is = output.clone() if isinstance(output, Tensor) else None
+            point = "layer", name
+            self.calls.append(
+                Call(point, seen.read, as_it_is, seen.identity, seen.held, seen.arguments)
+            )
 
         return hook
 
@@ -203,7 +211,7 @@ class _Recorder:
         """Hook of a block, before it is called."""
 
         def hook(module, args):
-            self.calls.append(Call(("enter", path), held=self._held()))
+            self.calls.append(Call(("enter", path), held=self._held(sys._getframe(1))))
 
         return hook
 
@@ -211,7 +219,7 @@ class _Recorder:
         """Hook of a block, behind it."""
 
         def hook(module, args, output):
-            self.calls.append(Call(("leave", path), put=first_output(output)))
+            self.calls.append(Call(("leave", path), output=first_output(output)))
 
         return hook
 
@@ -219,24 +227,29 @@ class _Recorder:
         """Arguments of the batch that hold the same tokens as what is read."""
         if read is None or read.is_floating_point() or read.is_complex():
             return frozenset()
-        alike = {
-            k: v
-            for k, v in self._batch.arguments.items()
-            if isinstance(v, Tensor) and v.shape == read.shape
-        }
-        return frozenset(k for k, v in alike.items() if bool((v == read).all()))
+        names = set()
+        for name, value in self._batch.arguments.items():
+            if isinstance(value, Tensor) and value.shape == read.shape:
+                if bool((value == read).all()):
+                    names.add(name)
+        return frozenset(names)
 
-    def _held(self) -> float:
-        """Bytes of the tensors in the frames of the forward, weights and batch aside, per number of
-        the batch."""
-        frame, storages = sys._getframe(2), {}
-        while frame is not None and frame.f_code is not _record.__wrapped__.__code__:
+    def _held(self, frame: FrameType | None) -> float:
+        """Bytes of the tensors in the frames of the forward, from an inner one outwards, weights and
+        batch aside, per number of the batch."""
+        storages: dict[int, int] = {}
+        while frame is not None and frame.f_code is not _run.__code__:
             for value in frame.f_locals.values():
                 for z in value if isinstance(value, (tuple, list)) else (value,):
                     if isinstance(z, Tensor) and z.untyped_storage().data_ptr() not in self._known:
                         storages[z.untyped_storage().data_ptr()] = z.untyped_storage().nbytes()
             frame = frame.f_back
         return sum(storages.values()) / numbers(self._batch)
+
+
+def _run(model, arguments: dict):
+    """What a model returns: the outermost frame of its forward."""
+    return model(**arguments)
 
 
 @torch.no_grad()
@@ -255,7 +268,7 @@ def _record(model, views, batch: Batch, blocks, traces: Traces) -> list[Call]:
     arguments = {key: copied(value) for key, value in batch.arguments.items()}
     try:
         with blaming(batch), evaluating(model), _left_as_it_was(model, traces):
-            output = model(**arguments)
+            output = _run(model, arguments)
     finally:
         for hook in hooks:
             hook.remove()
@@ -267,7 +280,7 @@ def _record(model, views, batch: Batch, blocks, traces: Traces) -> list[Call]:
             "the model draws random numbers in evaluation mode, so that no two forwards are alike; "
             "make it deterministic (for example mask_ratio=0 for masked autoencoders)"
         )
-    return [*recorder.calls, Call(("output", ""), put=first_output(output))]
+    return [*recorder.calls, Call(("output", ""), output=first_output(output))]
 
 
 @contextmanager
@@ -276,11 +289,10 @@ def _left_as_it_was(model, traces: Traces):
     before = []
     for path, module in model.named_modules():
         for kind, entries in (("attribute", module.__dict__), ("buffer", module._buffers)):
-            tensors = {
-                k: (v, version_of(v), v.clone())
-                for k, v in entries.items()
-                if kind == "buffer" and v is not None
-            }
+            tensors = {}
+            for key, value in entries.items() if kind == "buffer" else ():
+                if value is not None:
+                    tensors[key] = value, version_of(value), value.clone()
             before.append((path, kind, entries, dict(entries), tensors))
     yield
     for path, kind, entries, values, tensors in before:

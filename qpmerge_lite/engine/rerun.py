@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..calibration import Batch
 from .effects import copied
 from .lockstep import Disordered, Forward, Stage
 from .orders import Point
@@ -25,7 +28,8 @@ class Rerun(Forward):
 
     def __init__(self, *args):
         self._inside: list[Point] = []
-        self._gate, self._given, self._stays = None, None, False
+        self._given: tuple[tuple, dict] = (), {}  # what the block was called with
+        self._stays = False
         super().__init__(*args)
 
     def stops_at(self, point: Point) -> bool:
@@ -49,7 +53,7 @@ class Rerun(Forward):
                 self._stays = True
                 continue
             self._inside, self._given = self.stage.parking[self._arrived], self._brought
-            self._gate = self.stage.model.get_submodule(self._arrived[1])
+            self._block = self.stage.model.get_submodule(self._arrived[1])
 
     @property
     def at(self) -> Point | None:
@@ -67,14 +71,7 @@ class Rerun(Forward):
         if not self._inside:
             return self._brought
         args, kwargs = tree_map(copied, self._given)
-        within = _Within(
-            self.stage, self.state, self.batch, self.kind, lambda: self._gate(*args, **kwargs)
-        )
-        within.layer, within.later, within.own = (
-            self._inside[0],
-            self._inside[1:],
-            tree_map(copied, self.own),
-        )
+        within = _Within(self, self._inside, lambda: self._block(*args, **kwargs))
         within.advance()
         read = within.payload
         if not within.dead:
@@ -87,17 +84,26 @@ class Rerun(Forward):
 
 
 class _Within(Forward):
-    """A block run up to one of its layers."""
+    """A block of a forward run up to one of its layers.
 
-    layer: Point
-    later: list[Point]  # which are to be solved behind it
+    Args:
+        outer: the forward, as it stands in front of the block.
+        points: the layer, and the layers of the block that are to be solved behind it.
+        function: runs the block.
+    """
+
+    def __init__(self, outer: Forward, points: list[Point], function: Callable[[], object]):
+        super().__init__(outer.stage, outer.state, outer.batch, outer.kind, function)
+        self.own = tree_map(copied, outer.own)
+        self._layer, *self._later = points
 
     def stops_at(self, point: Point) -> bool:
-        if point in self.later:
+        """At the layer. Raises: Disordered where one that is to be solved behind it comes first."""
+        if point in self._later:
             raise Disordered([])
-        return point == self.layer
+        return point == self._layer
 
-    def reads_again(self, leader: str, read: Tensor) -> bool:
+    def reads_same(self, leader: str, read: Tensor) -> bool:
         """Checked when the block is run for good."""
         return True
 
@@ -114,7 +120,10 @@ class Room:
     than allowed.
 
     Args:
+        stage: whose ``parking`` is set, to what forwards wait in front of.
+        known: what the survey found.
         leaders: layers in front of which forwards wait.
+        batches, streams: a forward is run for each of the batches and streams.
         blocks: paths of blocks that may be run again; none where their borders have other uses.
         allowed: bytes; by default :data:`ACTIVATIONS`, or what the layers of one block read
             together, if that is more.
@@ -126,29 +135,28 @@ class Room:
         known: Survey,
         leaders: list[str],
         blocks: list[str],
-        batches,
+        *,
+        batches: list[Batch],
         streams: int,
-        allowed: int | None,
+        allowed: float | None,
     ):
         points = {("layer", leader) for leader in leaders}
         self.gates: dict[Point, list[Point]] = {}
         for path in blocks:
-            inside = [
-                p
-                for p in _between(known.sequence, path)
-                if p in points and f"{p[1]}.".startswith(f"{path}.")
-            ]
+            inside = []
+            for point in _between(known.sequence, path):
+                if point in points and f"{point[1]}.".startswith(f"{path}."):
+                    inside.append(point)
             if inside:
                 self.gates["enter", path] = inside
         every = sum(numbers(batch) for batch in batches)
         at_layers = max((known.held.get(point, 0.0) for point in points), default=0.0)
         at_gates = max((known.held.get(point, 0.0) for point in self.gates), default=0.0)
         if allowed is None:
-            reads = [
-                sum(known.read.get(name, 0.0) for _, name in inside)
-                for inside in self.gates.values()
-            ]
-            allowed = max(ACTIVATIONS, every * (max(reads, default=0.0) + 2 * at_gates))
+            reads = 0.0
+            for inside in self.gates.values():
+                reads = max(reads, sum(known.read.get(name, 0.0) for _, name in inside))
+            allowed = max(ACTIVATIONS, every * (reads + 2 * at_gates))
         self._left = allowed - every * streams * at_gates
         self._more = at_layers - at_gates
         fits = every * streams * at_layers <= allowed

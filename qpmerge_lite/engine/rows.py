@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,33 +11,57 @@ from ..calibration import Batch
 from ..errors import EmptyCalibration
 
 
-def selection(
-    shape, batch: Batch, folds: int, mask_name: str | None
-) -> tuple[Tensor | None, list[int]]:
-    """Which rows of an arranged (B, tokens, …) batch are no padding, those of a fold side by side,
-    and how many each has."""
+class Selection(NamedTuple):
+    """Rows that are no padding, those of a fold side by side.
+
+    Attributes:
+        places: (N,) int64, of the rows among all, None for all as they are.
+        counts: how many each fold has.
+    """
+
+    places: Tensor | None
+    counts: list[int]
+
+
+class Samples(NamedTuple):
+    """Samples of a layer, those of a fold side by side.
+
+    Attributes:
+        Z: as ``View.samples`` gives them.
+        drift: the expert's answers ``W (x° - x)`` to how far its own inputs are from these, as
+            ``View.respond`` gives them; None where only these are looked at.
+        counts: how many each fold has.
+    """
+
+    Z: Tensor
+    drift: Tensor | None
+    counts: list[int]
+
+
+def selection(shape: torch.Size, batch: Batch, folds: int, mask_name: str | None) -> Selection:
+    """Which rows of a batch, arranged in a shape (B, tokens, …), are no padding."""
     device = next(v.device for v in batch.arguments.values() if isinstance(v, Tensor))
-    mask = batch.masks.get(mask_name)
+    mask = batch.mask(mask_name)
     if mask is None and folds == 1:
-        return None, [torch.Size(shape).numel()]
+        return Selection(None, [shape.numel()])
     fold = ((torch.arange(batch.size) + batch.start) % folds).to(device)
     fold = fold.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
     if mask is not None:
         fold = torch.where(counted(mask, shape), fold, folds)  # padding comes last
     order = fold.flatten().argsort(stable=True)
     counts = fold.flatten().bincount(minlength=folds + 1).tolist()[:folds]
-    return order[: sum(counts)], counts
+    return Selection(order[: sum(counts)], counts)
 
 
-def counted(mask: Tensor, shape) -> Tensor:
+def counted(mask: Tensor, shape: torch.Size) -> Tensor:
     """Which of arranged rows of a shape (B, tokens, …) a mask (B, S), or (B, S, choices), leaves.
 
     Rows that all choices share are left where one of them has the token.
     """
-    kept = mask != 0
+    counts = mask != 0
     if mask.dim() > len(shape):
-        kept = kept.any(-1)
-    return kept.reshape(*kept.shape, *[1] * (len(shape) - kept.dim())).expand(shape)
+        counts = counts.any(-1)
+    return counts.reshape(*counts.shape, *[1] * (len(shape) - counts.dim())).expand(shape)
 
 
 def check_folds(by_task: dict[str, list[Batch]], folds: int) -> None:
@@ -58,16 +84,19 @@ def check_folds(by_task: dict[str, list[Batch]], folds: int) -> None:
             )
 
 
-def joined(held: list[tuple]) -> tuple[Tensor, Tensor | None, list[int]]:
-    """Samples of several batches as of one, those of a fold side by side."""
-    if len(held) == 1:
-        return held[0]
-    counts = [sum(fold) for fold in zip(*(counts for *_, counts in held))]
-    joined = []
-    for which in (0, 1):
-        if held[0][which] is None:
-            joined.append(None)
-            continue
-        parts = [entry[which].split(entry[2]) for entry in held]
-        joined.append(torch.cat([part[fold] for fold in range(len(counts)) for part in parts]))
-    return *joined, counts
+def joined(parts: list[Samples]) -> Samples:
+    """Samples of several batches as of one."""
+    if len(parts) == 1:
+        return parts[0]
+    counts = [part.counts for part in parts]
+    Z = _by_fold([part.Z for part in parts], counts)
+    drifts = [part.drift for part in parts if part.drift is not None]
+    drift = _by_fold(drifts, counts) if drifts else None
+    return Samples(Z, drift, [sum(of_fold) for of_fold in zip(*counts)])
+
+
+def _by_fold(tensors: list[Tensor], counts: list[list[int]]) -> Tensor:
+    """Tensors (N, …), each with so many rows of every fold, as one with the rows of a fold side by
+    side."""
+    pieces = [tensor.split(count) for tensor, count in zip(tensors, counts)]
+    return torch.cat([piece for of_fold in zip(*pieces) for piece in of_fold])

@@ -3,57 +3,37 @@ from it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..moments import Moments
+from .products import accumulate, mirror, output_products
+from .rows import Samples
+from .views import View
 
-RTOL = {
-    torch.float64: 1e-10,
-    torch.float32: 1e-6,
-}  # rounding noise in C, relative to its largest eigenvalue, by precision of products
-
-
-def add_gram(C: Tensor, Z: Tensor, fresh: bool, width: int = 256) -> None:
-    """Add ``ZᵀZ`` of Z (N, n), taken in its precision, to the lower triangle of C (n, n), in blocks
-    of columns.
-
-    Blocks on the diagonal are whole; ``fresh`` writes over what is there.
-    """
-    for start in range(0, Z.shape[1], width):
-        stop = min(start + width, Z.shape[1])
-        accumulate(C[start:stop, :stop], Z[:, start:stop].mT @ Z[:, :stop], fresh)
-
-
-def mirror(C: Tensor, width: int = 256) -> None:
-    """Fill what :func:`add_gram` leaves open in C (…, n, n) from below the diagonal."""
-    for start in range(width, C.shape[-1], width):
-        stop = start + width
-        C[..., :start, start:stop] = C[..., start:stop, :start].mT
-
-
-def accumulate(total: Tensor, part: Tensor, fresh: bool) -> None:
-    """Add to a total in its precision; ``fresh`` writes over what is there."""
-    if fresh:
-        total.copy_(part)
-    else:
-        total.add_(part)
+# rounding noise in C, relative to its largest eigenvalue, by precision of products
+RTOL = {torch.float64: 1e-10, torch.float32: 1e-6}
 
 
 class Buffers:
-    """Memory by name, used again from layer to layer: fresh memory can cost more time than the
-    products it is for.
+    """Memory by name, reused from layer to layer: fresh memory can cost more time than the products
+    it is for.
 
-    ``kept``: nothing is used again, every tensor stays as it is.
+    Args:
+        reused: whether it is; else every tensor has memory of its own, and stays as it is.
     """
 
-    def __init__(self, device: torch.device, kept: bool = False):
-        self._device, self._kept, self._buffers = device, kept, {}
+    def __init__(self, device: torch.device | str, reused: bool = True):
+        self._device, self._reused = device, reused
+        self._buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A float64 tensor of this shape with anything in it, in place of the last one of this
         name."""
-        if self._kept:
+        if not self._reused:
             return torch.empty(shape, dtype=torch.float64, device=self._device)
         needed, buffer = torch.Size(shape).numel(), self._buffers.get(name)
         if buffer is None or not needed <= buffer.numel() <= 16 * needed:
@@ -63,6 +43,18 @@ class Buffers:
                 needed, dtype=torch.float64, device=self._device
             )
         return buffer[:needed].view(shape)
+
+
+class Drift(NamedTuple):
+    """Sums over the expert's outputs ``r`` on how far its own inputs are from the merged ones.
+
+    Attributes:
+        B: ``Σ r xᵀ`` (T, F, g, m, n).
+        R: ``Σ r rᵀ`` (T, F, g, m, m), or its diagonal (T, F, g, m).
+    """
+
+    B: Tensor
+    R: Tensor
 
 
 class Sums:
@@ -77,16 +69,23 @@ class Sums:
     Nothing large is subtracted from anything large: experts that equal the base have exactly no
     residual, in any precision. Products are taken in the precision of the activations, at least
     float32 (relative error of C 1e-6), or in float64 (1e-14); sums are float64. B and R are kept
-    only where expert streams run (``drift``).
+    only where expert streams run.
 
     Args:
+        tasks: T names. folds: their number F.
         shape: (g, m, n) of all the layers together, their outputs stacked.
         buffers: where the sums and the moments lie, until they are taken from there again.
+        drift: whether B and R are kept.
+        full_energy: whether all of R, and of the moments' M, is kept, not only the diagonal.
+    Attributes:
+        C: (T, F, g, n, n), above the diagonal only once moments are asked for.
+        counts: samples of every task and fold.
+        rtol: rounding noise of the products, relative to the largest eigenvalue of C.
     """
 
     def __init__(
         self,
-        tasks,
+        tasks: Iterable[str],
         shape: tuple[int, int, int],
         buffers: Buffers,
         *,
@@ -95,29 +94,26 @@ class Sums:
         full_energy: bool,
     ):
         g, m, n = shape
-        self.tasks, self.full_energy, self.rtol, self._buffers, self._mirrored = (
-            tuple(tasks),
-            full_energy,
-            0.0,
-            buffers,
-            False,
-        )
+        self.tasks, self.full_energy, self.rtol = tuple(tasks), full_energy, 0.0
+        self._buffers, self._mirrored = buffers, False
         self._outer = len(self.tasks), folds
         self.C = buffers.take("C", (*self._outer, g, n, n))
-        self.B = buffers.take("B", (*self._outer, g, m, n)) if drift else None
-        self.R = buffers.take("R", (*self._outer, g, *self._energies(m))) if drift else None
+        self.drift: Drift | None = None
+        if drift:
+            B = buffers.take("B", (*self._outer, g, m, n))
+            self.drift = Drift(B, buffers.take("R", (*self._outer, g, *self._energies(m))))
         self.counts = [[0] * folds for _ in self.tasks]
 
     def _energies(self, m: int) -> tuple[int, ...]:
         """Shape of the products of m outputs with each other, or of their squares."""
         return (m, m) if self.full_energy else (m,)
 
-    def add(self, view, task: str, Z: Tensor, r: Tensor | None, counts: list[int]) -> None:
-        """Add the samples Z of one task, those of a fold side by side, ``counts`` of every fold;
-        see ``views`` for layouts."""
+    def add(self, view: View, task: str, samples: Samples) -> None:
+        """Add samples of one task, laid out as ``view`` says."""
         t, start = self.tasks.index(task), 0
+        Z, r = samples.Z, samples.drift
         self.rtol = max(self.rtol, RTOL[Z.dtype])
-        for fold, count in enumerate(counts):
+        for fold, count in enumerate(samples.counts):
             if count == 0:
                 continue
             part = slice(start, start + count)
@@ -125,15 +121,16 @@ class Sums:
             fresh = self.counts[t][fold] == 0
             self.counts[t][fold] += count
             view.add_products(Z[part], self.C[t, fold], fresh)
-            if r is not None:
-                view.add_cross_products(Z[part], r[part], self.B[t, fold], fresh)
-                accumulate(self.R[t, fold], self._energy(r[part]), fresh)
+            if r is not None and self.drift is not None:
+                view.add_cross_products(Z[part], r[part], self.drift.B[t, fold], fresh)
+                R = self.drift.R[t, fold]
+                accumulate(R, self._energy(r[part], R.shape), fresh)
 
-    def _energy(self, r: Tensor) -> Tensor:
-        """Of outputs r: (N, m) of a dense layer, (N, g) of a norm."""
-        if not self.full_energy:
-            return r.square().sum(0).reshape(self.R.shape[2:])
-        return (r.mT @ r if self.R.shape[2] == 1 else r.square().sum(0)).reshape(self.R.shape[2:])
+    def _energy(self, r: Tensor, shape: torch.Size) -> Tensor:
+        """Products of outputs r, (N, m) of a dense layer or (N, g) of a norm, in a shape (g, m, m);
+        or their squares, (g, m)."""
+        products = r.mT @ r if self.full_energy and shape[0] == 1 else r.square().sum(0)
+        return products.reshape(shape)
 
     def finite(self) -> Tensor:
         """Whether the second moments of every task are finite, boolean (T,); every fold must have
@@ -156,18 +153,20 @@ class Sums:
         M = torch.empty(*self._outer, g, *self._energies(m), dtype=A.dtype, device=A.device)
         for t, D in enumerate(updates.to(self.C)):
             torch.matmul(D, self.C[t], out=A[t])
-            M[t] = A[t] @ D.mT if self.full_energy else (A[t] * D).sum(-1)
-            if own_weight and self.B is not None:
-                self._add_drift(A[t], M[t], D, t, own_weight, rows)
+            M[t] = output_products(A[t], D, self.full_energy)
+            if own_weight and self.drift is not None:
+                own = Drift(self.drift.B[t][..., rows, :], self._of_rows(self.drift.R[t], rows))
+                self._add_drift(A[t], M[t], D, own, own_weight)
         count = torch.tensor(self.counts, dtype=torch.float64).to(self.C.device)
         return Moments(layer, self.tasks, self.C, A, M, count, self.rtol)
 
-    def _add_drift(self, A: Tensor, M: Tensor, D: Tensor, t: int, beta: float, rows: slice) -> None:
-        """Add what own targets of task t add to A (F, g, m, n) and M of its updates D (g, m, n)."""
-        B = self.B[t][..., rows, :]
-        if self.full_energy:
-            cross = D @ B.mT
-            M += beta * (cross + cross.mT) + beta**2 * self.R[t][..., rows, rows]
-        else:
-            M += 2 * beta * (D * B).sum(-1) + beta**2 * self.R[t][..., rows]
-        A.add_(B, alpha=beta)
+    def _of_rows(self, R: Tensor, rows: slice) -> Tensor:
+        """Products R (F, g, m, m), or (F, g, m), of some of the outputs."""
+        return R[..., rows, rows] if self.full_energy else R[..., rows]
+
+    def _add_drift(self, A: Tensor, M: Tensor, D: Tensor, own: Drift, beta: float) -> None:
+        """Add to A (F, g, m, n) and M (F, g, m, m), or (F, g, m), of updates D (g, m, n) what own
+        targets of a weight β add: B (F, g, m, n) and R, like M, of the same outputs."""
+        cross = output_products(own.B, D, self.full_energy)
+        M += beta * (cross + cross.mT if self.full_energy else 2 * cross) + beta**2 * own.R
+        A.add_(own.B, alpha=beta)

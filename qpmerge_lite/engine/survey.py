@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..aliases import sharing, tied
 from ..calibration import Batch
 from ..errors import MergeError, MissingLayer
+from ..experts import State
 from ..options import words
 from .effects import Traces
 from .layers import view
@@ -25,7 +26,7 @@ from .lockstep import LeftOut
 from .lookups import Lookup, calls_of, families, later_lookups
 from .orders import Point, insert, place_the_rest
 from .probes import kind_of, numbers
-from .recording import Recordings, call_at, read_outside, recordings
+from .recording import Call, Recordings, call_at, read_outside, recordings
 from .views import Convolution, Table, View
 
 FITS = 0.03  # relative error of a view, which bfloat16 stays below
@@ -46,7 +47,7 @@ class Survey:
         refusals: layer -> why no merge is made if the layer is to be solved.
         held: point -> bytes that a forward holds while it waits there, per number in the arguments
             of its batch.
-        read: layer -> bytes that it reads, likewise.
+        read: layer -> bytes that it reads, per number in the arguments of its batch.
         families: table -> tables with its weights; the first one called stands for all, with their
             tokens.
         lookups: by kind of batch and table, what is looked up behind the first call.
@@ -73,9 +74,9 @@ class Survey:
         """The views of a scope, as the survey found them to be."""
         views = {}
         for name, v in self.views.items():
-            found = view(name, v.module, scope)
-            if found is not None:
-                views[name] = replace(v, bias=found.bias)
+            of_scope = view(name, v.module, scope)
+            if of_scope is not None:
+                views[name] = replace(v, bias=of_scope.bias)
         return views
 
     def put_apart(self, layer: str) -> None:
@@ -87,13 +88,14 @@ class Survey:
 
     def layout(self, layer: str, batch: Batch) -> Layout:
         """Where the sequences of a batch lie in what a layer reads."""
-        found = self.layout_at(("layer", layer), batch)
-        if found is None:
+        layout = self.layout_at(("layer", layer), batch)
+        if layout is None:
             raise LeftOut(layer, "called for some kinds of calibration batches only")
-        return found
+        return layout
 
     def layout_at(self, point: Point, batch: Batch) -> Layout | None:
-        """The same of what a block or the model returns, None where it is not known."""
+        """Where the sequences of a batch lie in what a layer reads, or a block or the model
+        returns; None where it is not known."""
         return self.layouts.get((kind_of(batch), point))
 
 
@@ -109,7 +111,8 @@ def block_paths(model: nn.Module, blocks=None) -> list[str]:
     for name in named:
         if name not in lists:
             raise MissingLayer(
-                f"blocks: expected the path of an nn.ModuleList of the model, found {name!r}; the model has {sorted(lists)}"
+                f"blocks: expected the path of an nn.ModuleList of the model, found {name!r}; "
+                f"the model has {sorted(lists)}"
             )
     if not named:
         for name in lists:
@@ -132,24 +135,24 @@ def survey(model: nn.Module, batches: list[Batch], blocks=(), state=None) -> Sur
     """
     views, reasons = _views(model)
     state = model.state_dict() if state is None else state
-    found = Survey(views, _paths(model, views), left_out=reasons, families=families(views, state))
+    known = Survey(views, _paths(model, views), left_out=reasons, families=families(views, state))
     padded = any(batch.padded for batch in batches)
     seen, extra = set(), 0
     for batch in sorted(batches, key=_tells, reverse=True):
         new_kind = kind_of(batch) not in seen
         if not new_kind:
-            if extra == EXTRA_SURVEYS or all(("layer", name) in found.sequence for name in views):
+            if extra == EXTRA_SURVEYS or all(("layer", name) in known.sequence for name in views):
                 continue
             extra += 1
         seen.add(kind_of(batch))
-        _add(found, model, batch, blocks, state, padded)
-    place_the_rest(found.sequence, model, views, blocks)
+        _add(known, model, batch, blocks, state, padded)
+    place_the_rest(known.sequence, model, views, blocks)
     for name in views:
-        if name not in found.left_out and not any(
-            point == ("layer", name) for _, point in found.layouts
+        if name not in known.left_out and not any(
+            point == ("layer", name) for _, point in known.layouts
         ):
-            found.left_out[name] = "no calibration batch was seen to call its module"
-    return found
+            known.left_out[name] = "no calibration batch was seen to call its module"
+    return known
 
 
 def _tells(batch: Batch) -> tuple[bool, float]:
@@ -162,21 +165,20 @@ def _views(model) -> tuple[dict[str, View], dict[str, str]]:
     state = model.state_dict(keep_vars=True)
     views = {}
     for name, module in model.named_modules():
-        found = view(name, module)
-        if found is not None and all(p in state for p in found.parameters):
-            views[name] = found
-    tables = {p for v in views.values() if isinstance(v, Table) for p in v.parameters}
+        as_layer = view(name, module)
+        if as_layer is not None and all(p in state for p in as_layer.parameters):
+            views[name] = as_layer
+    tables = set[str]()
+    for v in views.values():
+        tables |= set(v.parameters) if isinstance(v, Table) else set()
     same, reasons = tied(model), {}
     owners = {name: names for names in sharing(model) for name in names}
     for name, v in views.items():
         others: set[str] = set()
         for parameter in v.parameters:
-            found = set(owners.get(parameter, ())) - {parameter}
-            others |= {
-                o
-                for o in found
-                if state[o] is not state[parameter] or not _same_module(o, parameter, model)
-            }
+            for other in set(owners.get(parameter, ())) - {parameter}:
+                is_one = state[other] is state[parameter] and _same_module(other, parameter, model)
+                others |= set() if is_one else {other}
         one_table = isinstance(v, Table) and others <= tables & set(same[v.parameters[0]])
         if others and not one_table:
             reasons[name] = f"tied to {', '.join(sorted(others))}"
@@ -199,7 +201,7 @@ def _same_module(one: str, other: str, model) -> bool:
 
 
 def _add(found: Survey, model, batch: Batch, blocks, state, padded: bool) -> None:
-    """Add what one batch shows."""
+    """Add to a survey what one batch shows."""
     recorded = recordings(found.views, model, batch, blocks, found.traces)
     for layer in (
         read_outside(found.views, model, recorded.batch, found.traces) - found.left_out.keys()
@@ -226,14 +228,14 @@ def _add(found: Survey, model, batch: Batch, blocks, state, padded: bool) -> Non
             if name not in found.left_out and not any(name in stage for stage in found.stages):
                 alone = bool(found.later_lookups(name, batch))
                 groups.setdefault(name if alone else call.identity, []).append(name)
-        elif call.put is not None and call.put.dim() > 1:
+        elif call.output is not None and call.output.dim() > 1:
             _place(found, call, recorded, padded)
     found.stages.extend(groups.values())
 
 
 def _leave_out_tied_tables(found: Survey, recorded: Recordings) -> None:
-    """Of tables with the same weights, leave out all but the first one called; that one too, where
-    batches differ in it."""
+    """In a survey, of tables with the same weights leave out all but the first one called; that one
+    too, where batches differ in it."""
     for name, family in found.families.items():
         calls = calls_of(family, recorded.some)
         if len(family) == 1 or not calls or name == calls[0].point[1]:
@@ -247,37 +249,37 @@ def _leave_out_tied_tables(found: Survey, recorded: Recordings) -> None:
         )
 
 
-def _place(found: Survey, call, recorded: Recordings, padded: bool) -> None:
-    """Settle the layout of what a block or the model returns, where it has one."""
+def _place(found: Survey, call: Call, recorded: Recordings, padded: bool) -> None:
+    """Settle in a survey the layout of what a block or the model returns, where it has one."""
 
-    def put(calls):
+    def output(calls: list[Call] | None) -> Tensor | None:
         other = call_at(calls, call.point)
-        return None if other is None else other.put
+        return None if other is None else other.output
 
-    fewer = put(recorded.fewer)
-    if fewer is None:
+    fewer = output(recorded.fewer)
+    if fewer is None or call.output is None:
         return
     try:
-        shorter = {mask: put(calls) for mask, calls in recorded.shorter.items()}
-        layout = find_layout("", call.put, fewer, shorter, recorded.batch, padded)
+        shorter = {mask: output(calls) for mask, calls in recorded.shorter.items()}
+        layout = find_layout("", call.output, fewer, shorter, recorded.batch, padded=padded)
     except (LeftOut, MergeError):
         return
     found.layouts[kind_of(recorded.batch), call.point] = layout
 
 
-def _judge(found: Survey, call, recorded: Recordings, state, padded) -> None:
-    """Settle the layout of what a layer reads, or why it is left out."""
+def _judge(found: Survey, call: Call, recorded: Recordings, state: State, padded: bool) -> None:
+    """Settle in a survey the layout of what a layer reads, or why the layer is left out."""
     layer = call.point[1]
     v, times = found.views[layer], sum(other.point == call.point for other in recorded.some)
 
-    def rows(calls):
+    def rows(calls: list[Call] | None) -> Tensor | None:
         other = call_at(calls, call.point)
         return None if other is None or other.read is None else v.rows(other.read)
 
     fewer, even = rows(recorded.fewer), rows(recorded.even)
     if times > 1 and not isinstance(v, Table):
         found.left_out[layer] = "called more than once in a forward"
-    elif call.read is None or call.put is None:
+    elif call.read is None or call.output is None:
         found.left_out[layer] = "called without a tensor"
     elif v.rows(call.read).dim() < 2:
         found.left_out[layer] = "called without an axis of sequences"
@@ -298,8 +300,8 @@ def _judge(found: Survey, call, recorded: Recordings, state, padded) -> None:
                 fewer,
                 shorter,
                 recorded.batch,
-                padded,
-                isinstance(v, Table),
+                padded=padded,
+                table=isinstance(v, Table),
             )
             if isinstance(v, Table):
                 found.lookups[kind_of(recorded.batch), layer] = later_lookups(
@@ -315,11 +317,13 @@ def _judge(found: Survey, call, recorded: Recordings, state, padded) -> None:
             found.layouts[kind_of(recorded.batch), call.point] = layout
 
 
-def _fits_module(found, layer, state, call) -> bool:
-    """Whether a layer's view gives what its module put out; of its readings, the first that fits
-    about as well as any."""
+def _fits_module(found: Survey, layer: str, state: State, call: Call) -> bool:
+    """Whether a layer's view gives what its module put out; the survey then has, of its readings,
+    the first that fits about as well as any."""
+    if call.read is None or call.output is None:
+        return False
     readings = found.views[layer].readings()
-    misfits = [v.misfit(state, call.read, call.put) for v in readings]
+    misfits = [v.misfit(state, call.read, call.output) for v in readings]
     if min(misfits) > FITS:
         return False
     about_the_best = (

@@ -16,19 +16,30 @@ and a constant.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .sums import accumulate, add_gram
+from ..errors import MergeError
+from ..experts import State
+from .products import accumulate, add_gram
 
 
 @dataclass(frozen=True)
 class View:
-    """One layer of a model, ``y = W x``; subclasses say how its module's parameters make W.
+    """One layer of a model, ``y = W x`` with W (g, m, n); subclasses say how its module's parameters
+    make W.
+
+    What the engine asks of a view: W from a state dict and back (:meth:`matrix`, :meth:`parts`);
+    from the module's input to samples (:meth:`rows`, :meth:`samples`); sums over samples
+    (:meth:`add_products`, :meth:`add_cross_products`); outputs (:meth:`respond`, :meth:`output`,
+    :meth:`output_rows`); and whether the module does what the view says (:meth:`readings`,
+    :meth:`misfit`). The head of this file fixes the layouts.
 
     Attributes:
         name: path of the module in the model.
@@ -37,7 +48,7 @@ class View:
         puts_out: what a module of this kind puts out, for messages.
     """
 
-    puts_out = "a linear map of its input"
+    puts_out: ClassVar[str] = "a linear map of its input"
 
     name: str
     module: nn.Module
@@ -50,28 +61,30 @@ class View:
         return (weight, f"{weight.removesuffix('weight')}bias") if self.bias else (weight,)
 
     @property
-    def reads(self):
+    def reads(self) -> Hashable:
         """Views of one tensor with equal ``reads`` have equal samples, and share their sums."""
         return type(self), self.bias
 
-    def matrix(self, state) -> Tensor:
+    def matrix(self, state: State) -> Tensor:
         """W (g, m, n), float64, from a state dict."""
         raise NotImplementedError
 
-    def parts(self, W: Tensor, state) -> dict[str, Tensor]:
-        """State-dict entries of W (g, m, n); what W leaves open is taken from ``state``."""
+    def parts(self, W: Tensor, state: State | None = None) -> dict[str, Tensor]:
+        """State-dict entries of W (g, m, n); what W leaves open, as a table of some tokens does, is
+        taken from ``state``."""
         raise NotImplementedError
 
     def rows(self, x: Tensor) -> Tensor:
-        """The module's input as rows (…, d), features last."""
+        """The module's input x, of whatever shape it reads, as rows (…, d), features last."""
         return x
 
     def output_rows(self, y: Tensor) -> Tensor:
-        """The module's output on the same axes, (…, m or g)."""
+        """The module's output y on the axes of :meth:`rows`, (…, m), or (…, g) of a norm."""
         return y
 
     def samples(self, rows: Tensor) -> Tensor:
-        """Z of N rows (N, d), in their precision but at least float32."""
+        """Samples Z, (N, n) without a bias's one or (N, g) of a norm, of N rows (N, d), in their
+        precision but at least float32."""
         raise NotImplementedError
 
     def inputs(self, rows: Tensor) -> Tensor:
@@ -79,12 +92,13 @@ class View:
         raise NotImplementedError
 
     def respond(self, W: Tensor, Z: Tensor) -> Tensor:
-        """Output r of W (g, m, n) for differences Z of samples, from which the bias has gone."""
+        """Output r, (N, m) or (N, g) of a norm, of W (g, m, n) for differences Z of samples, from
+        which the bias has gone."""
         raise NotImplementedError
 
     def add_products(self, Z: Tensor, C: Tensor, fresh: bool) -> None:
         """Add ``Σ zzᵀ`` of the samples Z, in their precision, to the lower triangle of C (g, n,
-        n)."""
+        n); ``fresh`` writes over it."""
         raise NotImplementedError
 
     def add_cross_products(self, Z: Tensor, r: Tensor, B: Tensor, fresh: bool) -> None:
@@ -92,8 +106,9 @@ class View:
         it."""
         raise NotImplementedError
 
-    def output(self, state, x: Tensor) -> Tensor:
-        """What the module puts out for its input x under a state dict, in the precision of x."""
+    def output(self, state: State, x: Tensor) -> Tensor:
+        """What the module puts out for its input x under a state dict, in the precision of x and
+        in the shapes of the model."""
         prefix = f"{self.name}." if self.name else ""
         names = [f"{prefix}{k}" for k, _ in self.module.named_parameters(recurse=False)]
         entries = {k.removeprefix(prefix): state[k] for k in names}
@@ -104,9 +119,9 @@ class View:
         apart."""
         return [self]
 
-    def misfit(self, state, x: Tensor, y: Tensor) -> float:
-        """``‖W x - y‖ / ‖y‖`` of what the module put out for its input x; infinite where shapes
-        differ."""
+    def misfit(self, state: State, x: Tensor, y: Tensor) -> float:
+        """``‖W x - y‖ / ‖y‖`` of what the module put out for its input x, both in the shapes of
+        the model; infinite where these do not fit."""
         whole = replace(self, bias=getattr(self.module, "bias", None) is not None)
         rows, wanted = self.rows(x), self.output_rows(y)
         if rows.shape[:-1] != wanted.shape[:-1]:
@@ -117,25 +132,25 @@ class View:
         W, inputs = whole.matrix(state), whole.inputs(rows)
         if inputs.shape[1:] != (W.shape[0], W.shape[2]):
             return math.inf  # such as a norm over another axis
-        found = torch.einsum("gmn,Ngn->Ngm", W, inputs).flatten(1)
-        if found.shape != wanted.shape:
+        outputs = torch.einsum("gmn,Ngn->Ngm", W, inputs).flatten(1)
+        if outputs.shape != wanted.shape:
             return math.inf
-        error = float((found - wanted).norm() / wanted.norm().clamp(min=1e-4))
+        error = float((outputs - wanted).norm() / wanted.norm().clamp(min=1e-4))
         return math.inf if math.isnan(error) else error
 
 
 class Dense(View):
     """``nn.Linear``: W = [weight | bias], shape (1, out, in + 1)."""
 
-    puts_out = "its weight times its input"
+    puts_out: ClassVar[str] = "its weight times its input"
 
-    def matrix(self, state) -> Tensor:
+    def matrix(self, state: State) -> Tensor:
         """W (1, m, n), float64, from a state dict."""
         weight = self._flat(state[self.parameters[0]].double())
         columns = [state[name].double()[:, None] for name in self.parameters[1:]]
         return torch.cat([weight, *columns], 1).unsqueeze(0)
 
-    def parts(self, W: Tensor, state=None) -> dict[str, Tensor]:
+    def parts(self, W: Tensor, state: State | None = None) -> dict[str, Tensor]:
         """State-dict entries of W (1, m, n)."""
         if not self.bias:
             return {self.parameters[0]: self._shaped(W[0])}
@@ -170,9 +185,11 @@ class Dense(View):
             accumulate(B[0, :, -1], r.sum(0), fresh)
 
     def _flat(self, weight: Tensor) -> Tensor:
+        """The module's weight as (m, in)."""
         return weight
 
     def _shaped(self, weight: Tensor) -> Tensor:
+        """A weight (m, in) in the shape of the module's."""
         return weight
 
 
@@ -190,10 +207,11 @@ class Convolution(Dense):
     """``nn.Conv1d`` or ``nn.Conv2d`` with one group and zero padding: a dense layer of unfolded
     patches."""
 
-    puts_out = "a convolution of its input"
+    module: nn.Conv1d | nn.Conv2d
+    puts_out: ClassVar[str] = "a convolution of its input"
 
     @property
-    def reads(self):
+    def reads(self) -> Hashable:
         """Convolutions share samples where they cut out the same patches."""
         m = self.module
         return type(self), self.bias, m.kernel_size, m.stride, m.padding, m.dilation
@@ -202,19 +220,15 @@ class Convolution(Dense):
         """Patches (B, P, channels · height · width) of pictures (B, channels, H, W), or (B, P,
         channels · length) of (B, channels, L)."""
         m = self.module
-        padding = (0,) * len(m.kernel_size) if m.padding == "valid" else m.padding
+        padding = (0,) * len(m.kernel_size) if isinstance(m.padding, str) else m.padding
         if len(m.kernel_size) == 2:
             return F.unfold(x, m.kernel_size, m.dilation, padding, m.stride).mT
-        height_one = {
-            "kernel_size": (1, *m.kernel_size),
-            "dilation": (1, *m.dilation),
-            "padding": (0, *padding),
-            "stride": (1, *m.stride),
-        }
-        return F.unfold(x.unsqueeze(-2), **height_one).mT
+        of_height_one = x.unsqueeze(-2)
+        kernel, stride = (1, *m.kernel_size), (1, *m.stride)
+        return F.unfold(of_height_one, kernel, (1, *m.dilation), (0, *padding), stride).mT
 
     def output_rows(self, y: Tensor) -> Tensor:
-        """Outputs (B, P, m) of the same patches."""
+        """Outputs y (B, m, H, W), or (B, m, L), as (B, P, m) of the P patches."""
         return y.flatten(-len(self.module.kernel_size)).mT
 
     def _flat(self, weight: Tensor) -> Tensor:
@@ -235,24 +249,27 @@ class Table(View):
     all of the table until then.
     """
 
-    puts_out = "the rows of its weight that its input names"
+    puts_out: ClassVar[str] = "the rows of its weight that its input names"
+    module: nn.Embedding
     ids: Tensor | None = None
 
     @property
-    def reads(self):
+    def reads(self) -> Hashable:
         """Tables are solved one by one: each has tokens of its own."""
         return self.name
 
-    def matrix(self, state) -> Tensor:
+    def matrix(self, state: State) -> Tensor:
         """W (g, m, 1), float64."""
         weight = state[self.parameters[0]]
         chosen = weight if self.ids is None else weight[self.ids.to(weight.device)]
         return chosen.double().unsqueeze(-1)
 
-    def parts(self, W: Tensor, state=None) -> dict[str, Tensor]:
+    def parts(self, W: Tensor, state: State | None = None) -> dict[str, Tensor]:
         """State-dict entry of W (g, m, 1); tokens that do not occur are taken from ``state``."""
         if self.ids is None:
             return {self.parameters[0]: W[..., 0]}
+        if state is None:
+            raise MergeError(f"layer {self.name!r}: the other tokens are needed, pass a state dict")
         whole = state[self.parameters[0]].to(W)
         return {self.parameters[0]: whole.index_copy(0, self.ids.to(W.device), W[..., 0])}
 
@@ -265,7 +282,7 @@ class Table(View):
         every = torch.arange(self.module.num_embeddings, device=rows.device)
         return (rows == (every if self.ids is None else self.ids)).double().unsqueeze(-1)
 
-    def misfit(self, state, x: Tensor, y: Tensor) -> float:
+    def misfit(self, state: State, x: Tensor, y: Tensor) -> float:
         """Zero if the module put out the rows of the table at its input x, all multiplied by one
         number; else infinite."""
         weight = state[self.parameters[0]]
@@ -273,15 +290,14 @@ class Table(View):
             return math.inf
         if not ((x >= 0) & (x < len(weight))).all():
             return math.inf
-        rows, found = F.embedding(x, weight).double(), y.double()
-        scale = (rows * found).sum() / rows.square().sum()
-        rounding = (
-            max(4 * torch.finfo(y.dtype).eps, 1e-12) * (scale * rows).abs()
-        )  # of the module, and of the scale
-        scaled = scale != 0 and bool(((found - scale * rows).abs() <= rounding).all())
-        return 0.0 if scaled or torch.equal(rows, found) else math.inf
+        rows, outputs = F.embedding(x, weight).double(), y.double()
+        scale = (rows * outputs).sum() / rows.square().sum()
+        precision = max(4 * torch.finfo(y.dtype).eps, 1e-12)  # of the module, and of the scale
+        near = (outputs - scale * rows).abs() <= precision * (scale * rows).abs()
+        scaled = scale != 0 and bool(near.all())
+        return 0.0 if scaled or torch.equal(rows, outputs) else math.inf
 
 
 def at_least_single(rows: Tensor) -> Tensor:
-    """The rows in float64 or else float32."""
+    """Rows (…, d) in float64 if they are, else in float32."""
     return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()

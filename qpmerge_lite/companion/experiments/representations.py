@@ -15,6 +15,7 @@ from ...bases import build
 from ...gradient import fisher_weights
 from ...programme import programme
 from ...solve import minimise
+from ...solvers import shrink
 from ..suites import Suite
 from . import benchmark
 
@@ -162,7 +163,7 @@ def _regmean_error(suite: Suite, size: int) -> float:
     )
     pairs = []
     for view, moments, updates in layers.values():
-        pooled = moments.shrink(updates, alpha).pool()
+        pooled = shrink(moments, updates, alpha).pool()
         optimum = minimise(programme(pooled, build("elements", updates, pooled))).d
         update = view.matrix(state) - view.matrix(base)
         pairs.append((optimum - update, update))

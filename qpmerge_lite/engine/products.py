@@ -1,0 +1,37 @@
+"""Products of samples, added to totals in float64 memory."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def add_gram(C: Tensor, Z: Tensor, fresh: bool, width: int = 256) -> None:
+    """Add ``ZᵀZ`` of Z (N, n), taken in its precision, to the lower triangle of C (n, n), in blocks
+    of columns.
+
+    Blocks on the diagonal are whole; ``fresh`` writes over what is there.
+    """
+    for start in range(0, Z.shape[1], width):
+        stop = min(start + width, Z.shape[1])
+        accumulate(C[start:stop, :stop], Z[:, start:stop].mT @ Z[:, :stop], fresh)
+
+
+def mirror(C: Tensor, width: int = 256) -> None:
+    """Fill what :func:`add_gram` leaves open in C (…, n, n), in place, from below the diagonal."""
+    for start in range(width, C.shape[-1], width):
+        stop = start + width
+        C[..., :start, start:stop] = C[..., start:stop, :start].mT
+
+
+def output_products(A: Tensor, D: Tensor, full_energy: bool) -> Tensor:
+    """``A Dᵀ`` (…, m, m) of A and D (…, m, n), or only its diagonal (…, m)."""
+    return A @ D.mT if full_energy else (A * D).sum(-1)
+
+
+def accumulate(total: Tensor, part: Tensor, fresh: bool) -> None:
+    """Add a part (…) to a total (…) of its shape, in place and in the precision of the total; ``fresh``
+    writes over what is there."""
+    if fresh:
+        total.copy_(part)
+    else:
+        total.add_(part)
