@@ -1,5 +1,9 @@
 r"""The merge programme ``L(d) = ½ dᵀHd + fᵀd + E`` of one layer, in the independent blocks of its
-basis."""
+basis.
+
+``H`` and ``f`` are formed by ``bases.Basis``, E by ``moments.Moments.pooled``; ``solve`` adds the
+ridge.
+"""
 
 from __future__ import annotations
 

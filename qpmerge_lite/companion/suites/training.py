@@ -1,5 +1,5 @@
 """Experts of a suite: linear probe, joint fine-tuning, and a cache under the hash of all that
-determines them."""
+determines them. A suite's own numbers are its module's ``RECIPE``."""
 
 import copy
 import hashlib
