@@ -157,7 +157,10 @@ def _claims(arguments):
     root = repository()
     rows = claims.rows(root, arguments.tier)
     readme = root / "README.md"
-    link = lambda chapter: f"[{chapter}](notebooks/{chapter}.ipynb)"  # noqa: E731
+
+    def link(chapter):
+        return f"[{chapter}](notebooks/{chapter}.ipynb)"
+
     text = claims.replace_between_markers(
         readme.read_text(encoding="utf-8"), claims.markdown_table(rows, link)
     )
@@ -175,9 +178,10 @@ def _claims(arguments):
 def _data_list(arguments):
     from .data import manifests
 
-    total = lambda files: (
-        None if any(f.bytes is None for f in files) else sum(f.bytes for f in files)
-    )
+    def total(files):
+        sizes = [file.bytes for file in files]
+        return None if None in sizes else sum(sizes)
+
     sources = [
         {
             "manifest": name,
@@ -193,9 +197,8 @@ def _data_list(arguments):
     say = _printer(arguments)
     for s in sources:
         size = "size not known" if s["bytes"] is None else f"{s['bytes']:,} bytes"
-        say(
-            f"{s['manifest']}: {s['source']} ({s['kind']}, {s['licence']}): {size}{'' if s['verified'] else ', not verified'}"
-        )
+        doubt = "" if s["verified"] else ", not verified"
+        say(f"{s['manifest']}: {s['source']} ({s['kind']}, {s['licence']}): {size}{doubt}")
     return _done(arguments, sources)
 
 
@@ -236,9 +239,8 @@ def _data_fetch(arguments):
         for member in data.members(family) if own else [name]:
             files = data.fetch(member)
             fetched[member] = {path: str(found) for path, found in files.items()}
-            say(
-                f"{member}: {len(files)} files in {os.path.commonpath([found.parent for found in files.values()])}"
-            )
+            folder = os.path.commonpath([found.parent for found in files.values()])
+            say(f"{member}: {len(files)} files in {folder}")
     return _done(arguments, fetched)
 
 

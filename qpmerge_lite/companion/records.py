@@ -166,7 +166,8 @@ def keep(tier, root=None):
         lacking = [name for name in PROVENANCE if not content["provenance"].get(name)]
         if lacking:
             raise RecordError(
-                f"{path.name}: expected a provenance with {', '.join(lacking)}, found none; run its notebook again in a checkout"
+                f"{path.name}: expected a provenance with {', '.join(lacking)}, found none; "
+                "run its notebook again in a checkout"
             )
         kept.append(root.parent / "recorded" / tier / path.name)
         write_json(kept[-1], content)

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,7 +78,8 @@ def load_claims(path):
                 f"claim {name}: source {entry['source']!r}; expected one of {', '.join(SOURCES)}"
             )
         claims.append(Claim(**(entry | {"records": tuple(entry.get("records") or ())})))
-    repeated = {c.id for c in claims if sum(other.id == c.id for other in claims) > 1}
+    uses = Counter(claim.id for claim in claims)
+    repeated = {id for id, times in uses.items() if times > 1}
     if repeated:
         raise ClaimError(f"claim {', '.join(sorted(repeated))}: the id is used twice")
     return claims
@@ -106,7 +108,8 @@ def rows(root=None, tier="smoke"):
 def judged(claims, tier, read):
     """The rows of claims, each by the records that ``read`` returns for its own tier or else for
     the given one."""
-    records = {name: read(name) for name in {c.tier or tier for c in claims if c.records}}
+    tiers = {claim.tier or tier for claim in claims if claim.records}
+    records = {name: read(name) for name in tiers}
     return [judge(c, records.get(c.tier or tier, {})) for c in claims]
 
 
@@ -140,7 +143,8 @@ def format_record(record, spec=""):
     formats = [word for word in words if word not in known]
     if len(formats) > 1:
         raise ClaimError(f"record {record.id}: more than one number format in {spec!r}")
-    number = formats[0] if formats else ".1%" if "pct" in words else ""
+    default = ".1%" if "pct" in words else ""
+    number = formats[0] if formats else default
     text = _number(record.id, record.value, number)
     if "ci" in words:
         if record.interval is None:
@@ -212,7 +216,9 @@ def _truth(node, names):
     if isinstance(node, ast.BoolOp):
         values = [_truth(part, names) for part in node.values]
         decisive = isinstance(node.op, ast.Or)
-        return decisive if decisive in values else None if None in values else not decisive
+        if decisive in values:
+            return decisive
+        return None if None in values else not decisive
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         value = _truth(node.operand, names)
         return None if value is None else not value
@@ -228,16 +234,26 @@ def _truth(node, names):
     return low
 
 
+def _decided(true, false):
+    """True, False, or None where neither is sure."""
+    if true or false:
+        return bool(true)
+    return None
+
+
 def _compare(op, left, right):
+    """Truth of a comparison of two intervals (low, high); None where they do not decide it."""
     if op in (ast.Lt, ast.LtE):
         return _compare({ast.Lt: ast.Gt, ast.LtE: ast.GtE}[op], right, left)
+    (left_low, left_high), (right_low, right_high) = left, right
     if op is ast.Eq:
-        overlap = left[0] <= right[1] and right[0] <= left[1]
-        return (True if left == right and left[0] == left[1] else None) if overlap else False
+        one_value = left == right and left_low == left_high
+        apart = left_low > right_high or right_low > left_high
+        return _decided(one_value, apart)
     if op is ast.GtE:
-        return True if left[0] >= right[1] else False if left[1] < right[0] else None
+        return _decided(left_low >= right_high, left_high < right_low)
     if op is ast.Gt:
-        return True if left[0] > right[1] else False if left[1] <= right[0] else None
+        return _decided(left_low > right_high, left_high <= right_low)
     raise ClaimError(f"predicate: comparison {op.__name__} is not among < <= > >= ==")
 
 

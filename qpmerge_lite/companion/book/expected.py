@@ -96,15 +96,13 @@ def disagreement(record, expected):
         return None
     ends = kind == "interval" and record.interval
     shown = f"[{ends[0]:.6g}, {ends[1]:.6g}]" if ends else repr(record.value)
-    aim = (
-        expected.get("interval")
-        if kind == "interval"
-        else by
-        if kind.startswith("at_")
-        else expected["value"]
-    )
+    wanted = expected.get("interval" if kind == "interval" else "value")
+    if kind.startswith("at_"):
+        wanted = by
     within = f" within {by:g}" if kind in ("relative", "absolute") else ""
-    return f"found {shown}, expected {kind.replace('_', ' ')} {aim!r}{within} ({expected['why']})"
+    return (
+        f"found {shown}, expected {kind.replace('_', ' ')} {wanted!r}{within} ({expected['why']})"
+    )
 
 
 def _overlap(record, expected, by):
