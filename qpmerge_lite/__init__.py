@@ -5,7 +5,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-# Type checkers and editors read these imports; at run time each is made when its name is first used.
+# Type checkers and editors read these imports; at run time each is made when its name is first
+# used.
 if TYPE_CHECKING:
     from .assess import audit, certify, layer_moments
     from .bases import FAMILIES, build

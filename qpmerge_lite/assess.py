@@ -266,8 +266,8 @@ class Auditor:
     def _outputs(
         self, batch: Batch, state: State, made: _Sight, base: _Sight, expert: _Sight
     ) -> Iterator[tuple[Point, Layout | None, list[Tensor]]]:
-        """Layer, block or output, its layout, and what merge, base and expert put out there, (…, d);
-        once for every call of a table."""
+        """Layer, block or output, its layout, and what merge, base and expert put out there, (…,
+        d); once for every call of a table."""
         expert_state = self.experts[batch.task]
         for point, output in made.outputs.items():
             if point not in expert.outputs:

@@ -245,7 +245,8 @@ def _rotated_rows(updates: Tensor, pooled: Pooled, keep: int | None) -> Basis:
     return RowBasis("rotated_rows", updates, _directions(updates, pooled, U.shape[-1]), U)
 
 
-# family -> basis of updates (K, g, m, n) and moments, with the labels of the output rows that groups
+# family -> basis of updates (K, g, m, n) and moments, with the labels of the output rows that
+# groups
 # cannot do without, and the number of directions that rotated rows keep
 FAMILIES: dict[str, Callable[[Tensor, Pooled, Tensor | None, int | None], Basis]] = {
     "layer": lambda D, pooled, groups, keep: RowBasis(

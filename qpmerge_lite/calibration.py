@@ -227,7 +227,8 @@ def _argument(where: str, value, device):
     if value.is_nested or value.layout != torch.strided:
         kind = "a nested one" if value.is_nested else value.layout
         raise MergeError(
-            f"{where}: expected a dense tensor, found {kind}; pad it or convert it with to_dense(), "
+            f"{where}: expected a dense tensor, found {kind}; pad it or convert it with "
+            f"to_dense(), "
             "and mark padding in an attention_mask"
         )
     if value.numel() == 0:

@@ -1,9 +1,9 @@
 r"""Methods that look at weights only: ``method(base, experts, calibration=None, **options)``.
 
 All return a :class:`~qpmerge_lite.merge.Merge`. ``θ_0`` is the base, ``τ_k = θ_k - θ_0`` are the
-task vectors. Parameters are merged in float64, by WUDI in float32 at least, and returned in the base's dtypes;
-floating buffers are averaged. Where implementations of one name differ, the difference is an
-option named after what it does or after whose it is.
+task vectors. Parameters are merged in float64, by WUDI in float32 at least, and returned in the
+base's dtypes; floating buffers are averaged. Where implementations of one name differ, the
+difference is an option named after what it does or after whose it is.
 """
 
 from __future__ import annotations

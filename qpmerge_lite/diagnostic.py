@@ -192,8 +192,8 @@ def optimism(
 
 
 class _Fit(NamedTuple):
-    """What optimism is computed from: ``solve`` gives the factored programme under some moments, and
-    its merged update (g, m, n); ``full`` are those of all folds."""
+    """What optimism is computed from: ``solve`` gives the factored programme under some moments,
+    and its merged update (g, m, n); ``full`` are those of all folds."""
 
     moments: Moments
     weights: str

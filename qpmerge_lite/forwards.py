@@ -69,7 +69,8 @@ def main_output(output) -> Tensor:
         if isinstance(value, Tensor) and value.dim():
             return value
     raise MergeError(
-        f"the model returns {type(output).__name__}: expected a tensor, or a tuple, list or mapping "
+        f"the model returns {type(output).__name__}: expected a tensor, or a tuple, list or "
+        f"mapping "
         "with a tensor that has at least one axis; wrap the model so that it returns its hidden "
         "state"
     )

@@ -78,7 +78,8 @@ def _shape(output) -> str:
 def spread_over_ties(
     base: nn.Module, state: Mapping[str, Tensor], chosen: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """A state, name -> (…), in which ``chosen`` parameters stand under all the names that they are tied to."""
+    """A state, name -> (…), in which ``chosen`` parameters stand under all the names that they are
+    tied to."""
     everything = dict(state)
     ties = tied(base)
     for name, value in chosen.items():

@@ -84,8 +84,8 @@ class Contest:
     def best(self) -> tuple[Tensor, Tensor]:
         """Place of the highest score and that score, averaged over the folds.
 
-        Returns: place in ``ridges`` () or, given ``priors``, in these and in ``ridges`` (2,), int64;
-            average () float64.
+        Returns: place in ``ridges`` () or, given ``priors``, in these and in ``ridges`` (2,),
+            int64; average () float64.
         """
         top = self._climb() if self._climbs else None
         if top is not None:

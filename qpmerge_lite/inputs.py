@@ -24,7 +24,8 @@ def refuse_lost_entries(batches: list[Batch]) -> None:
 
 
 def take(batch: Batch, rows: Tensor) -> Batch:
-    """Some inputs of a batch, ``rows`` (B',), as a batch of their own; entries for all inputs are kept whole."""
+    """Some inputs of a batch, ``rows`` (B',), as a batch of their own; entries for all inputs are
+    kept whole."""
     arguments = dict(batch.arguments)
     for key in batch.one_per_input:
         arguments[key] = arguments[key][rows.to(arguments[key].device)]

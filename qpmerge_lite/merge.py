@@ -149,7 +149,8 @@ def add_update(
 
     Buffers are the experts' mean, counters and codes the experts'. Tied parameters get the
     update of the first of their names that has one, so that they stay tied; so do parameters that
-    share memory otherwise, as a matrix and its transpose. Parameters without an update stay the base's.
+    share memory otherwise, as a matrix and its transpose. Parameters without an update stay the
+    base's.
 
     Args:
         experts: as :func:`check_experts` returns them.

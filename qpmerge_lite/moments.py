@@ -163,7 +163,8 @@ class Moments:
         fold = torch.as_tensor(fold, device=x.device).expand(len(x))
         if ((fold < 0) | (fold >= self.folds)).any():
             raise MergeError(
-                f"layer {self.layer}, task {task}: folds are 0 to {self.folds - 1}, found {fold.unique().tolist()}"
+                f"layer {self.layer}, task {task}: folds are 0 to {self.folds - 1}, found "
+                f"{fold.unique().tolist()}"
             )
         order, counts = fold.argsort(stable=True), fold.bincount(minlength=self.folds).tolist()
         inputs_of_folds, residuals_of_folds = x[order].split(counts), r[order].split(counts)
@@ -195,7 +196,8 @@ class Moments:
         """Place of a task, its inputs (N, g, n) and residuals (N, g, m), in float64."""
         if task not in self.tasks:
             raise MergeError(
-                f"layer {self.layer}: unknown task {task!r}; the moments were opened for {list(self.tasks)}"
+                f"layer {self.layer}: unknown task {task!r}; the moments were opened for "
+                f"{list(self.tasks)}"
             )
         shapes = {
             "inputs": (inputs, self.C.shape[2:4]),
@@ -224,7 +226,8 @@ class Moments:
         """Moments of both sample sets together; either may be an empty shard."""
         if (self.tasks, self.layer) != (other.tasks, other.layer):
             raise MergeError(
-                f"moments of different things: {self.layer} {self.tasks} and {other.layer} {other.tasks}"
+                f"moments of different things: {self.layer} {self.tasks} and {other.layer} "
+                f"{other.tasks}"
             )
         for mine, theirs in ((self.A, other.A), (self.M, other.M)):
             if mine.shape != theirs.shape:

@@ -243,8 +243,8 @@ class Sketched:
     sketch missed. Directions outside V stay at P: dividing them by μ, as the inverse of
     ``Ĉ + μI`` would, takes a step far too long wherever C is larger than Ĉ + μ.
 
-    Y is (n, rank) and ``A - PC`` (m, n); both, and diag C, are sums over samples: no eigenvectors of
-    an (n, n) matrix. As much rank as inputs gives the ridge solution, rank 0 gives P.
+    Y is (n, rank) and ``A - PC`` (m, n); both, and diag C, are sums over samples: no eigenvectors
+    of an (n, n) matrix. As much rank as inputs gives the ridge solution, rank 0 gives P.
     """
 
     rank: int = 32

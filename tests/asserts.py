@@ -14,7 +14,8 @@ def assert_relative(actual, expected, rtol=1e-10, scale=0.0):
         return
     error, size = float((actual - expected).abs().max()), max(float(expected.abs().max()), scale)
     assert error <= rtol * size, (
-        f"error {error:.3g} against {size:.3g}: relative {error / (size or 1):.3g}, allowed {rtol:g}"
+        f"error {error:.3g} against {size:.3g}: relative {error / (size or 1):.3g}, allowed "
+        f"{rtol:g}"
     )
 
 

@@ -58,7 +58,8 @@ def test_a_predicate_is_true_false_or_undecided(predicate, truth):
 
 
 @pytest.mark.parametrize("predicate", [
-    "__import__('os')", "a.low.__class__", "a.unknown > 0", "a.low", "a.low > 0 > a.high", "a.low > 'x'", "a.low * 2 > 0",
+    "__import__('os')", "a.low.__class__", "a.unknown > 0", "a.low", "a.low > 0 > a.high", "a.low "
+    "> 'x'", "a.low * 2 > 0",
     "a.word == a.low", "a.low >", "[a.low]", "a.low != 0", "lambda: 0",
 ])  # fmt: skip
 def test_nothing_else_is_evaluated(predicate):

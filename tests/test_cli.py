@@ -45,7 +45,8 @@ def make_checkout(root):
         (root / folder).mkdir(parents=True)
     (root / "qpmerge_lite" / "companion" / "records.py").write_text("")
     (root / "book" / "claims.yml").write_text(
-        "- {id: c, source: ours, statement: s, chapter: 01_a, records: [a.seed], predicate: a.seed >= 0, measured: '{a.seed}'}\n"
+        "- {id: c, source: ours, statement: s, chapter: 01_a, records: [a.seed], predicate: "
+        "a.seed >= 0, measured: '{a.seed}'}\n"
     )
     (root / "README.md").write_text(f"# Title\n{BEGIN}\n{END}\n")
     write(root / "notebooks" / "01_a.ipynb", RECORDING)

@@ -23,7 +23,8 @@ def pages(tmp_path):
     )
     Records("01_a", "standard", tmp_path / "recorded").record("a.b", 0.5)
     (tmp_path / "conf.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(EXTENSIONS)!r})\nextensions = ['myst_parser', 'results']\nhtml_theme = 'basic'\n"
+        f"import sys\nsys.path.insert(0, {str(EXTENSIONS)!r})\nextensions = ['myst_parser', "
+        f"'results']\nhtml_theme = 'basic'\n"
     )
 
     def build(text):
@@ -75,9 +76,11 @@ def test_what_cannot_be_shown_stops_the_build(pages, text, problem):
 
 def test_the_claims_table_is_generated(pages, tmp_path):
     (tmp_path / "claims.yml").write_text(
-        "- {id: c, source: paper, statement: It is so., records: [a.b], chapter: x, predicate: a.b > 0, measured: 'b {a.b .2f}'}\n"
+        "- {id: c, source: paper, statement: It is so., records: [a.b], chapter: x, predicate: "
+        "a.b > 0, measured: 'b {a.b .2f}'}\n"
         "- {id: d, source: ours, statement: Not asked.}\n"
-        "- {id: e, source: ours, statement: It is more., records: [a.b], chapter: y, predicate: a.b > 0.4, measured: 'b {a.b .2f}', tier: standard}\n"
+        "- {id: e, source: ours, statement: It is more., records: [a.b], chapter: y, predicate: "
+        "a.b > 0.4, measured: 'b {a.b .2f}', tier: standard}\n"
     )
     (tmp_path / "chapters").mkdir()
     (tmp_path / "chapters" / "x.md").write_text("---\norphan: true\n---\n# The chapter\n")
@@ -104,7 +107,8 @@ def test_tiers_stand_side_by_side_and_a_missing_one_is_said_to_be(pages, tmp_pat
     assert re.search(r"smoke +standard +a +0\.125 \[0\.100, 0\.150\] +0\.500 ", text), text
     assert re.search(r"standard +: cpu, \d{4}-\d\d-\d\d, torch ", text)
     assert re.search(
-        r"smoke +paper +standard +b +0\.12 +not recorded +0\.50 +paper +: not recorded; +standard +: cpu,",
+        r"smoke +paper +standard +b +0\.12 +not recorded +0\.50 +paper +: not recorded; +standard "
+        r"+: cpu,",
         text,
     )
 

@@ -203,7 +203,10 @@ def test_lock_changes_nothing_unless_everything_came(place, hub):
     before = family(place, source(verified=False)).path.read_text()
     with pytest.raises(
         ManifestError,
-        match=r"family: base: expected model.safetensors in ours/model at \w{40}, found config.json",
+        match=(
+            r"family: base: expected model.safetensors in ours/model at \w{40}, found "
+            r"config.json"
+        ),
     ):
         lock("family")
     family(place, source(verified=False, repo="ours/none"))
@@ -302,7 +305,8 @@ def test_the_command_honours_the_endpoint_and_works_on_without_a_network(place, 
     status, out, err = qpmerge("data", "fetch", "paper", HF_HUB_OFFLINE="1")
     assert status == 1 and out.startswith("family/base: 2 files in ") and len(hub.requests) == asked
     assert err.startswith(
-        "qpmerge: family/expert: no source serves\n  expert: ours/expert is not pinned; run: qpmerge data lock family"
+        "qpmerge: family/expert: no source serves\n  expert: ours/expert is not pinned; run: "
+        "qpmerge data lock family"
     )
 
 
@@ -327,7 +331,8 @@ def test_without_a_connection_the_cure_is_named(place, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert refusal().endswith(
-        f"not in the cache, and {url} was not reached; check the network, HF_HUB_OFFLINE and HF_ENDPOINT"
+        f"not in the cache, and {url} was not reached; check the network, HF_HUB_OFFLINE and "
+        f"HF_ENDPOINT"
     )
 
 

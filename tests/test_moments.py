@@ -278,7 +278,10 @@ def test_bad_input_is_named():
         bad[0, 0, 1] = value
         with pytest.raises(
             NonFinite,
-            match=r"layer head, task task1, inputs: 1 of 24 values .* check this task's calibration",
+            match=(
+                r"layer head, task task1, inputs: 1 of 24 values .* check this task's "
+                r"calibration"
+            ),
         ):
             moments.update("task1", bad, r)
         with pytest.raises(NonFinite, match="task task0, residuals: 1 of"):

@@ -93,6 +93,7 @@ def ready(place, hub, monkeypatch):
 
 # --- CLIP
 #
+#
 # -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -310,7 +311,10 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(clips, tmp_path):
     )
     with pytest.raises(
         MissingLayer,
-        match=r"expected every weight of a CLIPVisionModel, found none that fits \S*layers.1.mlp.fc1.bias \(1 in all\)",
+        match=(
+            r"expected every weight of a CLIPVisionModel, found none that fits "
+            r"\S*layers.1.mlp.fc1.bias \(1 in all\)"
+        ),
     ):
         public.pretrained(CLIPVisionModel, tmp_path)
 
@@ -318,7 +322,9 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(clips, tmp_path):
 def test_public_experts_differ_in_all_layers():
     with pytest.raises(
         MergeError,
-        match="expected no layer, as its experts are public checkpoints and differ in all, found 'x'",
+        match=(
+            "expected no layer, as its experts are public checkpoints and differ in all, found 'x'"
+        ),
     ):
         suites.load("clip", "paper", layer="x")
 
@@ -370,6 +376,7 @@ def test_published_figures_fit_the_suites_and_stand_beside_what_was_measured():
 
 
 # --- GLUE
+#
 #
 # -----------------------------------------------------------------------------------------------------------------------------
 
@@ -554,7 +561,10 @@ def asked(task, split="test"):
     rows = data.rows(f"glue-{task}")[split]
     form = {
         "rte": "Does the text: '{}' entail that '{}' is true? Provide 'yes' or 'no'.",
-        "stsb": "Consider the sentences '{}' and '{}'. On a scale from 1 (completely different) to 5 (completely similar), rate the similarity.",
+        "stsb": (
+            "Consider the sentences '{}' and '{}'. On a scale from 1 (completely different) "
+            "to 5 (completely similar), rate the similarity."
+        ),
     }
     return [form[task].format(*pair) for pair in zip(rows["text"], rows["pair"])], rows["label"]
 

@@ -487,7 +487,8 @@ def damaged(experts):
         (
             damaged,
             NonFinite,
-            "expert 'c', parameter 'cls': 1 of 8 values are NaN or infinite; the checkpoint is damaged",
+            "expert 'c', parameter 'cls': 1 of 8 values are NaN or infinite; the checkpoint is "
+            "damaged",
         ),
         (lambda e: e.clear(), MergeError, "expected at least one state dict"),
     ],
@@ -789,7 +790,10 @@ def test_named_layers_alone_are_solved_and_as_in_a_whole_pass_when_they_come_fir
     assert "blocks.0.up.weight" in part.averaged
     with pytest.raises(
         MissingLayer,
-        match="layer 'blocks.7.up': not among the layers of scope 'all', which are .*'blocks.0.attention.key'",
+        match=(
+            "layer 'blocks.7.up': not among the layers of scope 'all', which are "
+            ".*'blocks.0.attention.key'"
+        ),
     ):
         q.qp(base, experts, calibration, layers=["blocks.7.up"])
 

@@ -147,7 +147,8 @@ def test_rows_that_the_hub_lacks_are_missed_and_every_source_is_named(place, hub
     first, mirror, missed, elsewhere = str(caught.value).split("\n  ")
     assert first == "toy: no source serves" and elsewhere == "the attic has other rows"
     assert mirror.startswith(
-        "toy: mirror: toy.parquet: expected a file of 1 bytes, found none; copy the file to the mirror"
+        "toy: mirror: toy.parquet: expected a file of 1 bytes, found none; copy the file to the "
+        "mirror"
     )
     assert "expected 50 rows of the index, found 4" in missed and missed.endswith(
         "these are other rows, so use another source"

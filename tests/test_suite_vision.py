@@ -290,7 +290,10 @@ def test_an_expert_that_is_never_right_is_named(quick):
     suite = quick.with_heads({**quick.heads, "greek": never})
     with pytest.raises(
         MergeError,
-        match="greek/test: expected an expert that is right at times, found a score of 0; its weights or its head",
+        match=(
+            "greek/test: expected an expert that is right at times, found a score of 0; its "
+            "weights or its head"
+        ),
     ):
         suite.normalised(suite.base.state_dict())
 

@@ -184,7 +184,9 @@ def test_a_table_of_tokens_that_a_model_makes_itself_is_averaged():
     base, calibration = Shifted().double(), pairs()
     merge = q.qp(base, tuned(base), calibration, **ELEMENTS)
     assert merge.averaged == {
-        "words.weight": "called more than once in a forward, on tokens that no argument of the model holds"
+        "words.weight": (
+            "called more than once in a forward, on tokens that no argument of the model holds"
+        )
     }
 
 

@@ -132,7 +132,8 @@ def write(folder, rows, *sources, counted=True, **change):
                 "sha256": hashlib.sha256(b"".join(row[0] for row in part)).hexdigest(),
             }
     content = {
-        "schema": 1, "kind": "dataset", "name": "toy", "tier": "standard", "description": "a toy", "licence": "MIT", "citation": "ours",
+        "schema": 1, "kind": "dataset", "name": "toy", "tier": "standard", "description": "a "
+        "toy", "licence": "MIT", "citation": "ours",
         "sources": list(sources), "columns": {kind: "what is classified", "label": "its class"}, "labels": LABELS, "splits": described,
         "leakage": [], "elsewhere": ["the attic has other rows"], **change,
     }  # fmt: skip

@@ -146,7 +146,8 @@ class Tiers(SphinxDirective):
             if fnmatch.filter(content["records"], self.arguments[0]):
                 p = content["provenance"]
                 said.append(
-                    f"*{tier}*: {p['device']}, {p['date'][:10]}, torch {p['packages']['torch']}, commit {p['commit']}"
+                    f"*{tier}*: {p['device']}, {p['date'][:10]}, torch {p['packages']['torch']}, "
+                    f"commit {p['commit']}"
                 )
         return "; ".join(said) or f"*{tier}*: not recorded"
 
@@ -172,7 +173,8 @@ class Published(SphinxDirective):
             else "Published. **Not run on this build**; the command is `qpmerge book run --tier paper --only 09`."
         )
         return self.parse_text_to_nodes(
-            f"{said} In per cent; source: {content['source']}.\n\n{published.table(family, content, records)}\n"
+            f"{said} In per cent; source: "
+            f"{content['source']}.\n\n{published.table(family, content, records)}\n"
         )
 
 

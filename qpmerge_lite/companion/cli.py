@@ -216,7 +216,8 @@ def _data_verify(arguments):
             here = data.here(manifest)
             if not here and name in arguments.name:
                 raise MergeError(
-                    f"{name}: none of its sources is on this machine; run: qpmerge data fetch {name}"
+                    f"{name}: none of its sources is on this machine; run: qpmerge data fetch "
+                    f"{name}"
                 )
         checked[name] = [
             f"{source}/{file.path}" for source, files in here.items() for file in files

@@ -1,7 +1,8 @@
 """What a run's tier stands for: which data the suites have, and how much the chapters do with them.
 
-There are more tiers of runs than of data: *full* runs the embedded suites of *smoke* at a larger size.
-Records are filed under the run's tier; manifests, suites and trained experts under that of the data.
+There are more tiers of runs than of data: *full* runs the embedded suites of *smoke* at a larger
+size. Records are filed under the run's tier; manifests, suites and trained experts under that of
+the data.
 """
 
 from dataclasses import dataclass

@@ -134,7 +134,8 @@ def load_records(tier, root=None):
             if record.id in records:
                 other = records[record.id].notebook
                 raise RecordError(
-                    f"record {record.id!r}: written by both {other} and {record.notebook}; rename one"
+                    f"record {record.id!r}: written by both {other} and {record.notebook}; rename "
+                    f"one"
                 )
             records[record.id] = record
     return records
@@ -173,7 +174,8 @@ def keep(tier, root=None):
         write_json(kept[-1], content)
     if not kept:
         raise RecordError(
-            f"no records of tier {tier!r} in {root.name}; run `qpmerge book run --tier {tier}` first"
+            f"no records of tier {tier!r} in {root.name}; run `qpmerge book run --tier {tier}` "
+            f"first"
         )
     return kept
 
@@ -249,11 +251,13 @@ def _plain(id, value):
         return value
     if not isinstance(value, numbers.Real):
         raise RecordError(
-            f"record {id!r}: expected a number, a word or a truth value, found {type(value).__name__}"
+            f"record {id!r}: expected a number, a word or a truth value, found "
+            f"{type(value).__name__}"
         )
     if not math.isfinite(value):
         raise RecordError(
-            f"record {id!r}: the value is {value}; record a finite number or say in a word why there is none"
+            f"record {id!r}: the value is {value}; record a finite number or say in a word why "
+            f"there is none"
         )
     return float(value)
 

@@ -50,8 +50,8 @@ def version_of(tensor: Tensor) -> int:
 
 
 def identity_of(tensor: Tensor) -> tuple:
-    """Equal for a tensor of any shape that has not been written to since; never where torch does not
-    count that."""
+    """Equal for a tensor of any shape that has not been written to since; never where torch does
+    not count that."""
     return id(tensor), object() if tensor.is_inference() else tensor._version
 
 

@@ -29,8 +29,8 @@ def output_products(A: Tensor, D: Tensor, full_energy: bool) -> Tensor:
 
 
 def accumulate(total: Tensor, part: Tensor, fresh: bool) -> None:
-    """Add a part (…) to a total (…) of its shape, in place and in the precision of the total; ``fresh``
-    writes over what is there."""
+    """Add a part (…) to a total (…) of its shape, in place and in the precision of the total;
+    ``fresh`` writes over what is there."""
     if fresh:
         total.copy_(part)
     else:

@@ -60,8 +60,8 @@ class Recordings:
         batch: the few sequences. some: calls on them.
         fewer: calls without the last of them, the others in reverse order.
         shorter: mask -> calls on the sequences of ``fewer``, the last token gone.
-        even: calls on the sequences of ``fewer``, every token holding what the first one holds; None
-            where there are no tokens.
+        even: calls on the sequences of ``fewer``, every token holding what the first one holds;
+            None where there are no tokens.
     """
 
     batch: Batch
@@ -235,8 +235,8 @@ class _Recorder:
         return frozenset(names)
 
     def _held(self, frame: FrameType | None) -> float:
-        """Bytes of the tensors in the frames of the forward, from an inner one outwards, weights and
-        batch aside, per number of the batch."""
+        """Bytes of the tensors in the frames of the forward, from an inner one outwards, weights
+        and batch aside, per number of the batch."""
         storages: dict[int, int] = {}
         while frame is not None and frame.f_code is not _run.__code__:
             for value in frame.f_locals.values():

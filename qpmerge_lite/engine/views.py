@@ -32,8 +32,8 @@ from .products import accumulate, add_gram
 
 @dataclass(frozen=True)
 class View:
-    """One layer of a model, ``y = W x`` with W (g, m, n); subclasses say how its module's parameters
-    make W.
+    """One layer of a model, ``y = W x`` with W (g, m, n); subclasses say how its module's
+    parameters make W.
 
     What the engine asks of a view: W from a state dict and back (:meth:`matrix`, :meth:`parts`);
     from the module's input to samples (:meth:`rows`, :meth:`samples`); sums over samples

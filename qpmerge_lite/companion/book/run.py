@@ -79,13 +79,15 @@ def declared(path):
     for statement in ast.parse("".join(tagged[0]["source"])).body:
         if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1):
             raise BookError(
-                f"{path.name}: line {statement.lineno} of the parameters cell is not `name = literal`"
+                f"{path.name}: line {statement.lineno} of the parameters cell is not `name = "
+                f"literal`"
             )
         try:
             parameters[statement.targets[0].id] = ast.literal_eval(statement.value)
         except (ValueError, AttributeError) as error:
             raise BookError(
-                f"{path.name}: line {statement.lineno} of the parameters cell depends on something else; "
+                f"{path.name}: line {statement.lineno} of the parameters cell depends on "
+                f"something else; "
                 "write a literal and derive the rest in a later cell"
             ) from error
     return parameters

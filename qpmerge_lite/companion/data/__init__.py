@@ -32,7 +32,8 @@ def checkpoint(name: str) -> Path:
         if Path(path).name == "config.json":
             return file.parent
     raise ManifestError(
-        f"{name}: expected a checkpoint with a config.json, found none; see data_manifests/README.md"
+        f"{name}: expected a checkpoint with a config.json, found none; see "
+        f"data_manifests/README.md"
     )
 
 

@@ -110,7 +110,8 @@ def load_manifest(name: str | Path) -> Manifest:
     path = Path(name) if str(name).endswith(".yaml") else FOLDER / f"{name}.yaml"
     if not path.is_file():
         raise ManifestError(
-            f"{path.name}: no such manifest; known: {', '.join(names()) or 'none beside the package'}"
+            f"{path.name}: no such manifest; known: "
+            f"{', '.join(names()) or 'none beside the package'}"
         )
     return parse(path, path.read_text(encoding="utf-8"))
 
@@ -251,7 +252,8 @@ def locate(source: Source, file: File) -> Path:
     if source.kind == "mirror":
         if not (folder := mirror_folder()):
             raise Absent(
-                f"{source.id}: no mirror here; set QPMERGE_MIRROR to a folder that holds {file.path}"
+                f"{source.id}: no mirror here; set QPMERGE_MIRROR to a folder that holds "
+                f"{file.path}"
             )
         return folder / file.path
     name, versions = source.extra["package"], source.extra["versions"]

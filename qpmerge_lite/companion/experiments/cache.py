@@ -1,4 +1,5 @@
-"""Results of merges kept from one run to the next, for as long as nothing that they hang on changes."""
+"""Results of merges kept from one run to the next, for as long as nothing that they hang on
+changes."""
 
 from __future__ import annotations
 
