@@ -140,7 +140,7 @@ def _trim(vector: Tensor, density: float, rule: TiesRule) -> Tensor:
 
 def _consensus(
     vectors: Tensor,
-    rule: TiesRule = TiesRule(),  # noqa: B008 - frozen
+    rule: TiesRule,
     weights: Tensor | None = None,
     cancelled: Tensor | float = 1.0,
 ) -> Tensor:
@@ -272,5 +272,7 @@ def della(
         chances = density - spread + 2 * spread * ranks / max(rows.shape[-1] - 1, 1)
         mask = torch.rand(chances.shape, generator=generator).to(chances) < chances
         thinned = [_rescaled(r, m, p, rescale) for r, m, p in zip(rows, mask, chances)]
-        update[name] = _consensus(_flat(torch.stack(thinned))).reshape(stacked.shape[1:])
+        update[name] = _consensus(_flat(torch.stack(thinned)), TiesRule()).reshape(
+            stacked.shape[1:]
+        )
     return add_update(base, experts, update, scale)
