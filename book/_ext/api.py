@@ -30,8 +30,8 @@ def public():
     """{name: last part of the module it is imported from} of all public names."""
     imported = {
         alias.name: node.module.rpartition(".")[2]
-        for node in ast.parse(inspect.getsource(qpmerge_lite)).body
-        if isinstance(node, ast.ImportFrom)
+        for node in ast.walk(ast.parse(inspect.getsource(qpmerge_lite)))
+        if isinstance(node, ast.ImportFrom) and node.level
         for alias in node.names
     }
     return {name: imported.get(name, "") for name in qpmerge_lite.__all__}
