@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def spare(n: int) -> int:
-    """How many columns to add to an (n, n) matrix: with one more, its columns do not fall on the
-    same lines of a processor's caches, and wide ones have their factors in half the time."""
-    return int(n >= 512 and n % 128 == 0)
+def _spare(H: Tensor) -> int:
+    """How many columns to add to matrices (b, n, n) on a CPU: with one more, theirs do not fall on
+    the same lines of its caches, and wide ones have their factors in half the time."""
+    return int(H.is_cpu and H.shape[-1] >= 512 and H.shape[-1] % 128 == 0)
 
 
 def solve_definite(H: Tensor, right: Tensor) -> Tensor:
@@ -20,10 +20,10 @@ def solve_definite(H: Tensor, right: Tensor) -> Tensor:
 
     Nothing is read of the device.
     """
-    n, more = H.shape[-1], spare(H.shape[-1])
+    n, more = H.shape[-1], _spare(H)
     if more:
         H, right = F.pad(H, (0, more, 0, more)), F.pad(right, (0, more))
-        H[..., n:, n:] = torch.eye(more).to(H)
+        H[..., n:, n:] = 1.0
     factor, failed = torch.linalg.cholesky_ex(H)
     X = torch.cholesky_solve(right.mT, factor).mT[..., :n]
     return torch.where(failed[:, None, None] == 0, X, torch.nan)

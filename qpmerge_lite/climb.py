@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .cholesky import spare
+from .cholesky import solve_definite
 from .moments import Pooled, diagonal
 from .solve import penalty_weights
 
@@ -20,10 +19,7 @@ from .solve import penalty_weights
 @dataclass(frozen=True)
 class _Fold:
     """The programme over single entries with one fold held out, in units that float32 can hold: the
-    roots of the residual energy and of the penalty.
-
-    Tensors are float32, their last axis (and both axes of C) with a spare column of zeros where
-    that makes factors faster.
+    roots of the residual energy and of the penalty. Tensors are float32.
 
     Attributes:
         C_fitted, C_held_out: (g, n, n) second moments of the folds solved on, and of the other.
@@ -47,10 +43,10 @@ class _Fold:
         root = penalty_weights(fitted.C, penalty).sqrt().unsqueeze(1)  # (g, 1, n)
         C_fitted, C_held_out = _squares(fitted.C, root), _squares(held_out.C, root)
         A_fitted, A_held_out = (
-            _columns(side.A / (root * energy**0.5)) for side in (fitted, held_out)
+            (side.A / (root * energy**0.5)).float() for side in (fitted, held_out)
         )
         start = torch.zeros_like(fitted.A) if prior is None else prior
-        P = _columns(start * root / energy**0.5)
+        P = (start * root / energy**0.5).float()
         slope = P @ C_held_out - A_held_out
         own_energy = float(held_out.energy) / energy
         loss = own_energy + float((P.double() * (slope - A_held_out).double()).sum()) / 2
@@ -62,31 +58,21 @@ class _Fold:
         Args:
             memory: like ``C_fitted``, written over.
         """
+        if self.energy <= 0:
+            return math.nan
         damped = memory.copy_(self.C_fitted)
         diagonal(damped).add_(ridge)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if bool(failed.any()) or self.energy <= 0:
-            return math.nan
-        step = torch.cholesky_solve(self.pull.mT, factor).mT
+        step = solve_definite(damped, self.pull)
         first = (step * self.slope).sum(dtype=torch.float64)
         second = ((step @ self.C_held_out) * step).sum(dtype=torch.float64) / 2
         return 1 - (self.loss + float(first + second)) / self.energy
 
 
 def _squares(C: Tensor, root: Tensor) -> Tensor:
-    """C (g, n, n) over the roots (g, 1, n) of its rows and columns, float32, with spare rows and
-    columns of zeros."""
-    g, n, _ = C.shape
-    scaled = torch.zeros(g, n + spare(n), n + spare(n))
-    inside = scaled[:, :n, :n]
-    torch.div(C, root.mT, out=inside)  # in float64, rounded once
-    inside /= root.float()
-    return scaled
-
-
-def _columns(values: Tensor) -> Tensor:
-    """Values (g, m, n) in float32, with spare columns of zeros."""
-    return F.pad(values.float(), (0, spare(values.shape[-1])))
+    """C (g, n, n) over the roots (g, 1, n) of its rows and columns, float32."""
+    scaled = torch.empty(C.shape)
+    torch.div(C, root.mT, out=scaled)  # in float64, rounded once
+    return scaled.div_(root.float())
 
 
 def _best_near(place: int, score: Callable[[float], float], ridges: Sequence[float]) -> int:

@@ -21,13 +21,12 @@ from fusion_bench.method.regmean_plusplus.clip_regmean_plusplus import (
 from fusion_bench.method.regmean_plusplus.regmean_plusplus import RegMeanAlgorithmPlusPlus
 from fusion_bench.modelpool import BaseModelPool
 from torch import nn
-from torch.func import functional_call
 from torch.utils.data import TensorDataset
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import qpmerge_lite as q
 from qpmerge_lite.companion.experiments.costs import measured, price, stages_of, work_of
-from qpmerge_lite.companion.experiments.timing import apart, verdict
+from qpmerge_lite.companion.experiments.timing import apart, forwards, perturbed, verdict
 from qpmerge_lite.diagnostic import RIDGES
 
 WIDTH = 384
@@ -122,18 +121,13 @@ class Problem:
         self.base = CLIPVisionModel(CLIPVisionConfig(**ENCODER)).eval().requires_grad_(False)
         self.experts, self.calibration = {}, {}
         for k in range(experts):
-            state = self.base.state_dict()
-            self.experts[f"task{k}"] = {n: v + 0.01 * torch.randn_like(v) for n, v in state.items()}
+            self.experts[f"task{k}"] = perturbed(self.base)
             pictures = torch.randn(PICTURES, 3, 224, 224)
             self.calibration[f"task{k}"] = [{"pixel_values": pictures}]
 
-    @torch.no_grad()
     def forwards(self) -> None:
         """Every batch through its expert and through the base."""
-        for task, state in self.experts.items():
-            for batch in self.calibration[task]:
-                functional_call(self.base, state, (), batch)
-                self.base(**batch)
+        forwards(self.base, self.experts, self.calibration)
 
     def pool(self) -> BaseModelPool:
         """Base, experts and pictures as fusion_bench takes them."""

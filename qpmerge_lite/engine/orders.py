@@ -19,24 +19,17 @@ def insert(sequence: list[Point], points: list[Point]) -> None:
 def place_the_rest(sequence: list[Point], model: nn.Module, layers, blocks) -> None:
     """Add layers and borders of blocks that were not called to a sequence, in place, behind what
     comes before them in the model."""
-    place, opened = 0, list[str]()
-
-    def place_behind(point: Point) -> None:
-        nonlocal place
-        if point not in sequence:
-            sequence.insert(place, point)
-        place = sequence.index(point) + 1
-
+    points, opened = list[Point](), list[str]()
     for name, _ in model.named_modules():
         while opened and not name.startswith(f"{opened[-1]}."):
-            place_behind(("leave", opened.pop()))
+            points.append(("leave", opened.pop()))
         if name in blocks and ("enter", name) not in sequence:
-            place_behind(("enter", name))
+            points.append(("enter", name))
             opened.append(name)
         if name in layers:
-            place_behind(("layer", name))
-    for name in reversed(opened):
-        place_behind(("leave", name))
+            points.append(("layer", name))
+    points += [("leave", name) for name in reversed(opened)]
+    insert(sequence, points)
 
 
 def predecessors(orders: list[list[Point]]) -> dict[Point, set[Point]]:

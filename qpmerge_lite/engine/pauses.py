@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 
 from greenlet import getcurrent
@@ -53,36 +53,39 @@ def _read_by(layer: str, args: tuple, kwargs: dict) -> Tensor:
     return read
 
 
-def _leading(layer: str, may_be_called_again: bool):
-    """Hook of a layer that is visited: the forward pauses there."""
+def _at_layer(layer: str, come: Callable[[Forward, Tensor], None]):
+    """Hook of a layer: ``come(forward, read)`` when a forward of the pass comes to it."""
 
     def hook(module, args, kwargs):
         forward = getcurrent()
-        if not isinstance(forward, Forward):
-            return
-        read = _read_by(layer, args, kwargs)
+        if isinstance(forward, Forward):
+            come(forward, _read_by(layer, args, kwargs))
+
+    return hook
+
+
+def _leading(layer: str, may_be_called_again: bool):
+    """Hook of a layer that is visited: the forward pauses there."""
+
+    def come(forward: Forward, read: Tensor) -> None:
         if not forward.note(layer, read):
             forward.pause(("layer", layer), read)
         elif not may_be_called_again:
             raise LeftOut(layer, "called more than once in a forward")
 
-    return hook
+    return _at_layer(layer, come)
 
 
 def _following(layer: str, leader: str):
     """Hook of a layer behind one that reads the same tensor: it is seen to that it does."""
 
-    def hook(module, args, kwargs):
-        forward = getcurrent()
-        if not isinstance(forward, Forward):
-            return
-        read = _read_by(layer, args, kwargs)
+    def come(forward: Forward, read: Tensor) -> None:
         if forward.note(layer, read):
             raise LeftOut(layer, "called more than once in a forward")
         if not forward.reads_same(leader, read):
             raise Apart(layer)
 
-    return hook
+    return _at_layer(layer, come)
 
 
 def _entering(block: str):

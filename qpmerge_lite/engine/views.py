@@ -175,7 +175,7 @@ class Dense(View):
         """Add ``ZᵀZ``, and the sums of Z and of ones where a bias is folded in, to C (1, n, n)."""
         add_gram(C[0], Z, fresh)
         if self.bias:
-            accumulate(C[0, -1], torch.cat([Z.sum(0), Z.new_tensor([len(Z)])]), fresh)
+            accumulate(C[0, -1], torch.cat([Z.sum(0), Z.new_full((1,), len(Z))]), fresh)
             C[0, :-1, -1] = C[0, -1, :-1]
 
     def add_cross_products(self, Z: Tensor, r: Tensor, B: Tensor, fresh: bool) -> None:

@@ -13,7 +13,6 @@ from ...assess import audit
 from ...merge import Merge
 from ..suites import Suite, is_public, load, multitask
 from .baselines import ANCHOR as ANCHOR
-from .baselines import BASELINES as NEIGHBOURS  # noqa: F401, the name in notebooks/03
 from .baselines import ENTRIES
 from .baselines import FAMILIES as FAMILIES
 from .baselines import HEURISTICS as HEURISTICS

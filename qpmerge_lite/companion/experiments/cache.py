@@ -33,11 +33,9 @@ def kept(
     that were kept before that moment.
     """
     code = sources(suite, make, method)
-    key = hashlib.sha256(
-        json.dumps(
-            [code, _experts_and_data(suite), suite.tier, suite.seed, name, settings]
-        ).encode()
-    ).hexdigest()
+    inputs = _experts_and_data(suite)
+    facts = json.dumps([code, inputs, suite.tier, suite.seed, name, settings])
+    key = hashlib.sha256(facts.encode()).hexdigest()
     path = cache_folder() / f"{suite.name}-{suite.tier}" / "merges" / f"{name}-{key[:16]}.json"
     if not path.exists() or path.stat().st_mtime < float(os.environ.get("QPMERGE_NOT_BEFORE", 0)):
         write_json(path, make())

@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from torch.func import functional_call
 
 from ... import QP, Recipe, RegMean, merge_together, qp
@@ -52,6 +53,20 @@ class Run:
     repeats: int = 3
 
 
+def perturbed(base: nn.Module) -> dict[str, torch.Tensor]:
+    """A state dict near that of a model, in place of an expert."""
+    return {n: v + 0.01 * torch.randn_like(v) for n, v in base.state_dict().items()}
+
+
+@torch.no_grad()
+def forwards(base: nn.Module, experts, calibration) -> None:
+    """What no merge can avoid: every batch through its expert, and through one other model."""
+    for task, state in experts.items():
+        for batch in calibration[task]:
+            functional_call(base, state, (), batch)
+            base(**batch)
+
+
 class Problem:
     """A random vision transformer, its perturbed copies as experts, and calibration images."""
 
@@ -61,18 +76,13 @@ class Problem:
         self.base = VisionTransformer(width=size.width, depth=size.depth).to(run.device).eval()
         self.experts, self.calibration = {}, {}
         for k in range(size.experts):
-            state = self.base.state_dict()
-            self.experts[f"task{k}"] = {n: v + 0.01 * torch.randn_like(v) for n, v in state.items()}
+            self.experts[f"task{k}"] = perturbed(self.base)
             images = torch.randn(size.images, 1, 28, 28, device=run.device)
             self.calibration[f"task{k}"] = [{"pixels": x} for x in images.split(64)]
 
-    @torch.no_grad()
     def forwards(self) -> None:
-        """The unavoidable passes: every batch through its expert, and through one other model."""
-        for task, state in self.experts.items():
-            for batch in self.calibration[task]:
-                functional_call(self.base, state, (), batch)
-                self.base(**batch)
+        """The unavoidable passes."""
+        forwards(self.base, self.experts, self.calibration)
 
     def stages(self) -> list[Stage]:
         """What is read in the model, and by which layers."""
