@@ -41,6 +41,7 @@ COMPANION = [
     "data",
     "suites",
     "experiments",
+    "evidence",
     "book",
     "cli",
 ]  # folders count as one

@@ -364,19 +364,24 @@ def gallery(images: dict, columns: int) -> Figure:
     return _finish(figure)
 
 
-def ranking(seeds: dict, intervals: dict, xlabel: str, line: float | None = None) -> Figure:
-    """Methods from top to bottom in the given order: a light dot per seed, the mean and its
+def ranking(
+    seeds: dict, intervals: dict, xlabel: str, line: float | None = None, live: dict | None = None
+) -> Figure:
+    """Methods from top to bottom in the given order: a light tick per seed, the mean and its
     interval.
 
     Args:
         seeds: label -> values per seed.
         intervals: label -> (mean, (low, high)).
+        live: label -> values of the seeds that the same run measured, as open circles.
     """
     figure, axis = plt.subplots(figsize=(WIDTH, 0.27 * len(seeds) + 0.9))
     for y, (label, values) in enumerate(seeds.items()):
         mean, (low, high) = intervals[label]
         axis.hlines(y, low, high, color="0.35", linewidth=1.6)
         axis.plot(values, np.full(len(values), y), "|", color="0.55", markersize=9)
+        here = np.asarray([] if live is None else live[label])
+        axis.plot(here, np.full(len(here), y), "o", color="black", fillstyle="none", markersize=5)
         marker, colour = ("D", 0) if label.startswith("QP") else ("o", 1)
         _point(axis, mean, y, marker, sns.color_palette()[colour], size=7)
     if line is not None:

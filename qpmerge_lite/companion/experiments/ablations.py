@@ -2,61 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from ..records import Records
-from ..suites import Suite
+from ..suites import load
 from . import benchmark
 from .intervals import record_mean
 
 CHOICES = {"merged, blend": {"targets": "blend"}, "expert": {"inputs": "expert"}}
 
 
-def inputs_and_targets(suite: Suite, size: int) -> Iterator[dict]:
-    """Whose inputs, which targets: rows of basis, choice and validation score.
+def choices(name: str, seed: int, tier="smoke", device="cpu", *, size: int) -> list[dict]:
+    """An experiment as of ``evidence``: whose inputs, which targets; rows of suite, seed, basis,
+    choice and validation score.
 
     Own and propagated targets on merged inputs are entries of the grid that ``benchmark`` tunes
     over, those with the soup as prior; the others are solved here.
     """
-    soup = 1 / len(suite.experts)
+    suite = load(name, tier, seed, device, progress=False)
+    soup, rows = 1 / len(suite.experts), []
+
+    def add(family, choice, score):
+        place = {"suite": name, "seed": seed, "basis": family}
+        rows.append(place | {"choice": choice, "score": score})
+
     for family in ("rows", "elements"):
-        grid = benchmark.ENTRIES[f"qp_{family}"].grid(len(suite.experts), suite.seed)
+        grid = benchmark.ENTRIES[f"qp_{family}"].grid(len(suite.experts), seed)
         scores = benchmark.result(suite, f"qp_{family}", size)["scores"]
         for options, score in zip(grid, scores, strict=True):
             if options["prior"] == soup:
-                choice = f"merged, {options['targets']}"
-                yield {"basis": family, "choice": choice, "score": score}
+                add(family, f"merged, {options['targets']}", score)
         for choice, options in CHOICES.items():
             found = benchmark.variant(suite, size, basis=family, **options)
-            yield {"basis": family, "choice": choice, "score": found["validation"]}
+            add(family, choice, found["validation"])
+    return rows
 
 
-def record_scope(records: Records, suites: list[Suite], size: int):
-    """Validation accuracy of the programme over elements when everything is solved, when the table
-    of an embedding is averaged, and when only weights are solved: a ``pandas.DataFrame`` with a row
-    per seed.
+def scopes(name: str, seed: int, tier="smoke", device="cpu", *, size: int) -> list[dict]:
+    """An experiment as of ``evidence``: a row with the validation accuracy of the programme over
+    elements when everything is solved, when the table of an embedding is averaged, and when only
+    weights are solved."""
+    suite = load(name, tier, seed, device, progress=False)
 
-    What solving everything gains over either is recorded, paired over seeds.
-    """
-    import pandas as pd
-
-    def own_targets(suite, method):
+    def own_targets(method):
         return benchmark.result(suite, method, size)["scores"][0]  # a grid begins with them
 
-    def table_averaged(suite):
-        return benchmark.variant(suite, size, basis="elements", scope="dense")["validation"]
+    scores = {
+        "everything": own_targets("qp_elements"),
+        "table averaged": benchmark.variant(suite, size, basis="elements", scope="dense")[
+            "validation"
+        ],
+        "weights only": own_targets("qp_weights"),
+    }
+    return [{"suite": name, "seed": seed, "score": scores}]
 
-    scores = pd.DataFrame(
-        {
-            "everything": [own_targets(suite, "qp_elements") for suite in suites],
-            "table averaged": [table_averaged(suite) for suite in suites],
-            "weights only": [own_targets(suite, "qp_weights") for suite in suites],
-        }
-    )
+
+def record_scopes(records: Records, name: str, rows: list[dict]):
+    """Record what solving everything gains over either other scope, paired over seeds; the scores
+    of :func:`scopes` are returned as a ``pandas.DataFrame`` with a row per seed."""
+    import pandas as pd
+
+    scores = pd.DataFrame({row["seed"]: row["score"] for row in rows}).T
+    note = "validation accuracy, everything solved minus this"
     for column in scores.columns[1:]:
         gain = scores["everything"] - scores[column]
-        id = f"{suites[0].name}.scope.{column.replace(' ', '_')}"
-        record_mean(
-            records.record, id, gain, note="validation accuracy, everything solved minus this"
-        )
+        record_mean(records.record, f"{name}.scope.{column.replace(' ', '_')}", gain, note=note)
     return scores

@@ -139,24 +139,16 @@ def ceilings(suite: Suite) -> list[dict]:
     return kept(suite, "ceilings", [], make)
 
 
-def compare(
-    name: str,
-    seeds: int,
-    size: int,
-    tier="smoke",
-    device="cpu",
-    first_seed=0,
-    entries=tuple(ENTRIES),
-) -> list[dict]:
-    """Results of all entries and of the ceilings over seeds; suites are loaded one at a time.
+def comparison(name: str, seed: int, tier="smoke", device="cpu", *, size: int, entries=None):
+    """An experiment as of ``evidence``: results of the ceilings and of entries on one suite and
+    seed.
 
-    What needs heads is left out where a suite has none.
+    Args:
+        size: calibration examples per task.
+        entries: keys of ``ENTRIES``, all by default; what needs heads is left out where a suite has
+            none.
     """
-    results = []
-    for seed in range(first_seed, first_seed + seeds):
-        suite = load(name, tier, seed, device, progress=False)
-        results += ceilings(suite)
-        has_heads = all(suite.heads.values())
-        possible = [entry for entry in entries if has_heads or not ENTRIES[entry].heads]
-        results += [result(suite, entry, size) for entry in possible]
-    return results
+    suite = load(name, tier, seed, device, progress=False)
+    has_heads = all(suite.heads.values())
+    possible = [entry for entry in entries or ENTRIES if has_heads or not ENTRIES[entry].heads]
+    return [*ceilings(suite), *(result(suite, entry, size) for entry in possible)]

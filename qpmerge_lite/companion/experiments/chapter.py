@@ -22,11 +22,10 @@ def task_table(suite: Suite):
     return table
 
 
-def record_setting(records: Records, name: str, size: int, of: str, seeds: int) -> None:
-    """Record how many calibration examples (``of`` says of what: images, texts), how many seeds,
-    and the longer of the programme's two priors."""
+def record_setting(records: Records, name: str, size: int, of: str) -> None:
+    """Record how many calibration examples (``of`` says of what: images, texts) and the longer of
+    the programme's two priors."""
     records.record(f"{name}.calibration_{of}", size, unit="per task")
-    records.record(f"{name}.seeds", seeds)
     records.record(f"{name}.prior", benchmark.ANCHOR)
 
 
@@ -38,6 +37,14 @@ def record_choices(records: Records, name: str, results: list[dict]):
     records.record(f"{name}.choices.at_edge", edges, n=numbers)
     records.record(f"{name}.choices.numbers", numbers)
     return benchmark.choices(results)
+
+
+def by_label(results: list[dict]) -> dict[str, list[float]]:
+    """Label -> normalised accuracy, mean over tasks, of every seed."""
+    accuracy: dict[str, list[float]] = {}
+    for result in results:
+        accuracy.setdefault(result["label"], []).append(result["normalised"]["mean"])
+    return accuracy
 
 
 def places(results: list[dict], labels: dict[str, str]):
