@@ -45,6 +45,11 @@ class Evidence:
         return sorted({row["seed"] for row in self.rows})
 
     @property
+    def live_seeds(self) -> list[int]:
+        """Seeds that this run measured."""
+        return sorted({row["seed"] for row in self.live})
+
+    @property
     def is_covered(self) -> bool:
         """Whether the rows are committed ones, of which this run repeated some."""
         return bool(self.units)
@@ -52,7 +57,7 @@ class Evidence:
     def said(self) -> dict:
         """How many seeds, which of them were run here, and when, where and under which commit the
         rest was measured, in words for a table."""
-        words = {"seeds": len(self.seeds), "run here": len({row["seed"] for row in self.live})}
+        words = {"seeds": len(self.seeds), "run here": len(self.live_seeds)}
         if not self.units:
             return words | {"measured": "in this run alone: nothing committed has these parameters"}
         facts = [unit["provenance"] for unit in self.units]
@@ -113,7 +118,7 @@ def report(record: Callable, id: str, found: Iterable[Evidence]):
 
     found = list(found)
     seeds = min(len(evidence.seeds) for evidence in found)
-    live = min(len({row["seed"] for row in evidence.live}) for evidence in found)
+    live = min(len(evidence.live_seeds) for evidence in found)
     record(f"{id}.evidence.seeds", seeds, note="that the numbers rest on")
     record(f"{id}.evidence.live", live, note="seeds that were measured in this run")
     compared = sum(evidence.compared for evidence in found)

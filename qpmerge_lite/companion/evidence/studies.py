@@ -71,12 +71,12 @@ def units(only: str | None = None, shard: tuple[int, int] = (1, 1)) -> list[Unit
     number, count = shard
     names = dict.fromkeys(name for study in STUDIES for name in study.suites)
     places = [(seed, name) for seed in range(plan(TIER).seeds) for name in names]
-    return [
-        Unit(study, name, seed)
-        for seed, name in places[number - 1 :: count]
-        for study in STUDIES
-        if name in study.suites and only in (None, study.measure.__name__)
-    ]
+    chosen = []
+    for seed, name in places[number - 1 :: count]:
+        for study in STUDIES:
+            if name in study.suites and only in (None, study.measure.__name__):
+                chosen.append(Unit(study, name, seed))
+    return chosen
 
 
 def measure(only=None, shard=(1, 1), device="cpu", force=False) -> Iterator[tuple[Unit, float]]:
