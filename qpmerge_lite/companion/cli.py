@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from functools import partial
 
 from ..errors import MergeError
 from .book import claims, expected, run
@@ -123,9 +124,7 @@ def _run(arguments, force=None):
         force=arguments.force if force is None else force,
         parameters=dict(_assignment(text) for text in arguments.parameters),
         progress=not (arguments.quiet or arguments.json) and sys.stderr.isatty(),
-        report=lambda o: say(
-            f"{o.notebook}: {o.status}" + (f" in {o.seconds:.0f} s" if o.seconds else "")
-        ),
+        report=say,
     )
     for outcome in outcomes:
         if outcome.status == "failed":
@@ -331,7 +330,9 @@ def _done(arguments, result):
 
 
 def _printer(arguments):
-    return (lambda text: None) if arguments.quiet or arguments.json else print
+    if arguments.quiet or arguments.json:
+        return lambda text: None
+    return partial(print, flush=True)  # a log has every line as soon as a terminal does
 
 
 if __name__ == "__main__":

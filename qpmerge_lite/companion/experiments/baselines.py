@@ -10,6 +10,7 @@ from functools import partial
 from ... import datafree, gradient, methods
 from ...merge import Merge
 from ..suites import Suite, plan
+from ..suites.suite import PART
 
 FAMILIES = ("layer", "rows", "rotated_rows", "rotated_columns", "elements")
 HEURISTICS = ("soup", "weighted_soup", "task_arithmetic", "ties", "dare")
@@ -25,6 +26,7 @@ BASELINES = (
     "regmean_plus_plus",
 )
 ANCHOR = methods.FeatCal.anchor  # in units of the sum of the updates
+WHOLE = 4  # entries of a grid that are all judged on the whole validation split
 ALPHAS = (0.5, 0.9, 0.95, 1.0)
 
 
@@ -56,9 +58,12 @@ class Entry:
 
     def tuned(
         self, suite: Suite, calibration, tables: list | None = None
-    ) -> tuple[Merge, dict, list[float]]:
+    ) -> tuple[Merge, dict, list[float | None]]:
         """The merge with the highest mean normalised validation accuracy, its options, and that
         accuracy for every entry of the grid.
+
+        Of a grid of more than ``WHOLE`` entries only the better half on a part of the validation
+        data is judged on all of them; the accuracy of the others is None.
 
         ``tables`` takes the table of every merge of the grid.
         """
@@ -76,17 +81,22 @@ class Entry:
         def score(state):
             return suite.normalised(state, "validation")["mean"]
 
+        def score_on_part(state):
+            return suite.over_experts(suite.evaluate(state, PART), "validation")["mean"]
+
         def note(merge):
             tables.append(merge.table)
 
+        grid = plan(suite.tier).spread(self.grid(len(suite.experts), suite.seed))
         return methods.tune(
             call,
-            plan(suite.tier).spread(self.grid(len(suite.experts), suite.seed)),
+            grid,
             score,
             suite.base,
             suite.experts,
             calibration,
             None if tables is None else note,
+            score_on_part if len(grid) > WHOLE else None,
         )
 
 

@@ -26,7 +26,7 @@ from .summary import summarise as summarise
 
 
 def judged(
-    suite: Suite, name: str, label: str, merge: Merge, options: dict, scores: list[float]
+    suite: Suite, name: str, label: str, merge: Merge, options: dict, scores: list[float | None]
 ) -> dict:
     """A chosen merge on the test split: the one time that a method and seed touch it."""
     accuracy = suite.evaluate(merge.state_dict)
@@ -36,7 +36,7 @@ def judged(
         "seed": suite.seed,
         "options": options,
         "scores": scores,
-        "validation": max(scores),
+        "validation": max(score for score in scores if score is not None),
         "accuracy": accuracy,
         "normalised": suite.over_experts(accuracy),
     }
@@ -50,7 +50,7 @@ def energies(suite: Suite, state: dict, size: int) -> dict:
     """
     captured = {}
     for where, skip in (("in_sample", 0), ("disjoint", size)):
-        audited = audit(suite.base, state, suite.experts, suite.calibration(size, skip=skip))
+        audited = suite.auditor(size, skip)(state)
         layers = [share for share in audited["layers"].values() if share is not None]
         captured[where] = {"layers": sum(layers) / len(layers), "output": audited["output"]}
     return captured
@@ -72,9 +72,10 @@ def result(suite: Suite, name: str, size: int) -> dict:
     Args:
         name: a key of ``ENTRIES``.
         size: calibration examples per task, drawn from the training split with the suite's seed.
-    Returns: method, seed, options chosen, validation scores over the grid, accuracy and normalised
-        accuracy by task on the test split, captured energies, seconds; of a programme also
-        ``tables``, layer by layer, of every entry of the grid.
+    Returns: method, seed, options chosen, validation scores over the grid (None for entries that a
+        first round dropped, see ``Entry.tuned``), accuracy and normalised accuracy by task on the
+        test split, captured energies, seconds; of a programme also ``tables``, layer by layer, of
+        every entry of the grid.
     """
     entry = ENTRIES[name]
 
