@@ -9,11 +9,11 @@ from ...errors import MergeError
 from .units import RENEW
 
 # A chosen option may change where two were as good, without anything that it leads to changing.
-CHOSEN = ("options", "ridge", "chosen")
+CHOSEN = ("options", "scores", "ridge", "chosen")
 # Where experts are trained in float32, another processor or another number of threads gives
 # slightly different ones.
 TOLERANCE = {"accuracy": 0.05, "other": 0.05}
-ACCURACIES = ("accuracy", "normalised", "validation", "scores", "score", "test", "expert")
+ACCURACIES = ("accuracy", "normalised", "validation", "score", "test", "expert")
 
 
 class ReplicationError(MergeError):
