@@ -189,23 +189,16 @@ def test_esm_turns_with_the_outputs():
     updates, X = drawn(3, 9, 7), drawn(3, 7, 40, seed=1)
     rotation = torch.linalg.qr(drawn(9, 9, seed=2)).Q
 
-    def merged(updates):
-        shifts = updates @ X
-        return merge_subspaces(shifts @ shifts.mT, updates)
-
-    assert_relative(merged(rotation @ updates), rotation @ merged(updates), 1e-9)
+    C = X @ X.mT
+    turned = merge_subspaces(C, rotation @ updates)
+    assert_relative(turned, rotation @ merge_subspaces(C, updates), 1e-9)
 
 
 def test_esm_looks_at_the_shape_of_inputs_and_not_at_their_size():
     updates, X = drawn(3, 9, 7), drawn(3, 7, 40, seed=1)
-    shifts = updates @ X
-    energies = shifts @ shifts.mT
+    C = X @ X.mT
     factors = torch.tensor([1e-6, 1.0, 1e4], dtype=torch.float64)[:, None, None]
-    found, expected = (
-        merge_subspaces(factors * energies, updates),
-        merge_subspaces(energies, updates),
-    )
-    assert_relative(found, expected, 1e-9)
+    assert_relative(merge_subspaces(factors * C, updates), merge_subspaces(C, updates), 1e-9)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -214,7 +207,7 @@ def test_copies_of_an_expert_in_closed_form(count):
     there are columns, and the polar factor [U_t … U_t]/√K; the like for V_t."""
     update, X = drawn(8, 12), drawn(12, 50, seed=1)
     shift = update @ X
-    found = merge_subspaces((shift @ shift.T).expand(count, 8, 8), update.expand(count, 8, 12))
+    found = merge_subspaces((X @ X.T).expand(count, 12, 12), update.expand(count, 8, 12))
     rank = 8 // count
     S, Vh = torch.linalg.svd(shift.T, full_matrices=False)[1:]
     s = (S[:rank] ** 2 / (S[:rank] ** 2).mean()) ** 0.15
@@ -229,11 +222,11 @@ def test_an_expert_that_is_the_base_adds_nothing_but_its_share():
     """Its subspace has no directions, so that the others' are cut to ⌊m/K⌋ and nothing is made up
     for it; norms are compared with a mean over all three."""
     update, X = drawn(2, 9, 7), drawn(2, 7, 40, seed=1)
-    shifts = update @ X
-    energies = torch.cat([shifts @ shifts.mT, torch.zeros(1, 9, 9, dtype=torch.float64)])
-    found = merge_subspaces(energies, torch.cat([update, torch.zeros(1, 9, 7).double()]))
+    C = torch.cat([X @ X.mT, torch.eye(7, dtype=torch.float64)[None]])
+    found = merge_subspaces(C, torch.cat([update, torch.zeros(1, 9, 7).double()]))
     assert torch.linalg.matrix_rank(found) == 6
-    leading = torch.cat([torch.linalg.eigh(E)[1][:, -3:] for E in energies[:2]], 1)
+    energies = update @ C[:2] @ update.mT
+    leading = torch.cat([torch.linalg.eigh(energy)[1][:, -3:] for energy in energies], 1)
     outside = found - leading @ torch.linalg.lstsq(leading, found).solution
     assert float(outside.norm()) < 1e-9 * float(found.norm())
 
@@ -241,9 +234,15 @@ def test_an_expert_that_is_the_base_adds_nothing_but_its_share():
 def test_few_inputs_leave_few_directions():
     """One input per task shifts outputs along one direction, and no other is made up."""
     updates, X = drawn(2, 8, 6), drawn(2, 6, 1, seed=1)
-    shifts = updates @ X
-    found = merge_subspaces(shifts @ shifts.mT, updates)
+    found = merge_subspaces(X @ X.mT, updates)
     assert torch.linalg.matrix_rank(found, rtol=1e-6) == 2
+
+
+@pytest.mark.parametrize("size", [1e-170, 1e200])
+def test_updates_whose_squares_are_no_numbers(size):
+    updates, X = drawn(3, 9, 7), drawn(3, 7, 40, seed=1)
+    C = X @ X.mT
+    assert_relative(merge_subspaces(C, size * updates) / size, merge_subspaces(C, updates), 1e-9)
 
 
 def test_experts_that_are_the_base_are_the_base(problem):
@@ -259,6 +258,19 @@ def test_a_layer_with_fewer_rows_than_experts_stays_the_base():
     calibration = {task: [{"input": torch.randn(20, 6)}] for task in "abc"}
     for merge in (q.esm(base, experts, calibration), q.dc_merge(base, experts)):
         assert torch.equal(merge.state_dict["weight"], base.weight)
+
+
+def test_blocks_that_no_expert_has_changed_do_not_count_in_the_mean_over_depth(problem):
+    """Experts that differ in one layer are merged there as if the model had no other."""
+    base, experts, calibration = problem
+    layer, origin = "blocks.1.up.weight", base.state_dict()
+    one = {t: {**origin, layer: state[layer]} for t, state in experts.items()}
+    found = q.esm(base, one, calibration).state_dict
+    X = [trace(loaded(base, one[t]), calibration[t])["blocks.1.up"][0][:, 0, :-1] for t in TASKS]
+    C = torch.stack([x.T @ x / len(x) for x in X])
+    expected = merge_subspaces(C, torch.stack([one[t][layer] - origin[layer] for t in TASKS]))
+    torch.testing.assert_close(found[layer] - origin[layer], expected, rtol=1e-7, atol=1e-9)
+    assert all(torch.equal(found[name], value) for name, value in origin.items() if name != layer)
 
 
 class Conv1D(nn.Module):

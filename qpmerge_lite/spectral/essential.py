@@ -53,8 +53,8 @@ def esm(
     ``Δ_t C_t Δ_tᵀ`` on its own inputs and its update's coordinates along them, see
     :func:`merge_subspaces`. All other matrices are merged as by :func:`tsv_merge`, everything else
     is averaged. At last every matrix is scaled by ``(‖Δ‖ / mean ‖Δ‖)²``, the mean over matrices of
-    one kind: those whose names are the same but for numbers, such as that of the block, and that
-    have the same shape.
+    one kind: those whose names are the same but for numbers, such as that of the block, that have
+    the same shape, and that an expert has changed.
 
     Args:
         base, experts, calibration, blocks, progress: as in :func:`merge_sequentially`.
@@ -98,7 +98,7 @@ class _Solver:
     """ESM of one layer as a layer solver, which keeps the updates (1, m, n) of the layers whose
     names do not end in one of ``endings``."""
 
-    full_energy = True
+    full_energy = False
 
     def __init__(self, endings: tuple[str, ...]):
         self.endings = endings
@@ -108,7 +108,7 @@ class _Solver:
         """Update (1, m, n) of one layer, for updates (K, 1, m, n), and an empty table row."""
         if any(f".{moments.layer}".endswith(f".{ending}") for ending in self.endings):
             return updates.mean(0), {}
-        update = merge_subspaces(moments.M[:, 0, 0], updates[:, 0]).unsqueeze(0)
+        update = merge_subspaces(moments.C[:, 0, 0], updates[:, 0]).unsqueeze(0)
         self.updates[moments.layer] = update
         return update, {}
 
@@ -130,22 +130,24 @@ def _solved(
     return parts
 
 
-def merge_subspaces(energies: Tensor, updates: Tensor) -> Tensor:
+def merge_subspaces(C: Tensor, updates: Tensor) -> Tensor:
     """ESM of one dense layer: the update (m, n) of updates ``Δ_t`` (K, m, n).
 
-    With ``r = ⌊m/K⌋`` and the eigenvectors U_t of ``energies``, the first of which have the largest
-    eigenvalues λ: ``u_t = U_t[:, :r] · s`` and ``v_t = s · (U_tᵀΔ_t)[:r] · (‖Δ_t‖/mean ‖Δ_t‖)²``
+    With ``r = ⌊m/K⌋`` and the eigenvectors U_t of ``Δ_t C_t Δ_tᵀ``, the first of which have the
+    largest eigenvalues λ: ``u_t = U_t[:, :r] · s`` and ``v_t = s · (U_tᵀΔ_t)[:r] · (‖Δ_t‖/mean ‖Δ_t‖)²``
     with ``s = (λ/mean λ)^0.15``, brought to a mean of one. Both are put side by side, columns of
     the second multiplied by the square of their norm over the mean norm, and replaced by polar
     factor times mean singular value; the update is twice their product.
 
     Args:
-        energies: ``Δ_t C_t Δ_tᵀ`` (K, m, m), of any scale.
+        C: second moments (K, n, n) of the inputs of every task, not centred, of any scale.
     """
     rank = updates.shape[1] // len(updates)
     if rank == 0 or not updates.any():
         return torch.zeros_like(updates[0])
-    directions, strengths = _leading_directions(energies, rank)
+    size = updates.abs().max()
+    updates = updates / size  # whose squares are finite
+    directions, strengths = _leading_directions(updates @ C @ updates.mT, rank)
     norms = updates.flatten(1).norm(dim=1)
     tasks = (norms / norms.mean()) ** EMPHASIS
     left = directions * strengths.unsqueeze(1)
@@ -154,7 +156,7 @@ def merge_subspaces(energies: Tensor, updates: Tensor) -> Tensor:
     columns = right.norm(dim=0)
     right = right * (columns / _positive(columns.mean())) ** EMPHASIS
     (left, left_mean), (right, right_mean) = polar(left), polar(right)
-    return TWICE * left_mean * right_mean * left @ right
+    return size * TWICE * left_mean * right_mean * left @ right
 
 
 def _leading_directions(energies: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -175,14 +177,15 @@ def _positive(value: Tensor) -> Tensor:
 
 
 def _scaled_over_depth(update: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every matrix times the square of its norm over the mean norm of its kind."""
+    """Every matrix times the square of its norm over the mean norm of its kind, of those that are
+    not zero."""
     norms: dict[tuple, dict[str, Tensor]] = {}
     for name, value in update.items():
-        if value.dim() == 2:
+        if value.dim() == 2 and value.any():
             norms.setdefault((_without_numbers(name), value.shape), {})[name] = value.norm()
     scaled = dict(update)
     for alike in norms.values():
-        mean = _positive(torch.stack(list(alike.values())).mean())
+        mean = torch.stack(list(alike.values())).mean()
         for name, norm in alike.items():
             scaled[name] = update[name] * (norm / mean) ** EMPHASIS
     return scaled

@@ -17,7 +17,9 @@ BASELINES = (
     "fisher",
     "tsv_merge",
     "iso_c",
+    "dc_merge",
     "wudi",
+    "esm",
     "adamerging",
     "featcal",
     "lot",
@@ -148,6 +150,16 @@ def iso_c_grid(experts: int, seed: int) -> list[dict]:
     return product(scale=(0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5))
 
 
+def dc_merge_grid(experts: int, seed: int) -> list[dict]:
+    """Shares of the entries that DC-Merge keeps, the published one first, and scales."""
+    return product(density=(1e-3, 3e-4, 1e-2, 1e-1), scale=(1.0, 0.5, 2.0))
+
+
+def esm_grid(experts: int, seed: int) -> list[dict]:
+    """Scales of ESM, one pass and decomposition for all."""
+    return product(scale=(0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5))
+
+
 def wudi_grid(experts: int, seed: int) -> list[dict]:
     """Rates and scales of WUDI, its published ones first."""
     return [{"rate": 1e-5, "scale": 1.0}, *product(rate=(1e-4, 1e-3), scale=(0.35, 0.7))]
@@ -190,7 +202,9 @@ ENTRIES = {
     "fisher": Entry("Fisher", gradient.fisher, fisher_grid, heads=True),
     "tsv_merge": Entry("TSV-M", datafree.tsv_merge, tsv_merge_grid),
     "iso_c": Entry("Iso-C", datafree.iso_c, iso_c_grid),
+    "dc_merge": Entry("DC-Merge", datafree.dc_merge, dc_merge_grid),
     "wudi": Entry("WUDI", datafree.wudi, wudi_grid),
+    "esm": Entry("ESM", methods.esm, esm_grid),
     "adamerging": Entry("AdaMerging", gradient.adamerging, adamerging_grid, heads=True),
     "featcal": Entry("FeatCal", methods.featcal, featcal_grid),
     "lot": Entry("LOT", methods.lot, no_options),
