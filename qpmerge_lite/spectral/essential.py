@@ -64,9 +64,16 @@ def esm(
     Raises: what :func:`merge_sequentially` raises. Cost: forwards of the experts and, per layer,
         the eigenvectors of K matrices (m, m), in double precision as are the moments.
     """
-    scales = [scale]
-    (merge,) = esm_at_scales(base, experts, calibration, scales, by_weights, blocks, progress)
-    return merge
+    merges = esm_at_scales(
+        base,
+        experts,
+        calibration,
+        [scale],
+        by_weights=by_weights,
+        blocks=blocks,
+        progress=progress,
+    )
+    return next(merges)
 
 
 def esm_at_scales(
@@ -74,6 +81,7 @@ def esm_at_scales(
     experts,
     calibration,
     scales: Sequence[float],
+    *,
     by_weights: Sequence[str] = OUT_PROJECTIONS,
     blocks=None,
     progress: bool = False,

@@ -136,10 +136,10 @@ def _merge_in_one_basis(vectors: Tensor, density: float) -> Tensor:
     P, _ = polar(torch.cat([*U], 1))
     Q, _ = polar(torch.cat([*Vh], 0))
     in_basis = (P.mT @ U * S.unsqueeze(1)) @ (Vh @ Q.mT)  # (K, K·count, K·count)
-    kept = _largest(in_basis, max(1, int(density * smaller**2)))
-    total = kept.sum(0)
-    agrees = (kept.sign() == total.sign()) & (total != 0)
-    mean = (kept * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+    largest = _largest(in_basis, max(1, int(density * smaller**2)))
+    total = largest.sum(0)
+    agrees = (largest.sign() == total.sign()) & (total != 0)
+    mean = (largest * agrees).sum(0) / agrees.sum(0).clamp(min=1)
     of_task = torch.arange(tasks, device=mean.device).repeat_interleave(count)
     return P @ (mean * (of_task[:, None] == of_task)) @ Q
 

@@ -225,18 +225,18 @@ def _esm_error(suite: Suite, size: int) -> float:
         full_energy=False,
         products="float64",
     )
-    found, kinds = {}, {}
+    decomposed, kinds = {}, {}
     for name, (_, moments, updates) in layers.items():
         if not name.endswith(OUT_PROJECTIONS):
             A, D = _esm_coefficients(moments.C[:, 0, 0], updates[:, 0])
-            found[name] = (A @ updates[:, 0]).sum(0) * D
+            decomposed[name] = (A @ updates[:, 0]).sum(0) * D
             kind = tuple(part for part in name.split(".") if not part.isdigit())
             kinds.setdefault(kind, []).append(name)
     pairs = []
     for names in kinds.values():
-        mean = sum(float(found[name].norm()) for name in names) / len(names)
+        mean = sum(float(decomposed[name].norm()) for name in names) / len(names)
         for name in names:
-            view, own = layers[name].view, found[name]
+            view, own = layers[name].view, decomposed[name]
             update = view.matrix(state)[0] - view.matrix(base)[0]
             pairs.append((scale * (own.norm() / mean) ** 2 * own - update, update))
     return _relative(pairs)
