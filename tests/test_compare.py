@@ -74,7 +74,7 @@ def test_results_belong_to_the_images_they_are_judged_on(suite, split):
     "name, options, edge",
     [
         ("ties", {"density": 0.2, "scale": 0.2}, ["scale"]),
-        ("ties", {"density": 0.05, "scale": 1.0}, ["density", "scale"]),
+        ("ties", {"density": 0.02, "scale": 1.0}, ["density", "scale"]),
         ("task_arithmetic", {"scale": 0.2}, []),
         ("regmean", {"alpha": 1.0}, []),
         ("regmean", {"alpha": 0.5}, ["alpha"]),
