@@ -16,6 +16,7 @@ from .merge import Merge
 from .options import function, score_of
 from .sequential import merge_sequentially, merge_together
 from .solvers import QP, FeatCal, RegMean, Sketched
+from .spectral.essential import esm, esm_at_scales
 
 # fields of a Recipe that are options of qp too
 OF_RECIPE = ("inputs", "targets", "folds", "scope", "layers", "anchor")
@@ -206,6 +207,10 @@ def many(
         grid: keyword arguments of the method.
     """
     grid = _grid(method, grid)
+    if method is esm and all(options.keys() <= {"scale"} for options in grid):
+        scales = [options.get("scale", 1.0) for options in grid]
+        yield from esm_at_scales(base, experts, calibration, scales)
+        return
     if method not in RECIPES:
         for options in grid:
             yield method(base, experts, calibration, **options)

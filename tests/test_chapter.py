@@ -62,7 +62,7 @@ def test_a_share_has_an_interval_that_holds_it(records, tmp_path):
 
 
 def test_chosen_numbers_at_the_end_of_their_grid_are_counted(records, tmp_path):
-    ties = [{"density": 0.2, "scale": 1.0}, {"density": 0.05, "scale": 0.2}]
+    ties = [{"density": 0.2, "scale": 1.0}, {"density": 0.02, "scale": 0.2}]
     results = [result("ties", seed, options=options) for seed, options in enumerate(ties)]
     table = chapter.record_choices(records, "vision", [*results, result("experts", 0)])
     found = read(tmp_path)

@@ -127,7 +127,7 @@ def test_a_result_that_another_process_is_making_is_waited_for(suite, tmp_path):
     "name, options, edge",
     [
         ("ties", {"density": 0.2, "scale": 0.2}, ["scale"]),
-        ("ties", {"density": 0.05, "scale": 1.0}, ["density", "scale"]),
+        ("ties", {"density": 0.02, "scale": 1.0}, ["density", "scale"]),
         ("task_arithmetic", {"scale": 0.2}, []),
         ("regmean", {"alpha": 1.0}, []),
         ("regmean", {"alpha": 0.5}, ["alpha"]),

@@ -18,7 +18,9 @@ BASELINES = (
     "fisher",
     "tsv_merge",
     "iso_c",
+    "dc_merge",
     "wudi",
+    "esm",
     "adamerging",
     "featcal",
     "lot",
@@ -135,12 +137,15 @@ def task_arithmetic_grid(experts: int, seed: int) -> list[dict]:
 
 def ties_grid(experts: int, seed: int) -> list[dict]:
     """Shares of the entries that TIES keeps, and scales."""
-    return product(density=(0.05, 0.2, 0.4), scale=(0.2, 0.35, 0.5, 0.7, 1.0))
+    return product(density=(0.02, 0.05, 0.2, 0.4), scale=(0.2, 0.35, 0.5, 0.7, 1.0))
 
 
 def dare_grid(experts: int, seed: int) -> list[dict]:
-    """Shares of the entries that DARE drops, and scales; the seed decides which."""
-    return product(drop=(0.1, 0.5, 0.9), scale=(0.1, 1 / experts, 0.3), seed=(seed,))
+    """Shares of the entries that DARE drops, and scales; the seed decides which.
+
+    Below the smallest share there is only task arithmetic, which has a row of its own.
+    """
+    return product(drop=(0.1, 0.5, 0.9), scale=(0.05, 0.1, 1 / experts, 0.3), seed=(seed,))
 
 
 def fisher_grid(experts: int, seed: int) -> list[dict]:
@@ -158,20 +163,35 @@ def iso_c_grid(experts: int, seed: int) -> list[dict]:
     return product(scale=(0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5))
 
 
+def dc_merge_grid(experts: int, seed: int) -> list[dict]:
+    """Shares of the entries that DC-Merge keeps, the published one first, and scales."""
+    return product(density=(1e-3, 3e-4, 1e-2, 1e-1), scale=(1.0, 0.5, 2.0))
+
+
+def esm_grid(experts: int, seed: int) -> list[dict]:
+    """Scales of ESM, one pass and decomposition for all."""
+    return product(scale=(0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5))
+
+
 def wudi_grid(experts: int, seed: int) -> list[dict]:
     """Rates and scales of WUDI, its published ones first."""
-    return [{"rate": 1e-5, "scale": 1.0}, *product(rate=(1e-4, 1e-3), scale=(0.35, 0.7))]
+    return [{"rate": 1e-5, "scale": 1.0}, *product(rate=(1e-4, 3e-4, 1e-3), scale=(0.2, 0.35, 0.7))]
 
 
 def adamerging_grid(experts: int, seed: int) -> list[dict]:
     """Scales that AdaMerging starts from, and its rates."""
-    pairs = ((0.1, 2e-3), (0.1, 1e-2), (0.3, 2e-2))
+    pairs = ((0.05, 1e-2), (0.1, 5e-4), (0.1, 2e-3), (0.1, 1e-2), (0.3, 2e-2))
     return [{"scale": scale, "rate": rate, "seed": seed} for scale, rate in pairs]
 
 
 def featcal_grid(experts: int, seed: int) -> list[dict]:
-    """Ridges and anchors of FeatCal."""
-    return product(ridge=(0.05, 0.25), anchor=(0.25, ANCHOR, 1.2))
+    """Ridges and anchors of FeatCal: the smaller the ridge, the further away an anchor may be."""
+    return [
+        *product(ridge=(0.25,), anchor=(0.25, ANCHOR, 1.2)),
+        *product(ridge=(0.05,), anchor=(ANCHOR, 1.2, 2.5)),
+        *product(ridge=(0.01,), anchor=(ANCHOR, 2.5, 4.0, 6.0)),
+        *product(ridge=(0.002,), anchor=(2.5, 6.0)),
+    ]
 
 
 def regmean_grid(experts: int, seed: int) -> list[dict]:
@@ -200,7 +220,9 @@ ENTRIES = {
     "fisher": Entry("Fisher", gradient.fisher, fisher_grid, heads=True),
     "tsv_merge": Entry("TSV-M", datafree.tsv_merge, tsv_merge_grid),
     "iso_c": Entry("Iso-C", datafree.iso_c, iso_c_grid),
+    "dc_merge": Entry("DC-Merge", datafree.dc_merge, dc_merge_grid),
     "wudi": Entry("WUDI", datafree.wudi, wudi_grid),
+    "esm": Entry("ESM", methods.esm, esm_grid),
     "adamerging": Entry("AdaMerging", gradient.adamerging, adamerging_grid, heads=True),
     "featcal": Entry("FeatCal", methods.featcal, featcal_grid),
     "lot": Entry("LOT", methods.lot, no_options),

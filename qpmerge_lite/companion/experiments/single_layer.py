@@ -36,7 +36,7 @@ FAMILIES = (
 HEADS = 4  # groups of rows
 TASKS = 3  # the first ones of a suite
 # baselines that merge whole models, whatever differs
-ANYWHERE = ("fisher", "tsv_merge", "iso_c", "wudi", "adamerging")
+ANYWHERE = ("fisher", "tsv_merge", "iso_c", "dc_merge", "wudi", "esm", "adamerging")
 
 
 @dataclass(frozen=True)
