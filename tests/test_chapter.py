@@ -84,10 +84,10 @@ def test_layers_are_those_of_one_seed_and_of_the_first_targets(records, tmp_path
 
 
 def test_the_setting_is_recorded_under_the_name_of_what_is_calibrated_on(records, tmp_path):
-    chapter.record_setting(records, "language", 64, "texts", 3)
+    chapter.record_setting(records, "language", 64, "texts")
     assert read(tmp_path)["language.calibration_texts"].value == 64
     with pytest.raises(RecordError, match="recorded twice"):
-        chapter.record_setting(records, "language", 64, "texts", 3)
+        chapter.record_setting(records, "language", 64, "texts")
 
 
 def test_tables_keep_the_order_they_are_given():

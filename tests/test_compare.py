@@ -10,7 +10,7 @@ from toys import TASKS
 
 from qpmerge_lite import datafree
 from qpmerge_lite.companion import suites
-from qpmerge_lite.companion.experiments import benchmark, cache
+from qpmerge_lite.companion.experiments import benchmark, cache, intervals, summary
 from qpmerge_lite.companion.experiments.baselines import WHOLE
 from qpmerge_lite.companion.records import Records, load_records
 from qpmerge_lite.companion.suites import Suite, training
@@ -144,8 +144,8 @@ def test_choices_at_an_end_of_their_grid_are_marked(name, options, edge):
         "options": options,
         "accuracy": dict.fromkeys("abcdefgh", 1.0),
     }
-    assert benchmark.at_grid_edge(found) == edge
-    assert benchmark.choices([found]).loc[name, "seed 0"].count("*") == len(edge)
+    assert summary.at_grid_edge(found) == edge
+    assert summary.choices([found]).loc[name, "seed 0"].count("*") == len(edge)
 
 
 def test_choices_are_named():
@@ -156,11 +156,11 @@ def test_choices_are_named():
         "options": {"normalise": False, "seed": 0},
         "accuracy": dict.fromkeys("ab", 1.0),
     }
-    assert benchmark.choices([found]).loc["Fisher", "seed 0"] == "not normalise"
+    assert summary.choices([found]).loc["Fisher", "seed 0"] == "not normalise"
 
 
 def test_seed_interval_is_students():
-    mean, (low, high) = benchmark.seed_interval([1.0, 2.0, 3.0])
+    mean, (low, high) = intervals.seed_interval([1.0, 2.0, 3.0])
     assert (
         mean == 2
         and high - mean == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
@@ -182,7 +182,7 @@ def row(method, seed, *values):
 
 
 def test_ranks_are_places_among_the_merges_of_a_seed():
-    places = benchmark.ranks(
+    places = summary.ranks(
         [
             row("experts", 0, 1.0),
             row("multitask", 0, 0.99),
@@ -197,14 +197,14 @@ def test_ranks_are_places_among_the_merges_of_a_seed():
 
 def test_intervals_of_one_seed_are_taken_over_tasks(tmp_path):
     results = [row("experts", 0, 0.9, 0.8), row("base", 0, 0.5, 0.7), row("soup", 0, 0.7, 0.8)]
-    _, means, _ = benchmark.summarise(Records("05_toy", "smoke", root=tmp_path), "toy", results)
-    assert list(means.index) == ["a", "b"] and benchmark.ranks(results).loc["a"].to_dict() == {
+    _, means, _ = summary.summarise(Records("05_toy", "smoke", root=tmp_path), "toy", results)
+    assert list(means.index) == ["a", "b"] and summary.ranks(results).loc["a"].to_dict() == {
         "base": 2.0,
         "soup": 1.0,
     }
     kept = load_records("smoke", tmp_path)
     gain = kept["toy.soup.minus_base"]
-    mean, interval = benchmark.seed_interval([0.2, 0.1])
+    mean, interval = intervals.seed_interval([0.2, 0.1])
     assert (
         gain.value == pytest.approx(mean)
         and gain.interval == pytest.approx(interval)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from ..records import Records
 from ..suites import load
 from . import benchmark
-from .intervals import record_mean
 
 CHOICES = {"merged, blend": {"targets": "blend"}, "expert": {"inputs": "expert"}}
 
@@ -53,16 +51,3 @@ def scopes(name: str, seed: int, tier="smoke", device="cpu", *, size: int) -> li
         "weights only": own_targets("qp_weights"),
     }
     return [{"suite": name, "seed": seed, "score": scores}]
-
-
-def record_scopes(records: Records, name: str, rows: list[dict]):
-    """Record what solving everything gains over either other scope, paired over seeds; the scores
-    of :func:`scopes` are returned as a ``pandas.DataFrame`` with a row per seed."""
-    import pandas as pd
-
-    scores = pd.DataFrame({row["seed"]: row["score"] for row in rows}).T
-    note = "validation accuracy, everything solved minus this"
-    for column in scores.columns[1:]:
-        gain = scores["everything"] - scores[column]
-        record_mean(records.record, f"{name}.scope.{column.replace(' ', '_')}", gain, note=note)
-    return scores

@@ -1,7 +1,7 @@
 """Methods side by side on a suite: each tuned on validation data, and touched once by test data.
 
 The methods are entries of ``baselines``; tables and records of their results are made by
-``summary``. What chapters use of both can be had from here.
+``summary``.
 """
 
 from __future__ import annotations
@@ -17,12 +17,6 @@ from .baselines import ENTRIES
 from .baselines import FAMILIES as FAMILIES
 from .baselines import HEURISTICS as HEURISTICS
 from .cache import kept as kept
-from .intervals import seed_interval as seed_interval
-from .summary import at_grid_edge as at_grid_edge
-from .summary import choices as choices
-from .summary import frame as frame
-from .summary import ranks as ranks
-from .summary import summarise as summarise
 
 
 def judged(

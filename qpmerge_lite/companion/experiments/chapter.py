@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 from ..records import Records
 from ..suites import Suite
-from . import benchmark
+from . import benchmark, summary
+from .intervals import record_mean
 
 
 def task_table(suite: Suite):
@@ -31,12 +32,12 @@ def record_setting(records: Records, name: str, size: int, of: str) -> None:
 
 def record_choices(records: Records, name: str, results: list[dict]):
     """Record how many of the chosen numbers lie at an end of their grid; what was chosen is
-    returned as a ``pandas.DataFrame``, see ``benchmark.choices``."""
-    edges = sum(len(benchmark.at_grid_edge(r)) for r in results)
+    returned as a ``pandas.DataFrame``, see ``summary.choices``."""
+    edges = sum(len(summary.at_grid_edge(r)) for r in results)
     numbers = sum(isinstance(v, float) for r in results for v in r["options"].values())
     records.record(f"{name}.choices.at_edge", edges, n=numbers)
     records.record(f"{name}.choices.numbers", numbers)
-    return benchmark.choices(results)
+    return summary.choices(results)
 
 
 def by_label(results: list[dict]) -> dict[str, list[float]]:
@@ -51,7 +52,7 @@ def places(results: list[dict], labels: dict[str, str]):
     """Mean, best and worst rank of every merge as a ``pandas.DataFrame``, best first."""
     import pandas as pd
 
-    ranks = benchmark.ranks(results).rename(columns=labels)
+    ranks = summary.ranks(results).rename(columns=labels)
     table = pd.DataFrame({"mean rank": ranks.mean(), "best": ranks.min(), "worst": ranks.max()})
     return table.sort_values("mean rank")
 
@@ -59,7 +60,7 @@ def places(results: list[dict], labels: dict[str, str]):
 def by_task(results: list[dict], order: Iterable[str], tasks: Iterable[str]):
     """Normalised accuracy, mean over seeds, as a ``pandas.DataFrame``: rows are labels in the given
     order, columns tasks."""
-    found = benchmark.frame(results)
+    found = summary.frame(results)
     cells = found.pivot_table(index="label", columns="task", values="normalised")
     return cells.loc[list(order), list(tasks)]
 
@@ -90,3 +91,16 @@ def record_energies(records: Records, name: str, tables: dict, seed: int):
             records.record(id, table[column].mean(), seed=seed, note=note)
     means = pd.DataFrame({family: table[columns].mean() for family, table in tables.items()}).T
     return means.astype({"p": int}).rename(index=lambda family: family.replace("_", " "))
+
+
+def record_scopes(records: Records, name: str, rows: list[dict]):
+    """Record what solving everything gains over either other scope, paired over seeds; the scores
+    of ``ablations.scopes`` are returned as a ``pandas.DataFrame`` with a row per seed."""
+    import pandas as pd
+
+    scores = pd.DataFrame({row["seed"]: row["score"] for row in rows}).T
+    note = "validation accuracy, everything solved minus this"
+    for column in scores.columns[1:]:
+        gain = scores["everything"] - scores[column]
+        record_mean(records.record, f"{name}.scope.{column.replace(' ', '_')}", gain, note=note)
+    return scores
