@@ -1,6 +1,8 @@
 """What others predict merges by: metrics of pairs of experts, divergences of predictions, and how
 well any columns predict the merges of a task that was left out."""
 
+from itertools import combinations
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +10,13 @@ import torch
 from torch.nn.functional import cross_entropy
 from toys import loaded
 
-from qpmerge_lite.companion.experiments import judging, population, predictors, statistics
+from qpmerge_lite.companion.experiments import (
+    judging,
+    merge_specs,
+    population,
+    predictors,
+    statistics,
+)
 from qpmerge_lite.companion.records import Records, load_records
 
 TASKS = ("a", "b", "c", "d")
@@ -74,6 +82,20 @@ def test_pairs_are_measured_once(small, monkeypatch):
     first = predictors.pairs("toy", "smoke", 1)
     monkeypatch.setattr(predictors, "measured_pairs", lambda suite: pytest.fail("made again"))
     assert predictors.pairs("toy", "smoke", 1) == first and list(first) == [0]
+    table = predictors.frame_of_two(first)
+    assert table.tasks.tolist() == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert set(predictors.PAIRS) < set(table.columns) and table.problem.is_unique
+
+
+def test_a_soup_of_two_is_judged_as_a_merge_of_the_population(small):
+    found = predictors.measured_soups(small)
+    spec = merge_specs.Spec("heuristics", "soup", "soup", {})
+    judge = judging.Judge(small, predictors.TESTED)
+    for pair, values in found.items():
+        row = population.measured(judge, pair.split("+"), spec)
+        assert values["accuracy"] == pytest.approx(row["accuracy"])
+        assert values[statistics.PRIMARY] == pytest.approx(row["energies"][statistics.PRIMARY])
+    assert list(found) == list(predictors.measured_pairs(small))
 
 
 # ------------------------------------------------------------------------------- predictions
@@ -177,14 +199,28 @@ def test_correlations_of_resampled_problems_are_those_of_the_merges_themselves()
 
 
 def test_a_frame_holds_the_mean_over_pairs():
-    of_pairs = {3: {}}
+    metrics = {}
     for place, pair in enumerate(("a+b", "a+c", "b+c")):
-        of_pairs[3][pair] = dict.fromkeys(predictors.PAIRS, float(place))
+        metrics[pair] = dict.fromkeys(predictors.PAIRS, float(place))
+    of_pairs = {3: {"metrics": metrics}}
     plain = dict.fromkeys(statistics.COLUMNS, 0) | {"seed": 3, "options": {}, "trivial": {}}
     row = plain | {"energies": {statistics.PRIMARY: 0.5}}
     rows = [row | {"tasks": dict.fromkeys("abc")}, row | {"tasks": dict.fromkeys("bc")}]
     table = predictors.frame(rows, of_pairs)
     assert table["vectors.cosine"].tolist() == [1.0, 2.0] and table.tasks[1] == ("b", "c")
+
+
+def test_soups_that_hang_on_their_gradients_are_predicted_by_them():
+    draw, soups, metrics = np.random.default_rng(0), {}, {}
+    for pair in combinations([f"task {place}" for place in range(8)], 2):
+        name = "+".join(pair)
+        metrics[name] = {metric: draw.normal() for metric in predictors.PAIRS}
+        quality = -metrics[name]["gradients.distance"] + 0.1 * draw.normal()
+        soups[name] = {"accuracy": quality, statistics.PRIMARY: draw.normal()}
+    table = predictors.frame_of_two({0: {"metrics": metrics, "soups": soups}})
+    found = predictors.soups_left_out(table, draws=100, seed=0)
+    assert found["gradients"]["soups"][1].low > 0.9 and found["pairs"]["soups"][0] > 0.5
+    assert abs(found["output"]["soups"][0]) < 0.5
 
 
 def test_what_is_found_is_recorded(tmp_path):

@@ -364,19 +364,24 @@ def gallery(images: dict, columns: int) -> Figure:
     return _finish(figure)
 
 
-def ranking(seeds: dict, intervals: dict, xlabel: str, line: float | None = None) -> Figure:
-    """Methods from top to bottom in the given order: a light dot per seed, the mean and its
+def ranking(
+    seeds: dict, intervals: dict, xlabel: str, line: float | None = None, live: dict | None = None
+) -> Figure:
+    """Methods from top to bottom in the given order: a light tick per seed, the mean and its
     interval.
 
     Args:
         seeds: label -> values per seed.
         intervals: label -> (mean, (low, high)).
+        live: label -> values of the seeds that the same run measured, as open circles.
     """
     figure, axis = plt.subplots(figsize=(WIDTH, 0.27 * len(seeds) + 0.9))
     for y, (label, values) in enumerate(seeds.items()):
         mean, (low, high) = intervals[label]
         axis.hlines(y, low, high, color="0.35", linewidth=1.6)
         axis.plot(values, np.full(len(values), y), "|", color="0.55", markersize=9)
+        here = np.asarray([] if live is None else live[label])
+        axis.plot(here, np.full(len(here), y), "o", color="black", fillstyle="none", markersize=5)
         marker, colour = ("D", 0) if label.startswith("QP") else ("o", 1)
         _point(axis, mean, y, marker, sns.color_palette()[colour], size=7)
     if line is not None:
@@ -460,31 +465,3 @@ def depth(names, panels: dict, xlabel: str = "") -> Figure:
         axis.set_xticks(range(len(names)), names, rotation=90 if longest > 4 else 0, fontsize=9)
     axis.set_xlabel(xlabel)
     return _finish(figure, axis, 3)
-
-
-def points(panels: dict, xlabel: str, line: float | None = None) -> Figure:
-    """Values with intervals beside each other: panel title -> row -> label -> (value, interval or
-    None); labels are told apart by marker, fill and colour."""
-    rows = list(next(iter(panels.values())))
-    labels = list(
-        dict.fromkeys(label for row in panels.values() for z in row.values() for label in z)
-    )
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(WIDTH, 0.36 * len(rows) + 1.2), sharey=True, squeeze=False
-    )
-    steps = np.linspace(-0.18, 0.18, len(labels)) if len(labels) > 1 else [0.0]
-    for axis, (title, found) in zip(axes[0], panels.items()):
-        for label, step, marker, colour in zip(labels, steps, MARKERS, ("black", "white", "0.6")):
-            places = [y + step for y, row in enumerate(rows) if label in found[row]]
-            values = [found[row][label] for row in rows if label in found[row]]
-            for y, (_, interval) in zip(places, values):
-                if interval:
-                    axis.hlines(y, *interval, color="0.35", linewidth=1.6)
-            means = [value for value, _ in values]
-            _point(axis, means, places, marker, colour, size=6, label=label)
-        if line is not None:
-            axis.axvline(line, color="black", linestyle=":", linewidth=1)
-        axis.set(title=title, xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
-        axis.set_yticks(range(len(rows)), rows)
-        axis.grid(axis="y", visible=False)
-    return _finish(figure, axes[0, 0] if len(labels) > 1 else None, len(labels))

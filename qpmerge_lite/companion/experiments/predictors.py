@@ -24,6 +24,7 @@ from .cache import kept
 from .intervals import Interval
 
 TOP = 10  # singular directions whose spans are compared
+TESTED = 256  # most test examples of a task that soups of two experts are judged on
 COMPARED = ("cosine", "distance", "dot", "ratio")  # of two vectors
 PAIRS = (
     *(f"vectors.{name}" for name in COMPARED),
@@ -52,6 +53,7 @@ LABELS = {
     "obvious": "size and method",
 }
 RIDGE = 1.0  # of regressions, on ranks from -1/2 to 1/2, as in ``statistics.unexplained``
+OF_TWO = ("output", "pairs", "gradients")  # what a soup of two experts is predicted by
 DIGITS = 9  # to which predictions are told apart
 ROUNDING = 1e-18  # a product of variances that is no more is that of a constant
 
@@ -77,10 +79,9 @@ def _ranks(updates: dict[str, Tensor], flat: Tensor) -> dict[str, float]:
     """Ranks of two task vectors (2, P) as a matrix, and the effective one parameter by parameter,
     from (2, …), by length of the updates."""
     values = torch.linalg.svdvals(flat)
-    of_layers, lengths = [], []
-    for update in updates.values():
-        of_layers.append(_effective_rank(torch.linalg.svdvals(update.flatten(1))))
-        lengths.append(float(update.flatten(1).norm(dim=1).sum()))
+    layers = [update.flatten(1) for update in updates.values()]
+    of_layers = [_effective_rank(torch.linalg.svdvals(layer)) for layer in layers]
+    lengths = [float(layer.norm(dim=1).sum()) for layer in layers]
     return {
         "effective": _effective_rank(values),
         "stable": float(values.sum().square() / values.square().sum()),
@@ -119,15 +120,12 @@ def gradient(suite: Suite, task: str, batches: list[dict]) -> Tensor:
     classify, names = suite.classifiers()[task], dict(suite.base.named_parameters())
     state = {name: value.detach().clone() for name, value in suite.experts[task].items()}
     learnt = [state[name].requires_grad_() for name in names]
-    losses, examples = [], 0
-    for batch in batches:
-        with training.autocast(suite.device, suite.precision):
-            features = functional_call(suite.base, state, (), batch)
-        logits = classify(features.to(suite.heads[task]["weight"]))
-        losses.append(cross_entropy(logits, logits.detach().argmax(1), reduction="sum"))
-        examples += len(logits)
-    parts = torch.autograd.grad(sum(losses) / examples, learnt)
-    return torch.cat([part.double().flatten() for part in parts])
+    with training.autocast(suite.device, suite.precision):
+        parts = [functional_call(suite.base, state, (), batch) for batch in batches]
+    logits = classify(torch.cat(parts).to(suite.heads[task]["weight"]))
+    loss = cross_entropy(logits, logits.detach().argmax(1))
+    gradients = torch.autograd.grad(loss, learnt)
+    return torch.cat([part.double().flatten() for part in gradients])
 
 
 def _activations(suite: Suite, batches: dict[str, list[dict]]) -> Tensor:
@@ -139,8 +137,10 @@ def _activations(suite: Suite, batches: dict[str, list[dict]]) -> Tensor:
     return torch.stack(means)
 
 
-def _prefixed(kind: str, values: dict[str, float]) -> dict[str, float]:
-    return {f"{kind}.{name}": value for name, value in values.items()}
+def _named(kinds: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Metrics by kind as one dictionary, those of ``PAIRS`` and in its order."""
+    kinds_and_names = (name.split(".") for name in PAIRS)
+    return {f"{kind}.{name}": kinds[kind][name] for kind, name in kinds_and_names}
 
 
 def measured_pairs(suite: Suite) -> dict[str, dict[str, float]]:
@@ -157,39 +157,71 @@ def measured_pairs(suite: Suite) -> dict[str, dict[str, float]]:
     for places in combinations(range(len(suite.tasks)), 2):
         two = list(places)
         of_pair = {name: update[two] for name, update in updates.items()}
-        metrics = _prefixed("vectors", compared(flat[two]))
-        metrics |= _prefixed("ranks", _ranks(of_pair, flat[two]))
         parts = [(U[two], S[two], Vh[two]) for U, S, Vh in decomposed]
-        metrics |= _prefixed("subspaces", _subspaces(parts))
-        metrics |= _prefixed("activations", compared(activations[two][:, two].mean(1)))
-        metrics |= _prefixed("gradients", compared(gradients[two]))
-        names = "+".join(suite.tasks[place] for place in two)
-        found[names] = {name: metrics[name] for name in PAIRS}
+        kinds = {
+            "vectors": compared(flat[two]),
+            "ranks": _ranks(of_pair, flat[two]),
+            "subspaces": _subspaces(parts),
+            "activations": compared(activations[two][:, two].mean(1)),
+            "gradients": compared(gradients[two]),
+        }
+        found["+".join(suite.tasks[place] for place in two)] = _named(kinds)
+    return found
+
+
+def measured_soups(suite: Suite) -> dict[str, dict[str, float]]:
+    """Every pair of tasks, as in :func:`measured_pairs` -> normalised ``accuracy`` of the soup of
+    its two experts, mean over both tasks, and its captured energy as ``statistics.PRIMARY``."""
+    judge, found = judging.Judge(suite, TESTED), {}
+    for tasks in combinations(suite.tasks, 2):
+        experts = {task: suite.experts[task] for task in tasks}
+        state = datafree.soup(suite.base, experts).state_dict
+        place = (judging.DISJOINT, judging.AUDITED)
+        ends = [judge.ends(state, task, judge.disjoint[task], place) for task in tasks]
+        left = sum(end["output"] for end in ends) / sum(end["output_base"] for end in ends)
+        accuracies = [judge.accuracy(state, task, "test")[0] for task in tasks]
+        found["+".join(tasks)] = {"accuracy": sum(accuracies) / 2, statistics.PRIMARY: 1 - left}
     return found
 
 
 def pairs(name: str, tier: str, seeds: int, device="cpu", first_seed=0) -> dict[int, dict]:
-    """Seed -> :func:`measured_pairs` of a suite, cached."""
+    """Seed -> ``metrics``, see :func:`measured_pairs`, and ``soups``, see :func:`measured_soups`,
+    of a suite, cached."""
     found = {}
     for seed in range(first_seed, first_seed + seeds):
         suite = load(name, tier, seed, device, progress=False)
-        settings = [judging.AUDITED, TOP]
-        found[seed] = kept(suite, "pairs", settings, lambda suite=suite: measured_pairs(suite))
+
+        def make(suite=suite):
+            return {"metrics": measured_pairs(suite), "soups": measured_soups(suite)}
+
+        found[seed] = kept(suite, "pairs", [judging.AUDITED, TOP, TESTED], make)
     return found
 
 
+def _over_pairs(metrics: dict[str, dict], tasks: tuple[str, ...], name: str) -> float:
+    """Mean of a metric over all pairs of some tasks."""
+    return np.mean([metrics["+".join(pair)][name] for pair in combinations(tasks, 2)])
+
+
 def frame(rows: list[dict], of_pairs: dict[int, dict]):
-    """``statistics.frame`` of one suite's merges with two columns more: ``tasks`` of the problem,
-    and every metric of ``PAIRS`` as a mean over its pairs."""
+    """``statistics.frame`` of one suite's merges with more columns: ``tasks`` of the problem, and
+    every metric of ``PAIRS`` as a mean over its pairs."""
+    problems = [(of_pairs[row["seed"]]["metrics"], tuple(row["tasks"])) for row in rows]
+    columns = {name: [_over_pairs(*problem, name) for problem in problems] for name in PAIRS}
+    return statistics.frame(rows).assign(tasks=[tasks for _, tasks in problems], **columns)
+
+
+def frame_of_two(of_pairs: dict[int, dict]):
+    """Soups of two experts as a ``pandas.DataFrame`` with a row per seed and pair, which is a
+    problem by itself: the columns that :func:`left_out` needs, energy and metrics."""
     import pandas as pd
 
-    means, tasks = [], []
-    for row in rows:
-        tasks.append(tuple(row["tasks"]))
-        known = of_pairs[row["seed"]]
-        present = [known["+".join(pair)] for pair in combinations(row["tasks"], 2)]
-        means.append({name: np.mean([pair[name] for pair in present]) for name in PAIRS})
-    return statistics.frame(rows).assign(tasks=tasks).join(pd.DataFrame(means))
+    rows = []
+    for seed, found in of_pairs.items():
+        for pair, metrics in found["metrics"].items():
+            place = {"problem": f"{seed} {pair}", "tasks": tuple(pair.split("+"))}
+            rows.append(place | found["soups"][pair] | metrics)
+    return pd.DataFrame(rows)
 
 
 def _design(table, columns) -> np.ndarray:
@@ -270,6 +302,14 @@ def _estimate(draws: np.ndarray) -> tuple[float, Interval]:
     return float(draws[0]), Interval(float(low), float(high))
 
 
+def _resampled(table, draws: int, seed: int) -> np.ndarray:
+    """How often every problem is taken, (1 + draws, problems): each once, then in bootstrap
+    samples of whole problems."""
+    problems = table.problem.nunique()
+    drawn = np.random.default_rng(seed).multinomial(problems, [1 / problems] * problems, draws)
+    return np.vstack([np.ones(problems, dtype=int), drawn])
+
+
 def leave_one_task_out(table, draws: int, seed: int) -> dict[str, dict]:
     """How well the ``PREDICTORS`` predict one suite's merges in problems with a task of which no
     problem was seen.
@@ -282,9 +322,7 @@ def leave_one_task_out(table, draws: int, seed: int) -> dict[str, dict]:
         Spearman's ρ inside problems of the predictor alone. ``all`` has those of all together.
     """
     columns = list(dict.fromkeys(name for names in PREDICTORS.values() for name in names))
-    problems = table.problem.nunique()
-    drawn = np.random.default_rng(seed).multinomial(problems, [1 / problems] * problems, draws)
-    counts = np.vstack([np.ones(problems, dtype=int), drawn])
+    counts = _resampled(table, draws, seed)
 
     def scored(chosen):
         """Correlations (1 + D,) of some columns, and their ranks inside problems."""
@@ -305,8 +343,19 @@ def leave_one_task_out(table, draws: int, seed: int) -> dict[str, dict]:
     return found
 
 
+def soups_left_out(table, draws: int, seed: int) -> dict[str, dict]:
+    """The setting of the metrics' authors, merges of two by one method, on the soups of
+    :func:`frame_of_two`: predictor -> (value, interval) of ``soups``, Pearson's r over the pairs
+    with a task that was left out, mean over tasks; intervals over pairs."""
+    counts, found = _resampled(table, draws, seed), {}
+    for name in OF_TWO:
+        moments = _moments(left_out(table, PREDICTORS[name]))
+        found[name] = {"soups": _estimate(_correlations(moments, counts))}
+    return found
+
+
 def record(records, name: str, found: dict[str, dict], merges: int):
-    """Record what :func:`leave_one_task_out` found for a suite under
+    """Record what :func:`leave_one_task_out` or :func:`soups_left_out` found for a suite under
     ``trial.predictors.<name>.<predictor>``; its values as a ``pandas.DataFrame``, a row per
     predictor.
 
@@ -316,16 +365,16 @@ def record(records, name: str, found: dict[str, dict], merges: int):
     import pandas as pd
 
     notes = {
-        "alone": "Pearson's r on merges of a task left out, mean over tasks",
-        "added": "rise of that r if added to all other predictors",
-        "order": "Spearman's rho within problems, a task left out",
+        "alone": "Pearson's r on merges of a task left out, mean over tasks; over problems",
+        "added": "rise of that r if added to all other predictors; over problems",
+        "order": "Spearman's rho within problems, a task left out; over problems",
+        "soups": "Pearson's r on soups of two with a task left out, mean over tasks; over pairs",
     }
     table = {}
     for predictor, values in found.items():
         for measure, (value, interval) in values.items():
             id = f"trial.predictors.{name}.{predictor}.{measure}"
-            note = f"{notes[measure]}; bootstrap over problems"
-            records(id, value, n=merges, interval=interval, note=note)
+            records(id, value, n=merges, interval=interval, note=f"{notes[measure]} (bootstrap)")
         label = LABELS.get(predictor, "all together")
         table[label] = {measure: value for measure, (value, _) in values.items()}
     return pd.DataFrame(table).T
