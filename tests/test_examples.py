@@ -11,6 +11,7 @@ import torch
 
 from qpmerge_lite.bases import build
 from qpmerge_lite.companion.book import figures
+from qpmerge_lite.companion.book.points import points
 from qpmerge_lite.companion.experiments import synthetic
 from qpmerge_lite.companion.suites import digits
 from qpmerge_lite.diagnostic import captured_energy
@@ -215,6 +216,8 @@ def drawn():
         [2, 2, 4],
         "K = ",
     )
+    row, short = {"p": (0.5, (0.4, 0.6)), "q": (0.6, None)}, {"q": (0.7, (0.5, 0.8))}
+    yield points({"a": {"one": row, "two": short}, "b": {"one": short, "two": row}}, "x", 1.0)
 
 
 def test_figures_fit_the_page_and_can_be_read():

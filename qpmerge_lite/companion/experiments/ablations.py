@@ -1,10 +1,15 @@
-"""What the sequential programme makes of one choice at a time, judged on validation data."""
+"""One choice at a time, changed: what the sequential programme makes of it on validation data, and
+what any merge does with heads of its own."""
 
 from __future__ import annotations
 
-from ..suites import load
+from ..suites import Suite, load
+from ..suites.probes import ROWS, fresh_head
 from . import benchmark
+from .cache import kept
 
+PROBED = ("base", "soup", "ties", "regmean", "featcal", "qp_elements")
+HEADS = {"kept": "kept head", "fresh": "fresh head"}
 CHOICES = {"merged, blend": {"targets": "blend"}, "expert": {"inputs": "expert"}}
 
 
@@ -51,3 +56,32 @@ def scopes(name: str, seed: int, tier="smoke", device="cpu", *, size: int) -> li
         "weights only": own_targets("qp_weights"),
     }
     return [{"suite": name, "seed": seed, "score": scores}]
+
+
+def probed(suite: Suite, size: int, methods=PROBED) -> dict[str, dict]:
+    """``probes.fresh_head`` of the experts, each on its own task, under ``experts``, and of the
+    merges that validation chose of some methods; cached."""
+    options = {method: benchmark.result(suite, method, size)["options"] for method in methods}
+
+    def make():
+        found = {"experts": fresh_head(suite, suite.experts)}
+        for method in methods:
+            state = benchmark.chosen_merge(suite, method, size).state_dict
+            found[method] = fresh_head(suite, dict.fromkeys(suite.tasks, state))
+        return found
+
+    return kept(suite, "fresh_heads", [size, options, ROWS], make)
+
+
+def fresh_heads(name: str, seed: int, tier="smoke", device="cpu", *, size: int) -> list[dict]:
+    """An experiment as of ``evidence``: a row per method with its accuracy over the experts', both
+    with kept heads and both with fresh ones, by head and task."""
+    found = probed(load(name, tier, seed, device, progress=False), size)
+    experts, rows = found.pop("experts"), []
+    for method, tasks in found.items():
+        ratios = {
+            head: {task: values[head] / experts[task][head] for task, values in tasks.items()}
+            for head in HEADS
+        }
+        rows.append({"suite": name, "seed": seed, "method": method, "accuracy": ratios})
+    return rows

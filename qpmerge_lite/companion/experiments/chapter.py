@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from ..records import Records
 from ..suites import Suite
-from . import benchmark, summary
+from . import ablations, benchmark, summary
 from .intervals import record_mean
 
 
@@ -104,3 +104,43 @@ def record_scopes(records: Records, name: str, rows: list[dict]):
         gain = scores["everything"] - scores[column]
         record_mean(records.record, f"{name}.scope.{column.replace(' ', '_')}", gain, note=note)
     return scores
+
+
+def record_fresh_heads(records: Records, name: str, rows: list[dict]) -> dict[str, dict]:
+    """Record normalised accuracy with fresh heads, of every method of ``ablations.fresh_heads``,
+    and how much that is above kept heads, ``gain``; over seeds, or over tasks where there is one
+    seed.
+
+    Returns: label of a method -> of a head -> (mean, interval).
+    """
+    table = _by_head(rows)
+    unit = "seed" if table.seed.nunique() > 1 else "task"
+    means = table.groupby(["method", "head", unit]).accuracy.mean()
+    shown = {}
+    for method in table.method.unique():
+        id = f"{name}.fresh_head.{method}"
+        kept_head, fresh = means[method, "kept"], means[method, "fresh"]
+        note = f"over {unit}s, drawn examples; merge and expert both with"
+        values = {
+            "kept": record_mean(records.record, f"{id}.kept", kept_head, note=f"{note} kept heads"),
+            "fresh": record_mean(records.record, id, fresh, note=f"{note} fresh heads"),
+        }
+        gain = f"over {unit}s, fresh minus kept heads"
+        record_mean(records.record, f"{id}.gain", fresh - kept_head, note=gain)
+        label = benchmark.ENTRIES[method].label
+        shown[label] = {ablations.HEADS[head]: found for head, found in values.items()}
+    return shown
+
+
+def _by_head(rows: list[dict]):
+    """Rows of ``ablations.fresh_heads`` as a ``pandas.DataFrame``: a row per seed, method, head and
+    task."""
+    import pandas as pd
+
+    flat = []
+    for row in rows:
+        for head, accuracies in row["accuracy"].items():
+            for task, accuracy in accuracies.items():
+                place = {"seed": row["seed"], "method": row["method"]}
+                flat.append(place | {"head": head, "task": task, "accuracy": accuracy})
+    return pd.DataFrame(flat)

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.functional import kl_div
 
 from ...assess import Auditor
 from ..suites import Suite, training
@@ -33,6 +34,13 @@ def features(suite: Suite, state, batches) -> Tensor:
 def _squared_error(difference: Tensor) -> float:
     """Mean over examples of the squared norm of rows (N, d)."""
     return float(difference.double().square().sum(1).mean())
+
+
+def _divergence(expert: Tensor, other: Tensor) -> float:
+    """Kullback-Leibler divergence of the expert's predictions from other ones, both as logits
+    (N, classes), mean over examples, in nats."""
+    log_expert, log_other = expert.double().log_softmax(1), other.double().log_softmax(1)
+    return float(kl_div(log_other, log_expert, log_target=True, reduction="batchmean"))
 
 
 class Judge:
@@ -91,7 +99,8 @@ class Judge:
 
     def ends(self, state, task, batches, place=None) -> dict[str, float]:
         """End to end, on unlabelled batches of one task: squared errors of merge and base per
-        example, plain and as the head sees them, agreement, entropy.
+        example, plain and as the head sees them, divergences of both from the expert's predictions,
+        agreement, entropy.
 
         Args:
             place: (examples skipped, examples) of the task's draw where batches are such; features
@@ -108,6 +117,8 @@ class Judge:
             "output_base": _squared_error(base - expert),
             "head": _squared_error((merged - expert) @ centred.mT),
             "head_base": _squared_error((base - expert) @ centred.mT),
+            "divergence": _divergence(head(expert), head(merged)),
+            "divergence_base": _divergence(head(expert), head(base)),
             "agreement": float(agree.double().mean()),
             "entropy": float(-torch.special.entr(predicted).sum(1).mean() / math.log(len(weight))),
         }

@@ -1,8 +1,8 @@
 """The population on which the diagnostic is tried: merges of subsets of a suite's experts, good
 ones, odd ones and bad ones.
 
-Of every merge it is recorded what can be known without labels (captured energies, agreement with
-the experts, entropy, sizes of updates), what a few labels would say, and how accurate it is on test
+Of every merge it is recorded what can be known without labels (captured energies and divergence,
+agreement with the experts, entropy, sizes of updates), what a few labels would say, and how accurate it is on test
 data.
 """
 
@@ -97,7 +97,8 @@ def _mean(values) -> float | None:
 
 
 def _captured(ends: dict, form: str) -> float:
-    """Captured energy, ``output`` or as the ``head`` sees it, from squared errors."""
+    """What a merge takes away of the base's squared errors, of the ``output`` or as the ``head`` sees
+    it, or of its ``divergence``."""
     return 1 - ends[form] / ends[f"{form}_base"]
 
 
@@ -110,6 +111,7 @@ def _pooled(ends: list[dict]) -> dict[str, float]:
     return {
         "output": _captured(total, "output"),
         "head": _captured(total, "head"),
+        "divergence": _captured(total, "divergence"),
         "agreement": total["agreement"] / len(ends),
         "entropy": total["entropy"] / len(ends),
     }
