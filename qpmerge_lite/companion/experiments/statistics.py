@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .intervals import Interval
+from .intervals import Interval, jackknife
 from .merge_specs import BAD
 
 PRIMARY = "output.disjoint"
@@ -44,6 +44,9 @@ AGGREGATORS: dict[str, Callable] = {
 LABELS = (8, 16, 32, 64, 128, 256)  # in all, spread evenly over the tasks of a problem
 LEVEL = (0.025, 0.975)
 FEWEST = 3  # merges of a group, below which they are not correlated
+# problems, up to which the bootstrap's outer draws are all of one problem and more likely than the
+# level: its interval would be the range of the problems
+FEW_PROBLEMS = 3
 COLUMNS = (
     "suite",
     "problem",
@@ -128,19 +131,50 @@ def _interval(draws) -> Interval:
     return Interval(float(low), float(high))
 
 
-def bootstrap(values, draws: int, seed: int) -> tuple[float, Interval]:
+def bootstrap(values, draws: int, seed: int) -> tuple[float, Interval | None]:
     """Mean of values, one per problem (or several of a cluster averaged before), and its 95 %
-    interval over problems drawn whole."""
+    interval over problems drawn whole; Student's t over problems where there are ``FEW_PROBLEMS``
+    or fewer."""
     values, generator = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    if len(values) <= FEW_PROBLEMS:
+        return jackknife(len(values), lambda kept: float(values[kept].mean()))
     means = values[generator.integers(len(values), size=(draws, len(values)))].mean(1)
     return float(values.mean()), _interval(means)
 
 
+def _between_minus_one_and_one(interval: Interval | None) -> Interval | None:
+    """The part of an interval in which a correlation can lie."""
+    return interval and Interval(max(interval.low, -1.0), min(interval.high, 1.0))
+
+
+def over_problems(
+    problems: Sequence[np.ndarray], value: Callable, draws: int, seed: int
+) -> tuple[float, Interval | None]:
+    """A correlation of the rows of problems and its 95 % interval, problems drawn whole; with
+    ``FEW_PROBLEMS`` or fewer, by leaving out one at a time.
+
+    Args:
+        problems: rows (N_i,) of every problem.
+        value: rows (N,) -> the correlation of these.
+    """
+
+    def of(chosen):
+        return float(value(np.concatenate([problems[place] for place in chosen])))
+
+    count = len(problems)
+    if count <= FEW_PROBLEMS:
+        whole, interval = jackknife(count, of)
+        return whole, _between_minus_one_and_one(interval)
+    generator = np.random.default_rng(seed)
+    resampled = [of(generator.integers(count, size=count)) for _ in range(draws)]
+    return of(range(count)), _interval(resampled)
+
+
 def rank_correlation(
     frame, energy: str, draws: int, seed: int, within: bool
-) -> tuple[float, Interval]:
+) -> tuple[float, Interval | None]:
     """Spearman's ρ of captured energy and normalised accuracy with a 95 % interval, the base left
-    out, problems resampled whole (of one problem, its merges).
+    out, problems resampled whole (of one problem, its merges), see :func:`over_problems`.
 
     Args:
         energy: a column of the frame.
@@ -151,7 +185,8 @@ def rank_correlation(
     merges = frame[frame.method != "base"]
     if merges.problem.nunique() > 1:
         if within:
-            return bootstrap(inside(merges, energy), draws, seed)
+            value, interval = bootstrap(inside(merges, energy), draws, seed)
+            return value, _between_minus_one_and_one(interval)
         return pooled(merges, energy, None, draws, seed)
     pairs, generator = merges[[energy, "accuracy"]].to_numpy(), np.random.default_rng(seed)
     resampled = []
@@ -163,9 +198,9 @@ def rank_correlation(
 
 def pooled(
     table, predictor: str, by: str | None, draws: int, seed: int, measure=spearman
-) -> tuple[float, Interval]:
+) -> tuple[float, Interval | None]:
     """The correlation over all merges of a table, or averaged over the groups of a column
-    (``experts``, ``kind``), problems resampled whole."""
+    (``experts``, ``kind``), with an interval as of :func:`over_problems`."""
     present = table.dropna(subset=[predictor])
     energies, accuracies = present[predictor].to_numpy(), present.accuracy.to_numpy()
     groups = np.zeros(len(present))
@@ -181,11 +216,7 @@ def pooled(
                 of_groups.append(measure(energies[members], accuracies[members]))
         return np.mean(of_groups)
 
-    generator, resampled = np.random.default_rng(seed), []
-    for _ in range(draws):
-        chosen = generator.integers(len(problems), size=len(problems))
-        resampled.append(value(np.concatenate([problems[i] for i in chosen])))
-    return float(value(np.arange(len(present)))), _interval(resampled)
+    return over_problems(problems, value, draws, seed)
 
 
 def permutation(table, predictor: str, draws: int, seed: int) -> float:
@@ -281,6 +312,20 @@ def _aggregated(layers: dict[str, dict], form: str, aggregate: Callable) -> floa
     return aggregate(list(layers[form].values()), residual)
 
 
+def captured_by_bases(rows: list[dict]):
+    """:func:`frame` of ``basis_capture.of_population`` with a column ``rho, <aggregator>`` for
+    every way of making one number of what a merge's basis captures layer by layer."""
+    table = frame(rows)
+    for name, aggregate in AGGREGATORS.items():
+        table[f"rho, {name}"] = [_of_basis(row["bases"], aggregate) for row in rows]
+    return table
+
+
+def _of_basis(layers: dict[str, dict], aggregate: Callable) -> float:
+    captured = [layer["rho"] for layer in layers.values()]
+    return float(aggregate(captured, [layer["energy"] for layer in layers.values()]))
+
+
 def halves(table, seed: int):
     """The table's problems in two halves, by chance."""
     problems = np.random.default_rng(seed).permutation(np.sort(table.problem.unique()))
@@ -350,17 +395,14 @@ def _fixed(table, problem: str, places, loss) -> float:
     return float(loss[labels == merit.idxmax()].mean())
 
 
-def worth(losses, rule: str = PRIMARY) -> int:
-    """The smallest labelled validation set of ``LABELS`` that loses no more on average than a rule.
-
-    Two values stand for what is no set: 0 when the smallest of them already loses no more, and
-    twice the largest when none does.
-    """
-    smallest, beyond = LABELS[0], 2 * LABELS[-1]
+def worth(losses, rule: str = PRIMARY) -> str:
+    """The smallest labelled validation set of ``LABELS`` that loses no more on average than a rule,
+    in words where it lies outside of those."""
     most = losses[rule].mean()
     enough = [count for count in LABELS if losses[f"{count} labels"].mean() <= most]
-    needed = min(enough, default=beyond)
-    return 0 if needed == smallest else needed
+    if not enough:
+        return f"more than {LABELS[-1]}"
+    return f"{LABELS[0]} or fewer" if enough[0] == LABELS[0] else str(enough[0])
 
 
 def misjudged(table, **predictors: str):
