@@ -21,15 +21,14 @@ from qpmerge_lite.assess import layer_moments
 from qpmerge_lite.bases import build
 from qpmerge_lite.companion.experiments import (
     baselines,
-    basis_capture,
     benchmark,
-    clutter,
     judging,
     merge_specs,
     population,
     statistics,
 )
 from qpmerge_lite.companion.experiments.intervals import seed_interval
+from qpmerge_lite.companion.experiments.trial import basis_capture, clutter
 from qpmerge_lite.companion.suites import plan
 from qpmerge_lite.programme import programme
 

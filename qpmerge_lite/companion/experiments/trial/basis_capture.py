@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...assess import Layers, layer_moments
-from ...bases import build
-from ...diagnostic import captured_energy
-from ...moments import Moments
-from ...programme import programme
-from ..suites import Suite, load
-from .benchmark import kept
-from .merge_specs import PROGRAMME
+from ....assess import Layers, layer_moments
+from ....bases import build
+from ....diagnostic import captured_energy
+from ....moments import Moments
+from ....programme import programme
+from ...suites import Suite, load
+from ..benchmark import kept
+from ..merge_specs import PROGRAMME
 
 
 def of_layer(moments: Moments, updates: Tensor, tasks: list[str], family: str) -> dict[str, float]:
