@@ -140,6 +140,9 @@ def test_parts_are_judged_beside_the_whole():
     row = judge(claim(records=("a.low", "a.wide", "a.high"), predicate=whole, parts=parts), RECORDS)
     assert row.verdict == "undecided"
     assert row.parts == {"high": "holds", "wide": "undecided"}
+    shown = block(row, "smoke")
+    assert "Part by part, holds: high; undecided: wide." in shown
+    assert shown.count("a.wide > a.low") == 1  # the whole has it
 
 
 def test_a_claim_without_records_is_not_run():

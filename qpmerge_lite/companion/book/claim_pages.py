@@ -62,7 +62,7 @@ def block(row: Row, tier: str, link: Callable[[str], str] = _same) -> str:
     claim = row.claim
     verdict = [f"- **Verdict: {row.verdict}.**", row.sentence]
     if row.parts:
-        verdict.append(f"Part by part: {'; '.join(f'{k}: {v}' for k, v in row.parts.items())}.")
+        verdict.append(f"Part by part, {_by_verdict(row.parts)}.")
     if row.needed:
         verdict.append(f"What would decide it: {row.needed}.")
     lines = [
@@ -76,14 +76,25 @@ def block(row: Row, tier: str, link: Callable[[str], str] = _same) -> str:
     return "\n".join(lines)
 
 
+def _by_verdict(parts: dict[str, str]) -> str:
+    """Labels of parts behind the verdicts that they share."""
+    said = []
+    for verdict in VERDICTS:
+        labels = [label for label, found in parts.items() if found == verdict]
+        if labels:
+            said.append(f"{verdict}: {', '.join(labels)}")
+    return "; ".join(said)
+
+
 def _rule(claim: Claim) -> str:
-    """The rule in words, the predicate and why, as items of a list."""
-    predicates = {"": claim.predicate, **claim.parts}
-    code = "; ".join(
-        f"{label}: `{_spaced(p)}`" if label else f"`{_spaced(p)}`"
-        for label, p in predicates.items()
-    )
-    return f"- *Rule.* {claim.rule}\n- *As computed.* {code}\n- *Why so.* {claim.why}"
+    """The rule in words, the predicate and why, as items of a list; parts that are parts of the
+    predicate too are not repeated."""
+    whole = _spaced(claim.predicate)
+    code = [f"`{whole}`"]
+    for label, part in claim.parts.items():
+        if _spaced(part) not in whole:
+            code.append(f"{label}: `{_spaced(part)}`")
+    return f"- *Rule.* {claim.rule}\n- *As computed.* {'; '.join(code)}\n- *Why so.* {claim.why}"
 
 
 def _spaced(predicate: str) -> str:
