@@ -111,7 +111,7 @@ def test_the_pages_show_no_markup():
     for name, html in pages().items():
         visible = re.sub(r"<(script|style|pre)\b.*?</\1>", "", html, flags=re.S)
         assert not re.search(
-            r"\{(res|cite\S*|doc|ref|eq|claims-table)\}|class=\"system-message|np\.float64\(",
+            r"\{(res|cite\S*|doc|ref|eq|claims|questions|tiers)\}|class=\"system-message|np\.float64\(",
             visible,
         ), name
 
@@ -128,7 +128,10 @@ def test_there_is_one_search_box():
 def test_measured_numbers_say_where_they_come_from():
     for name, html in pages().items():
         for title in re.findall(r"<abbr class=\"record\" title=\"([^\"]*)\"", html):
-            assert re.match(r"[a-z0-9_.]+ · .*tier (smoke|full|standard|paper)", title), (
+            tier = re.match(r"[a-z0-9_.]+ · .*tier (?:smoke|full|standard|paper)(-\w+)?", title)
+            assert tier and (
+                tier[1] is None or (BOOK / "recorded" / f"standard{tier[1]}").is_dir()
+            ), (
                 name,
                 title,
             )

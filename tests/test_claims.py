@@ -1,24 +1,24 @@
 """Claims: predicates over intervals are three-valued and evaluate nothing but what they may;
 verdicts follow from records."""
 
-import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from qpmerge_lite.companion.book import claims
+from qpmerge_lite.companion.book import claim_pages, claims
+from qpmerge_lite.companion.book.claim_pages import BEGIN, END, block, short_table
 from qpmerge_lite.companion.book.claims import (
-    BEGIN,
-    END,
     Claim,
     ClaimError,
     evaluate,
     format_record,
     judge,
     load_claims,
-    markdown_table,
 )
-from qpmerge_lite.companion.records import Record, RecordError
+from qpmerge_lite.companion.book.predicates import outlook
+from qpmerge_lite.companion.records import Record, RecordError, read_json
 
 ROOT = Path(__file__).parents[1]
 RECORDS = {
@@ -111,37 +111,137 @@ def test_a_format_that_cannot_be_is_an_error(id, spec):
 
 
 def claim(**fields):
-    return Claim(**({"id": "c", "source": "paper", "statement": "s"} | fields))
+    return Claim(**({"id": "c", "source": "paper", "statement": "s", "about": "bases"} | fields))
 
 
-@pytest.mark.parametrize(("predicate", "words"), [
+@pytest.mark.parametrize(("predicate", "verdict"), [
     ("a.high > a.low", "holds"),
-    ("a.low >= a.wide", "holds within the interval (no clear difference)"),
+    ("a.low >= a.wide", "undecided"),
     ("a.low > a.high", "fails"),
 ])  # fmt: skip
-def test_the_verdict_is_put_in_words(predicate, words):
+def test_a_verdict_is_one_of_three_words_and_what_it_means_stands_beside(predicate, verdict):
     row = judge(
         claim(
             chapter="05_vision",
             records=("a.low", "a.wide", "a.high"),
             predicate=predicate,
             measured="{a.low .1f}",
+            sentence={verdict: "So it is."},
         ),
         RECORDS,
     )
-    assert (row.measured, row.words) == ("0.2", words)
+    assert (row.measured, row.verdict, row.sentence) == ("0.2", verdict, "So it is.")
+    assert f"- **Verdict: {verdict}.** So it is." in block(row, "smoke")
 
 
-def test_a_claim_may_bring_its_own_words():
-    row = judge(
-        claim(records=("a.yes",), predicate="a.yes", measured="{a.yes}", words={"holds": "proved"}),
-        RECORDS,
+def test_parts_are_judged_beside_the_whole():
+    parts = {"high": "a.high > a.low", "wide": "a.wide > a.low"}
+    whole = " and ".join(parts.values())
+    row = judge(claim(records=("a.low", "a.wide", "a.high"), predicate=whole, parts=parts), RECORDS)
+    assert row.verdict == "undecided"
+    assert row.parts == {"high": "holds", "wide": "undecided"}
+    shown = block(row, "smoke")
+    assert "Part by part, holds: high; undecided: wide." in shown
+    assert shown.count("a.wide > a.low") == 1  # the whole has it
+
+
+def test_a_claim_without_records_is_not_run():
+    assert judge(claim(), {}).verdict == "not run"
+
+
+def test_a_claim_of_a_tier_that_recorded_nothing_of_it_is_not_run_but_one_gap_is_an_error():
+    asked = claim(records=("b.x", "b.y"), predicate="b.x > b.y", tier="full")
+    assert judge(asked, RECORDS).verdict == "not run"
+    with pytest.raises(RecordError, match=r"b\.y"):
+        judge(asked, {"b.x": Record("b.x", 1.0)})
+
+
+# ----------------------------------------------------------------------- how many would decide
+
+
+def sampled(id, value, half, n=10):
+    return Record(id, value, n=n, interval=(value - half, value + half))
+
+
+@pytest.mark.parametrize(("predicate", "factor", "truth", "id"), [
+    ("s.near > 0", 16, True, "s.near"),  # reaches four times as far as it has to go
+    ("s.near < 0", 16, False, "s.near"),
+    ("s.near > 0.2", 16, False, "s.near"),
+    ("s.far > 0", 0, True, "s.far"),  # decided
+    ("s.far - s.near > 0", 0, True, "s.near"),
+    ("s.far - s.near > 0.7", 9, True, "s.near"),
+    ("s.near > 0 and s.nearer > 0", 64, True, "s.nearer"),  # all have to be decided
+    ("s.near > 0 and s.nearer < 0", 64, False, "s.nearer"),  # the first to fail is enough
+    ("s.near < 0 and s.nearer < 0", 16, False, "s.near"),
+    ("s.near > 0 or s.nearer > 0", 16, True, "s.near"),
+    ("not (s.near > 0 and s.nearer > 0)", 64, False, "s.nearer"),
+])  # fmt: skip
+def test_how_many_samples_would_decide(predicate, factor, truth, id):
+    records = {
+        "s.near": sampled("s.near", 0.1, 0.4),
+        "s.nearer": sampled("s.nearer", 0.05, 0.4),
+        "s.far": sampled("s.far", 1.0, 0.2),
+    }
+    found = outlook(predicate, records)
+    assert found.truth is truth and found.factor == pytest.approx(factor)
+    assert id in [record.id for record in found.records]
+
+
+@given(
+    value=st.floats(-1, 1).filter(lambda x: abs(x) > 1e-3),
+    half=st.floats(0.01, 3),
+    n=st.integers(2, 50),
+)
+def test_as_many_samples_as_are_said_decide_and_a_tenth_fewer_do_not(value, half, n):
+    """Intervals that narrow as one over the root of their number."""
+    present = sampled("s.x", value, half, n)
+    if evaluate("s.x > 0", {"s.x": present}) is not None:
+        return
+    found = outlook("s.x > 0", {"s.x": present})
+
+    def with_so_many(count):
+        return evaluate("s.x > 0", {"s.x": sampled("s.x", value, half * (n / count) ** 0.5)})
+
+    assert with_so_many(found.factor * n * 1.001) is found.truth
+    assert with_so_many(found.factor * n * 0.9) is None
+
+
+def test_an_estimate_on_the_threshold_is_decided_by_no_number():
+    record = sampled("s.x", 0.4996, 0.1)
+    asked = claim(records=("s.x",), predicate="s.x > 0.5", measured="{s.x .2f}", samples="seeds")
+    assert judge(asked, {"s.x": record}).needed.startswith("none at this estimate: `s.x`")
+    exact = claim(records=("s.x",), predicate="s.x > 0.5", measured="{s.x .4f}", samples="seeds")
+    needed = judge(exact, {"s.x": record}).needed
+    assert "625,000 seeds instead of 10 behind `s.x`" in needed and "would fail" in needed
+
+
+def test_the_number_is_in_what_the_record_counts():
+    records = {"s.x": sampled("s.x", 0.1, 0.2, 3), "s.y": sampled("s.y", 0.1, 0.15, 8)}
+    asked = claim(
+        records=("s.x", "s.y"),
+        predicate="s.x > 0 and s.y > 0",
+        samples={"s.x": "seeds", "s.y": "tasks"},
     )
-    assert row.words == "proved"
+    assert judge(asked, records).needed.startswith("about 12 seeds instead of 3 behind `s.x`")
 
 
-def test_a_claim_without_records_is_not_yet_tested():
-    assert judge(claim(), {}).words == "not yet tested"
+def test_records_that_do_not_say_how_many_they_are_give_a_factor():
+    records = {"s.x": Record("s.x", 0.1, interval=(-0.1, 0.3))}
+    asked = claim(records=("s.x",), predicate="s.x > 0")
+    assert judge(asked, records).needed.startswith("4.0 times as many samples behind `s.x`")
+
+
+def test_equal_within_a_margin_takes_both_sides():
+    """Two one-sided tests: the whole interval inside plus and minus the margin."""
+    equal = "s.x > -s.margin and s.x < s.margin"
+    for half, truth in ((0.05, True), (0.2, None)):
+        records = {"s.x": sampled("s.x", 0.0, half), "s.margin": Record("s.margin", 0.1)}
+        assert evaluate(equal, records) is truth
+    records["s.x"] = sampled("s.x", 0.3, 0.1)
+    assert evaluate(equal, records) is False
+    records["s.margin"] = Record("s.margin", 0.0)  # of one seed: nothing is equal
+    records["s.x"] = sampled("s.x", 0.0, 0.01)
+    assert evaluate(equal, records) is None
 
 
 def test_a_claim_with_a_missing_record_is_an_error():
@@ -156,10 +256,14 @@ def test_measured_shows_only_the_records_of_its_claim():
 
 @pytest.mark.parametrize(("text", "problem"), [
     ("- {id: c, source: paper}", "statement"),
-    ("- {id: c, source: rumour, statement: s}", "rumour"),
-    ("- {id: c, source: paper, statement: s, verdict: holds}", "verdict"),
-    ("- {id: c, source: paper, statement: s, records: [a.b]}", "predicate, measured"),
-    ("- {id: c, source: paper, statement: s}\n- {id: c, source: ours, statement: s}", "used twice"),
+    ("- {id: c, source: rumour, about: bases, statement: s}", "rumour"),
+    ("- {id: c, source: paper, about: gossip, statement: s}", "gossip"),
+    ("- {id: c, source: paper, about: bases, statement: s, sentence: {so_so: x}}", "so_so"),
+    ("- {id: c, source: paper, about: bases, statement: s, verdict: holds}", "verdict"),
+    ("- {id: c, source: paper, about: bases, statement: s, records: [a.b]}",
+     "predicate, rule, why, measured"),
+    ("- {id: c, source: paper, about: bases, statement: s}\n"
+     "- {id: c, source: ours, about: bases, statement: s}", "used twice"),
 ])  # fmt: skip
 def test_a_malformed_claim_is_named(tmp_path, text, problem):
     (tmp_path / "claims.yml").write_text(text)
@@ -168,28 +272,100 @@ def test_a_malformed_claim_is_named(tmp_path, text, problem):
 
 
 def test_the_table_keeps_bars_out_of_its_cells():
-    table = markdown_table([judge(claim(statement="a | b\nc"), {})])
-    assert table.splitlines()[-1] == "| a \\| b c *(paper)* | — | **not yet tested** | — |"
+    shown = short_table([judge(claim(statement="a | b\nc"), {})])
+    assert shown.splitlines()[-1] == "| a \\| b c *(paper)* | **not run** | — |"
+
+
+def test_claims_are_counted_by_voice():
+    rows = [judge(claim(), {}), judge(claim(records=("a.yes",), predicate="a.yes"), RECORDS)]
+    assert "| paper | 1 | 0 | 0 | 1 |" in claim_pages.counts(rows)
+
+
+def test_a_block_shows_the_rule_and_reads_its_numbers_from_records():
+    asked = claim(
+        records=("a.low",),
+        predicate="a.low >  0",
+        rule="It is positive.",
+        why="Zero is nothing.",
+        measured="low {a.low .1f ci}",
+        tier="full",
+    )
+    shown = block(judge(asked, RECORDS), "smoke")
+    for part in (
+        "*Rule.* It is positive.",
+        "*As computed.* `a.low > 0`",
+        "*Why so.* Zero is nothing.",
+        "*Measured.* low {res}`full:a.low .1f ci` (tier full, recorded)",
+    ):
+        assert part in shown
 
 
 def test_only_what_is_between_the_markers_is_replaced():
     text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
-    assert claims.replace_between_markers(text, "new") == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
+    replaced = claim_pages.replace_between_markers(text, "new")
+    assert replaced == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
     with pytest.raises(ClaimError, match="claims: end"):
-        claims.replace_between_markers(f"{BEGIN}\n", "new")
+        claim_pages.replace_between_markers(f"{BEGIN}\n", "new")
 
 
 @pytest.mark.book
 def test_every_claim_of_the_book_can_be_judged_and_the_readme_says_the_same():
-    """Verdicts in README.md are those of the records of this build; `qpmerge book claims` rewrites
-    them."""
+    """What README.md says is what the records of this build say, to the letter; `qpmerge book
+    claims` rewrites it."""
     rows = claims.rows(ROOT)
     between = (ROOT / "README.md").read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    shown = [re.split(r"(?<!\\)\|", line)[1:5:2] for line in between.strip().splitlines()[2:]]
-    fresh = [re.split(r"(?<!\\)\|", line)[1:5:2] for line in markdown_table(rows).splitlines()[2:]]
-    assert shown == fresh
+
+    def link(chapter):
+        return f"[{chapter}](notebooks/{chapter}.ipynb)"
+
+    assert between.strip() == claim_pages.summary(rows, link)
 
 
-def test_each_voice_is_heard_and_untested_claims_are_kept():
-    sources = {c.source for c in load_claims(ROOT / "book" / "claims.yml")}
-    assert sources == {"paper", "review", "ours"}
+def book_claims():
+    return load_claims(ROOT / "book" / "claims.yml")
+
+
+def test_each_voice_is_heard():
+    assert {c.source for c in book_claims()} == {"paper", "review", "ours"}
+
+
+def recorded(tier):
+    """Ids that a tier has recorded; of the build's own, those that it is expected to record."""
+    expected = (ROOT / "tests" / "expected" / "smoke").glob("*.json")
+    if not tier:
+        return {id for path in expected for id in read_json(path)}
+    files = (ROOT / "book" / "recorded" / tier).glob("*.json")
+    return {id for path in files for id in read_json(path)["records"]}
+
+
+@pytest.mark.parametrize("asked", book_claims(), ids=lambda c: c.id)
+def test_a_claim_rests_on_records_that_there_are(asked):
+    """Its own tier may not have recorded it yet, but then the build does."""
+    found = set(asked.records) & recorded(asked.tier)
+    assert found == set(asked.records) or (not found and set(asked.records) <= recorded(""))
+
+
+@pytest.mark.parametrize("asked", book_claims(), ids=lambda c: c.id)
+def test_a_claim_that_samples_could_decide_says_what_they_are(asked):
+    """Words for the n of every record with an interval in the predicate."""
+    ids = [id for id in asked.records if id in asked.predicate]
+    paths = sorted((ROOT / "tests" / "expected" / "smoke").glob("*.json"))
+    smoke = {id: entry for path in paths for id, entry in read_json(path).items()}
+    with_interval = [id for id in ids if "interval" in smoke.get(id, {})]
+    if isinstance(asked.samples, dict):
+        assert set(with_interval) == set(asked.samples)
+    elif with_interval:
+        assert asked.samples
+
+
+def test_the_parts_of_the_page_hold_every_claim():
+    """The claims page asks for all of ``ABOUT``, and no claim is about anything else."""
+    page = (ROOT / "book" / "claims.md").read_text(encoding="utf-8")
+    assert [f":about: {part}" in page for part in claims.ABOUT] == [True] * len(claims.ABOUT)
+    assert {c.about for c in book_claims()} == set(claims.ABOUT)
+
+
+def test_matching_takes_a_margin_or_says_why_there_is_none():
+    for asked in book_claims():
+        if "matches" in asked.statement:
+            assert "margin" in asked.predicate or "margin" in asked.why, asked.id

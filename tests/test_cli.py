@@ -18,7 +18,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from qpmerge_lite.companion import cli
 from qpmerge_lite.companion.book import run as book
-from qpmerge_lite.companion.book.claims import BEGIN, END
+from qpmerge_lite.companion.book.claim_pages import BEGIN, END
 
 ROOT = Path(__file__).parents[1]
 RECORDING = """
@@ -45,8 +45,8 @@ def make_checkout(root):
         (root / folder).mkdir(parents=True)
     (root / "qpmerge_lite" / "companion" / "records.py").write_text("")
     (root / "book" / "claims.yml").write_text(
-        "- {id: c, source: ours, statement: s, chapter: 01_a, records: [a.seed], predicate: "
-        "a.seed >= 0, measured: '{a.seed}'}\n"
+        "- {id: c, source: ours, about: bases, statement: s, chapter: 01_a, records: [a.seed], "
+        "predicate: a.seed >= 0, rule: r, why: w, measured: '{a.seed}'}\n"
     )
     (root / "README.md").write_text(f"# Title\n{BEGIN}\n{END}\n")
     write(root / "notebooks" / "01_a.ipynb", RECORDING)
@@ -282,7 +282,7 @@ def test_check_update_and_claims_follow_the_records(checkout, capsys):
     assert status == 1 and "01_a: a.seed: found 3, expected exact 0" in err
     assert run(capsys, "book", "claims") == (0, "c: holds\n", "")
     assert (
-        "| s *(this book)* | 3 | **holds** | [01_a](notebooks/01_a.ipynb) |"
+        "| s *(this book)* | **holds** | [01_a](notebooks/01_a.ipynb) |"
         in (checkout / "README.md").read_text()
     )
 

@@ -3,12 +3,15 @@ verified or replaced."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from qpmerge_lite.companion.records import Records
 
@@ -74,28 +77,71 @@ def test_what_cannot_be_shown_stops_the_build(pages, text, problem):
     assert status != 0 and problem in problems and html == ""
 
 
-def test_the_claims_table_is_generated(pages, tmp_path):
-    (tmp_path / "claims.yml").write_text(
-        "- {id: c, source: paper, statement: It is so., records: [a.b], chapter: x, predicate: "
-        "a.b > 0, measured: 'b {a.b .2f}'}\n"
-        "- {id: d, source: ours, statement: Not asked.}\n"
-        "- {id: e, source: ours, statement: It is more., records: [a.b], chapter: y, predicate: "
-        "a.b > 0.4, measured: 'b {a.b .2f}', tier: standard}\n"
-    )
+CLAIMS = """
+- {id: c, source: paper, about: bases, statement: It is so., records: [a.b], chapter: x,
+   predicate: a.b > 0, rule: More than nothing., why: Nothing is nothing., measured: 'b {a.b .2f}'}
+- {id: d, source: ours, about: bases, statement: Not asked.}
+- {id: e, source: ours, about: energy, statement: It is more., records: [a.b], chapter: y,
+   predicate: a.b > 0.4, rule: Much., why: So., measured: 'b {a.b .2f}', tier: standard}
+"""
+
+
+@pytest.fixture
+def claims(pages, tmp_path):
+    """The tiny project with claims, and the two chapters that decide them."""
+    (tmp_path / "claims.yml").write_text(CLAIMS)
     (tmp_path / "chapters").mkdir()
-    (tmp_path / "chapters" / "x.md").write_text("---\norphan: true\n---\n# The chapter\n")
-    status, problems, html = pages("```{claims-table}\n:source: paper\n```")
+    for name in ("x", "y"):
+        (tmp_path / "chapters" / f"{name}.md").write_text("---\norphan: true\n---\n# A chapter\n")
+    return pages
+
+
+def test_claims_are_shown_one_by_one_with_rule_and_numbers_that_say_where_they_come_from(claims):
+    status, problems, html = claims("```{claims}\n:source: paper\n```")
     assert (status, problems) == (0, "")
-    assert "It is so." in html and "b 0.12" in html and "<strong>holds</strong>" in html
-    assert 'href="chapters/x.html"' in html and "Not asked." not in html
-    (tmp_path / "chapters" / "y.md").write_text("---\norphan: true\n---\n# Another\n")
-    status, problems, html = pages("```{claims-table}\n:chapter: y\n```")
-    assert (
-        (status, problems) == (0, "")
-        and "b 0.50 (tier standard, recorded)" in html
-        and "<strong>holds</strong>" in html
-        and "It is so." not in html
-    )
+    assert "It is so." in html and "<strong>Verdict: holds.</strong>" in html
+    assert "More than nothing." in html and "Nothing is nothing." in html
+    assert "a.b" in html and ' id="claim-c"' in html and 'href="chapters/x.html"' in html
+    assert 'title="a.b · tier smoke · n = 8' in html and ">0.12</abbr>" in html
+    assert "Not asked." not in html
+
+
+def test_claims_of_a_chapter_are_judged_by_their_own_tier(claims):
+    status, problems, html = claims("```{claims}\n:chapter: y\n```")
+    assert (status, problems) == (0, "") and "It is so." not in html
+    assert 'title="a.b · tier standard"' in html and ">0.50</abbr>" in html
+    assert "(tier standard, recorded)" in html and "<strong>Verdict: holds.</strong>" in html
+
+
+def test_claims_in_short_as_counts_and_as_rules(claims):
+    status, problems, html = claims("```{claims}\n:short:\n:about: bases\n```")
+    assert (status, problems) == (0, "")
+    assert "<strong>holds</strong>" in html and "<strong>not run</strong>" in html
+    assert "abbr" not in html and "It is more." not in html
+    status, problems, html = claims("```{claims}\n:counts:\n```")
+    assert (status, problems) == (0, "") and "this book" in html and "It is so." not in html
+    status, problems, html = claims("```{claims}\n:rules:\n:chapter: x\n```")
+    assert (status, problems) == (0, "") and "More than nothing." in html
+    assert "holds" not in html and "abbr" not in html
+
+
+def test_questions_are_printed_whole(pages, tmp_path):
+    shutil.copy(EXTENSIONS.parent / "questions.yml", tmp_path)
+    status, problems, html = pages("```{questions}\n```")
+    assert (status, problems) == (0, "")
+    shown = unescape(re.sub(r"<[^>]+>", " ", html)).replace("’", "'")
+    text = " ".join(shown.split())
+    content = yaml.safe_load((tmp_path / "questions.yml").read_text("utf-8"))
+    for question in content["questions"]:
+        assert question["question"] in text
+        assert " ".join(question["predicate"].split()) in text
+
+
+def test_a_record_of_an_earlier_state_names_that_state(pages, tmp_path):
+    """It was run at tier standard, but is not what that tier says now."""
+    shutil.copytree(tmp_path / "recorded" / "standard", tmp_path / "recorded" / "standard-0a1b2c")
+    status, problems, html = pages("{res}`standard-0a1b2c:a.b .2f`")
+    assert (status, problems) == (0, "") and 'title="a.b · tier standard-0a1b2c"' in html
 
 
 def test_tiers_stand_side_by_side_and_a_missing_one_is_said_to_be(pages, tmp_path):
@@ -111,6 +157,12 @@ def test_tiers_stand_side_by_side_and_a_missing_one_is_said_to_be(pages, tmp_pat
         r"+: cpu,",
         text,
     )
+
+
+def test_the_tier_that_decides_may_come_first(pages, tmp_path):
+    status, problems, html = pages("```{tiers} a.*\n:before: standard\n:format: .2f\n```")
+    assert (status, problems) == (0, "")
+    assert re.search(r"standard +smoke +b +0\.50 +0\.12 ", re.sub(r"<[^>]+>|\s+", " ", html))
 
 
 def test_tiers_need_the_built_one(pages, tmp_path):

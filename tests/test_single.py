@@ -134,7 +134,20 @@ def test_summaries_pair_methods_by_seed(tmp_path):
     assert (
         kept["toy.soup.accuracy"].value == ranges["soup"][0]
         and kept["toy.experts.raw"].value == 0.5
+        and kept["toy.margin"].value == 0  # all experts alike
     )
+
+
+def test_the_margin_is_the_spread_of_the_experts_between_seeds(tmp_path):
+    def row(method, seed, accuracy):
+        place = {"method": method, "label": method, "seed": seed, "validation": 0.5}
+        return place | {"accuracy": {"a": accuracy, "b": accuracy}, "normalised": {"mean": 1.0}}
+
+    results = [row("experts", seed, accuracy) for seed, accuracy in enumerate((0.8, 0.9, 0.7))]
+    results += [row("soup", seed, 0.5) for seed in range(3)]
+    benchmark.summarise(Records("05_toy", "smoke", root=tmp_path), "toy", results)
+    margin = load_records("smoke", tmp_path)["toy.margin"]
+    assert (margin.value, margin.n) == (pytest.approx(0.1 / 0.8), 3)
 
 
 def test_results_tell_every_validation_score_and_captured_energies(suite):

@@ -18,6 +18,7 @@ from toys import TASKS, tokens
 
 import qpmerge_lite as q
 from qpmerge_lite.assess import layer_moments
+from qpmerge_lite.bases import build
 from qpmerge_lite.companion.experiments import (
     baselines,
     benchmark,
@@ -26,7 +27,10 @@ from qpmerge_lite.companion.experiments import (
     population,
     statistics,
 )
+from qpmerge_lite.companion.experiments.intervals import seed_interval
+from qpmerge_lite.companion.experiments.trial import basis_capture, clutter
 from qpmerge_lite.companion.suites import plan
+from qpmerge_lite.programme import programme
 
 ROOT = Path(__file__).parents[1]
 
@@ -255,6 +259,28 @@ def test_correlations():
     )
 
 
+def test_three_problems_are_left_out_one_at_a_time():
+    """A bootstrap of three would end at the least and the most of them. Of a mean, leaving out is
+    Student's t; a correlation's interval ends at minus one and one."""
+    values = [0.1, 0.4, 0.3]
+    mean, interval = statistics.bootstrap(values, 500, 0)
+    assert mean == pytest.approx(np.mean(values))
+    assert interval == pytest.approx(seed_interval(values)[1])
+    assert interval.low < min(values) and max(values) < interval.high
+    _, four = statistics.bootstrap([*values, 0.2], 5000, 0)
+    assert min(values) < four.low and four.high < max(values)
+    found = table(1, 0.3)
+    few = found[found.problem.isin(["toy 0", "toy 1", "toy 2"])]
+    whole, interval = statistics.pooled(few, statistics.PRIMARY, None, 200, 0)
+    without = [
+        stats.spearmanr(part[statistics.PRIMARY], part.accuracy).statistic
+        for part in (few[few.problem != f"toy {left}"] for left in range(3))
+    ]
+    half = stats.t.ppf(0.975, 2) * np.sqrt(2 / 3 * np.square(without - np.mean(without)).sum())
+    assert interval == pytest.approx((max(whole - half, -1), min(whole + half, 1)))
+    assert statistics.bootstrap([0.5], 10, 0) == (0.5, None)
+
+
 def test_chance_is_told_from_order():
     assert statistics.permutation(table(1, 0.1), statistics.PRIMARY, 99, 0) == 0.01
     assert statistics.permutation(table(0, 1), statistics.PRIMARY, 99, 0) > 0.05
@@ -308,8 +334,9 @@ def test_regrets():
         and losses["8 labels"].mean() > losses["256 labels"].mean()
     )
     assert (
-        statistics.worth(losses.assign(**{statistics.PRIMARY: 1.0})) == 0
-        and statistics.worth(losses.assign(**{statistics.PRIMARY: -1.0})) == 512
+        statistics.worth(losses.assign(**{statistics.PRIMARY: 1.0})) == "8 or fewer"
+        and statistics.worth(losses.assign(**{statistics.PRIMARY: -1.0})) == "more than 256"
+        and statistics.worth(losses, "32 labels") == "32"
     )
 
 
@@ -354,6 +381,57 @@ def test_captured_energy_under_a_rescaled_task(layer, scale, seed):
         before.A.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
     assert after.captured(update) == pytest.approx(before.captured(update), rel=1e-6, abs=1e-9)
+
+
+def test_what_a_basis_captures_is_attained_and_not_exceeded(judge):
+    """ρ(B) of every layer, against the moments' own account of merges over the basis."""
+    suite, tasks = judge.suite, ["a", "c"]
+    experts = {task: suite.experts[task] for task in tasks}
+    gathered = layer_moments(suite.base, experts, suite.calibration(6, tasks=tasks), folds=1)
+    found = {f: basis_capture.of_basis(suite, tasks, f, 6) for f in ("layer", "rows", "elements")}
+    assert set(found["layer"]) == set(gathered)
+    for name, (_, moments, updates) in gathered.items():
+        pooled, own = moments.pool(), found["layer"][name]
+        assert own["energy"] == pytest.approx(float(pooled.energy))
+        dense = programme(pooled, build("layer", updates, pooled))
+        H, f = (z.numpy() for z in dense.dense())
+        best = torch.tensor(-np.linalg.pinv(H, rcond=1e-10, hermitian=True) @ f)
+        merges = [best, best + 0.1, best - 0.1]
+        captured = [pooled.captured(torch.tensordot(d, updates.double(), 1)) for d in merges]
+        assert captured[0] == pytest.approx(own["rho"]) and max(captured) == captured[0]
+        rows, elements = found["rows"][name]["rho"], found["elements"][name]["rho"]
+        assert own["rho"] - 1e-9 <= rows <= elements + 1e-9 <= 1 + 2e-9
+
+
+def test_the_programmes_merges_are_told_by_their_bases(judge, monkeypatch):
+    monkeypatch.setattr(basis_capture, "load", lambda *args, **options: judge.suite)
+    options = {"basis": "rows", "ridge": 0.0}
+    rows = [
+        population.measured(judge, ["a", "b"], one) | {"suite": "toy", "problem": "toy"}
+        for one in (spec(), merge_specs.Spec(merge_specs.PROGRAMME, "QP", "qp", options, 4, "own"))
+    ]
+    (found,) = basis_capture.of_population(rows, "smoke")
+    assert found["bases"] == basis_capture.of_basis(judge.suite, ["a", "b"], "rows", 4)
+    row = statistics.captured_by_bases([found]).iloc[0]
+    rho = [layer["rho"] for layer in found["bases"].values()]
+    energy = [layer["energy"] for layer in found["bases"].values()]
+    assert row["rho, mean"] == pytest.approx(np.mean(rho)) and row["rho, last"] == rho[-1]
+    assert row["rho, minimum"] == min(rho) and row["rho, median"] == pytest.approx(np.median(rho))
+    weighted = np.dot(rho, energy) / sum(energy)
+    assert row["rho, energy-weighted mean"] == pytest.approx(weighted)
+
+
+def test_clutter_misleads_the_energy_and_not_that_seen_by_the_heads():
+    """Without it every form picks the scale that is best; the more of it, the less."""
+    scales = torch.linspace(0, 1.5, 16)
+    picked, forms = {}, ("energy", "energy seen by the heads")
+    for size in (0.0, 0.1, 1.0):
+        swept = clutter.Clutter(size, 0).sweep(scales)
+        picked[size] = [float(scales[swept[form].argmax()]) for form in forms]
+        assert clutter.lost(swept, forms[1]) == 0
+        assert (clutter.lost(swept, forms[0]) > 0.01) == (picked[size][0] < 0.95)
+    assert picked[0.0] == pytest.approx([1, 1]) and picked[1.0] == pytest.approx([0.5, 1])
+    assert picked[1.0][0] < picked[0.1][0] < picked[0.0][0]
 
 
 def test_claims_repeat_the_questions():

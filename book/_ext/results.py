@@ -1,16 +1,18 @@
-"""The role ``{res}`` and the directives ``{claims-table}``, ``{tiers}`` and ``{published}``:
-measured numbers reach a page only through records."""
+"""The role ``{res}`` and the directives ``{claims}``, ``{questions}``, ``{tiers}`` and
+``{published}``: measured numbers reach a page only through records."""
 
 import fnmatch
 import os
 import re
 from pathlib import Path
 
+import yaml
 from docutils import nodes
+from docutils.parsers.rst import directives
 from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from qpmerge_lite.companion.book import claims, published
+from qpmerge_lite.companion.book import claim_pages, claims, published
 from qpmerge_lite.companion.records import RecordError, find, load_records, read_json, record_files
 from qpmerge_lite.errors import MergeError
 
@@ -23,9 +25,10 @@ def read(env, tier):
     return load_records(tier, root)
 
 
-def explain(record):
-    """One line for the tooltip: where a number comes from."""
-    parts = [record.id, record.unit, record.note, f"tier {record.tier}"]
+def explain(record, tier):
+    """One line for the tooltip: where a number comes from. The tier is the one it was read from,
+    which for records of an earlier state is not the one it was run at."""
+    parts = [record.id, record.unit, record.note, f"tier {tier}"]
     parts += [
         f"{name} = {value}"
         for name, value in (("n", record.n), ("seed", record.seed))
@@ -42,43 +45,72 @@ class Result(SphinxRole):
 
     def run(self):
         id, _, spec = re.sub(r"[|\s]+", " ", self.text.strip()).partition(" ")
-        tier, colon, name = id.rpartition(":")
+        named, _, name = id.rpartition(":")
+        tier = named or self.config.qpmerge_tier
         try:
-            record = find(read(self.env, tier if colon else self.config.qpmerge_tier), name)
+            record = find(read(self.env, tier), name)
             text = claims.format_record(record, spec)
         except MergeError as error:
             raise ExtensionError(f"{self.env.docname}: {{res}}`{self.text}`: {error}") from error
-        return [
-            nodes.abbreviation(self.rawtext, text, explanation=explain(record), classes=["record"])
-        ], []
+        origin = explain(record, tier)
+        return [nodes.abbreviation(self.rawtext, text, explanation=origin, classes=["record"])], []
 
 
-class ClaimsTable(SphinxDirective):
-    """``{claims-table}``: every claim of ``claims.yml`` with what was measured and the verdict.
+class Claims(SphinxDirective):
+    """``{claims}``: every claim of ``claims.yml``, or those of a ``source``, a ``chapter`` or what
+    they are ``about``, one by one with verdict, rule and measurement.
 
-    Options: only claims of a ``source`` or a ``chapter``.
+    Flags for less: ``short`` is a table of verdicts, ``counts`` how many there are of each, and
+    ``rules`` what is asked, without any number.
     """
 
-    option_spec = {"source": str, "chapter": str}
+    option_spec = {
+        **dict.fromkeys(("source", "chapter", "about"), str),
+        **dict.fromkeys(("short", "counts", "rules"), directives.flag),
+    }
 
     def run(self):
         source = Path(self.env.srcdir) / "claims.yml"
         self.env.note_dependency(str(source))
         try:
-            chosen = [
-                c
-                for c in claims.load_claims(source)
-                if all(getattr(c, k) == v for k, v in self.options.items())
-            ]
-            rows = claims.judged(
-                chosen, self.config.qpmerge_tier, lambda tier: read(self.env, tier)
-            )
+            chosen = [claim for claim in claims.load_claims(source) if self.wanted(claim)]
+            if "rules" in self.options:
+                return self.parse_text_to_nodes(claim_pages.rules(chosen))
+            rows = claims.judged(chosen, self.config.qpmerge_tier, self.records)
         except MergeError as error:
-            raise ExtensionError(f"{self.env.docname}: claims table: {error}") from error
-        table = claims.markdown_table(rows, lambda chapter: f"[](/chapters/{chapter})")
-        parsed = self.parse_text_to_nodes(table)
-        parsed[0]["classes"].append("claims")
-        return parsed
+            raise ExtensionError(f"{self.env.docname}: claims: {error}") from error
+        if "counts" in self.options:
+            return self.parse_text_to_nodes(claim_pages.counts(rows))
+        if "short" in self.options:
+            return self.parse_text_to_nodes(claim_pages.short_table(rows, self.link))
+        return [self.block(row) for row in rows]
+
+    def wanted(self, claim):
+        """Whether a claim is of the source, chapter and part that the directive names."""
+        named = {"source", "chapter", "about"} & self.options.keys()
+        return all(getattr(claim, key) == self.options[key] for key in named)
+
+    def records(self, tier):
+        return read(self.env, tier)
+
+    def link(self, chapter):
+        return f"[](/chapters/{chapter})"
+
+    def block(self, row):
+        """One claim in a box of its own, which ``#claim-its-id`` points to."""
+        text = claim_pages.block(row, self.config.qpmerge_tier, self.link)
+        ids = [nodes.make_id(f"claim-{row.claim.id}")]
+        return nodes.container("", *self.parse_text_to_nodes(text), ids=ids, classes=["claim"])
+
+
+class Questions(SphinxDirective):
+    """``{questions}``: the file ``questions.yml``, whole."""
+
+    def run(self):
+        source = Path(self.env.srcdir) / "questions.yml"
+        self.env.note_dependency(str(source))
+        content = yaml.safe_load(source.read_text(encoding="utf-8"))
+        return self.parse_text_to_nodes(claim_pages.questions(content))
 
 
 class Tiers(SphinxDirective):
@@ -86,22 +118,25 @@ class Tiers(SphinxDirective):
     others.
 
     What another tier has not recorded is said to be so. Options: ``beside`` (tiers, default
-    ``standard``), and ``format`` as in ``{res}``.
+    ``standard``) or ``before`` (tiers whose columns come first), and ``format`` as in ``{res}``.
     """
 
     required_arguments = 1
-    option_spec = {"beside": str.split, "format": str}
+    option_spec = {"beside": str.split, "before": str.split, "format": str}
 
     def run(self):
         built = self.config.qpmerge_tier
+        before = self.options.get("before", [])
+        beside = self.options.get("beside", [] if before else ["standard"])
+        found = dict.fromkeys([*before, built, *beside])  # columns in this order
         try:
-            found = {built: self.matching(built)}
+            found[built] = self.matching(built)
         except MergeError as error:
             raise ExtensionError(
                 f"{self.env.docname}: {{tiers}} {self.arguments[0]}: {error}"
             ) from error
         origins = []
-        for tier in self.options.get("beside", ["standard"]):
+        for tier in [*before, *beside]:
             try:
                 found[tier], origin = self.matching(tier), self.origin(tier)
             except RecordError:
@@ -181,7 +216,8 @@ class Published(SphinxDirective):
 def setup(app):
     app.add_config_value("qpmerge_tier", os.environ.get("QPMERGE_TIER", "smoke"), "env")
     app.add_role("res", Result())
-    app.add_directive("claims-table", ClaimsTable)
+    app.add_directive("claims", Claims)
+    app.add_directive("questions", Questions)
     app.add_directive("tiers", Tiers)
     app.add_directive("published", Published)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

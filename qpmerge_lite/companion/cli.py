@@ -9,7 +9,7 @@ from dataclasses import asdict
 from functools import partial
 
 from ..errors import MergeError
-from .book import claims, expected, run
+from .book import claim_pages, claims, expected, run
 from .paths import repository
 from .plans import DATA_TIERS, PLANS
 from .records import keep
@@ -202,17 +202,18 @@ def _claims(arguments):
     def link(chapter):
         return f"[{chapter}](notebooks/{chapter}.ipynb)"
 
-    text = claims.replace_between_markers(
-        readme.read_text(encoding="utf-8"), claims.markdown_table(rows, link)
+    text = claim_pages.replace_between_markers(
+        readme.read_text(encoding="utf-8"), claim_pages.summary(rows, link)
     )
     partial = readme.with_name(".README.md.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, readme)
     say = _printer(arguments)
     for row in rows:
-        say(f"{row.claim.id}: {row.words}")
+        say(f"{row.claim.id}: {row.verdict}")
     return _done(
-        arguments, [{"id": r.claim.id, "measured": r.measured, "verdict": r.words} for r in rows]
+        arguments,
+        [{"id": r.claim.id, "measured": r.measured, "verdict": r.verdict} for r in rows],
     )
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ...diagnostic import OPTIMISM
 from . import calibration
-from .intervals import seed_interval
+from .intervals import seed_interval, spread_interval
 
 ELEMENTS = {"basis": "elements", "targets": "own"}
 ROWS = ELEMENTS | {"basis": "rows"}
@@ -124,40 +124,36 @@ def _record_level(record, part, random, name: str, factor: str, level) -> None:
 
 def _record_draws(record, name: str, random, rivals: dict[str, dict]) -> None:
     """Record the spread of a suite's random draws, and that of methods with their own defaults."""
-    from scipy.stats import chi2, spearmanr
+    from scipy.stats import spearmanr
 
     prefix, count = f"calibration.{name}", len(random)
-    sd, freedom = float(random.accuracy.std()), count - 1
-    low, high = (sd * float(freedom / chi2.ppf(q, freedom)) ** 0.5 for q in (0.975, 0.025))
-    note = "of normalised accuracy; chi-square interval"
-    record(f"{prefix}.draws.sd", sd, n=count, interval=(low, high), note=note)
+    others = [judged["accuracy"] for judged in rivals.values()]
+    note = "standard deviation of normalised accuracy; chi-square interval"
+    for id, accuracies in (("draws", random.accuracy), ("methods", others)):
+        sd, interval = spread_interval(accuracies)
+        record(f"{prefix}.{id}.sd", sd, n=len(accuracies), interval=interval, note=note)
     record(f"{prefix}.draws.output_sd", float(random.output.std()), n=count)
     correlation = spearmanr(random.output, random.accuracy)[0]
     record(f"{prefix}.draws.ranks", correlation, n=count, note="output energy and accuracy")
     soup = rivals["soup"]["accuracy"]
     _record_mean(record, f"{name}.draws.minus_soup", random.accuracy - soup, "over draws")
     record(f"{prefix}.soup.accuracy", soup)
-    others = [judged["accuracy"] for judged in rivals.values()]
-    spread = max(others) - min(others)
-    record(f"{prefix}.methods.range", spread, n=len(others), note="own defaults")
 
 
 def spreads(record, table):
-    """Range, and its standard deviation, of accuracy over the levels of every factor, means over
-    draws; recorded and as a ``pandas.DataFrame``."""
+    """Standard deviation of accuracy over the levels of every factor (means over draws; over the
+    draws themselves for the factor ``draw``), recorded and as a ``pandas.DataFrame``."""
     import pandas as pd
 
     columns: dict[str, dict] = {}
     for name in table.suite.unique():
-        ranges, deviations = {}, {}
+        columns[name] = {}
         for factor, varied in FACTORS.items():
             part = table[(table.suite == name) & table.factor.isin(("draw", *varied))]
             levels = part.accuracy
             if varied:
                 levels = part.groupby(["factor", "level"]).accuracy.mean()
-            ranges[factor] = float(levels.max() - levels.min())
-            deviations[factor] = float(levels.std())
-            id, note = f"calibration.{name}.factors.{factor}", "range of accuracy"
-            record(id, ranges[factor], n=len(levels), note=note)
-        columns[f"{name}, range"], columns[f"{name}, sd"] = ranges, deviations
+            columns[name][factor] = float(levels.std())
+            id, note = f"calibration.{name}.factors.{factor}", "standard deviation of accuracy"
+            record(id, columns[name][factor], n=len(levels), note=note)
     return pd.DataFrame(columns)

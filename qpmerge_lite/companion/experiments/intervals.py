@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 
@@ -25,6 +26,50 @@ def seed_interval(values, level: float = 0.95) -> tuple[float, Interval | None]:
     quantile = stats.t.ppf((1 + level) / 2, len(values) - 1)
     half = quantile * values.std(ddof=1) / len(values) ** 0.5
     return float(mean), Interval(float(mean - half), float(mean + half))
+
+
+def jackknife(
+    count: int, value: Callable[[list[int]], float], level: float = 0.95
+) -> tuple[float, Interval | None]:
+    """A statistic of a few units and its interval by leaving out one unit at a time, with Student's
+    t, None for one unit; of a mean it is :func:`seed_interval`'s.
+
+    Args:
+        count: units there are.
+        value: places of some units -> the statistic of these.
+    """
+    import numpy as np
+    from scipy import stats
+
+    everyone = list(range(count))
+    if count == 1:
+        return value(everyone), None
+    without = [value(everyone[:place] + everyone[place + 1 :]) for place in everyone]
+    deviations = np.asarray(without) - np.mean(without)
+    error = float(np.sqrt((count - 1) / count * np.square(deviations).sum()))
+    half = float(stats.t.ppf((1 + level) / 2, count - 1)) * error
+    whole = value(everyone)
+    return whole, Interval(whole - half, whole + half)
+
+
+def relative_spread(values) -> float:
+    """Standard deviation of values over their mean; 0 for one value, which shows no spread."""
+    import numpy as np
+
+    values = np.asarray(values, dtype=float)
+    return float(values.std(ddof=1) / values.mean()) if len(values) > 1 else 0.0
+
+
+def spread_interval(values, level: float = 0.95) -> tuple[float, Interval]:
+    """Standard deviation of at least two values and its chi-square interval."""
+    import numpy as np
+    from scipy.stats import chi2
+
+    values, freedom = np.asarray(values, dtype=float), len(values) - 1
+    deviation = float(values.std(ddof=1))
+    tails = ((1 + level) / 2, (1 - level) / 2)
+    low, high = (deviation * float(freedom / chi2.ppf(tail, freedom)) ** 0.5 for tail in tails)
+    return deviation, Interval(low, high)
 
 
 def record_mean(record, id: str, values, *, n: int | None = None, note: str = "", of=seed_interval):

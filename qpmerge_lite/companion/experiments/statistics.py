@@ -9,6 +9,14 @@ import numpy as np
 
 from .intervals import Interval
 from .merge_specs import BAD
+from .trial.correlations import bootstrap as bootstrap
+from .trial.correlations import bootstrap_interval
+from .trial.correlations import inside as inside
+from .trial.correlations import pearson as pearson
+from .trial.correlations import permutation as permutation
+from .trial.correlations import pooled as pooled
+from .trial.correlations import rank_correlation as rank_correlation
+from .trial.correlations import spearman as spearman
 
 PRIMARY = "output.disjoint"
 
@@ -42,8 +50,6 @@ AGGREGATORS: dict[str, Callable] = {
     "energy-weighted mean": _weighted_mean,
 }
 LABELS = (8, 16, 32, 64, 128, 256)  # in all, spread evenly over the tasks of a problem
-LEVEL = (0.025, 0.975)
-FEWEST = 3  # merges of a group, below which they are not correlated
 COLUMNS = (
     "suite",
     "problem",
@@ -93,114 +99,6 @@ def by_task(rows: list[dict]):
                 }
             )
     return pd.DataFrame(table)
-
-
-def spearman(x, y) -> float:
-    """Spearman's ρ, ties sharing their mean rank; 0 where one side does not vary, as it then orders
-    nothing."""
-    from scipy.stats import rankdata
-
-    return pearson(rankdata(x), rankdata(y))
-
-
-def pearson(x, y) -> float:
-    """Pearson's r; 0 where one side does not vary."""
-    x = np.asarray(x, dtype=float) - np.mean(x)
-    y = np.asarray(y, dtype=float) - np.mean(y)
-    scale = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / scale) if scale > 0 else 0.0
-
-
-def inside(table, predictor: str, measure=spearman, target: str = "accuracy"):
-    """The correlation within every problem, as a ``pandas.Series`` by problem; merges without the
-    predictor are left out, and problems with fewer than three."""
-    present = table.dropna(subset=[predictor])
-    size = present.groupby("problem")[predictor].transform("size")
-    problems = present[size >= FEWEST].groupby("problem")
-    return problems[[predictor, target]].apply(
-        lambda merges: measure(merges[predictor], merges[target])
-    )
-
-
-def _interval(draws) -> Interval:
-    """The 95 % interval of bootstrap draws (D,)."""
-    low, high = np.quantile(draws, LEVEL)
-    return Interval(float(low), float(high))
-
-
-def bootstrap(values, draws: int, seed: int) -> tuple[float, Interval]:
-    """Mean of values, one per problem (or several of a cluster averaged before), and its 95 %
-    interval over problems drawn whole."""
-    values, generator = np.asarray(values, dtype=float), np.random.default_rng(seed)
-    means = values[generator.integers(len(values), size=(draws, len(values)))].mean(1)
-    return float(values.mean()), _interval(means)
-
-
-def rank_correlation(
-    frame, energy: str, draws: int, seed: int, within: bool
-) -> tuple[float, Interval]:
-    """Spearman's ρ of captured energy and normalised accuracy with a 95 % interval, the base left
-    out, problems resampled whole (of one problem, its merges).
-
-    Args:
-        energy: a column of the frame.
-        draws: bootstrap samples.
-        within: correlate inside every problem and average, so that only methods are compared; else
-            pool all merges.
-    """
-    merges = frame[frame.method != "base"]
-    if merges.problem.nunique() > 1:
-        if within:
-            return bootstrap(inside(merges, energy), draws, seed)
-        return pooled(merges, energy, None, draws, seed)
-    pairs, generator = merges[[energy, "accuracy"]].to_numpy(), np.random.default_rng(seed)
-    resampled = []
-    for _ in range(draws):
-        chosen = pairs[generator.integers(len(pairs), size=len(pairs))]
-        resampled.append(spearman(chosen[:, 0], chosen[:, 1]))
-    return spearman(merges[energy], merges.accuracy), _interval(resampled)
-
-
-def pooled(
-    table, predictor: str, by: str | None, draws: int, seed: int, measure=spearman
-) -> tuple[float, Interval]:
-    """The correlation over all merges of a table, or averaged over the groups of a column
-    (``experts``, ``kind``), problems resampled whole."""
-    present = table.dropna(subset=[predictor])
-    energies, accuracies = present[predictor].to_numpy(), present.accuracy.to_numpy()
-    groups = np.zeros(len(present))
-    if by:
-        groups = present[by].astype("category").cat.codes.to_numpy()
-    problems = list(present.groupby("problem").indices.values())
-
-    def value(rows):
-        of_groups = []
-        for group in np.unique(groups[rows]):
-            members = rows[groups[rows] == group]
-            if len(members) >= FEWEST:
-                of_groups.append(measure(energies[members], accuracies[members]))
-        return np.mean(of_groups)
-
-    generator, resampled = np.random.default_rng(seed), []
-    for _ in range(draws):
-        chosen = generator.integers(len(problems), size=len(problems))
-        resampled.append(value(np.concatenate([problems[i] for i in chosen])))
-    return float(value(np.arange(len(present)))), _interval(resampled)
-
-
-def permutation(table, predictor: str, draws: int, seed: int) -> float:
-    """p value of the mean within-problem Spearman's ρ being as large by chance: accuracies permuted
-    within problems."""
-    generator = np.random.default_rng(seed)
-    problems = [
-        merges[[predictor, "accuracy"]].to_numpy() for _, merges in table.groupby("problem")
-    ]
-    actual = np.mean([spearman(pairs[:, 0], pairs[:, 1]) for pairs in problems])
-    as_large = 0
-    for _ in range(draws):
-        shuffled = [spearman(pairs[:, 0], generator.permutation(pairs[:, 1])) for pairs in problems]
-        as_large += int(np.mean(shuffled) >= actual)
-    return (1 + as_large) / (1 + draws)
 
 
 def _ranks(table, columns) -> np.ndarray:
@@ -260,9 +158,9 @@ def increment(table, predictor: str, draws: int, seed: int) -> dict[str, tuple[f
     trivial, both = shares(np.arange(count))
     trivial_draws, both_draws = np.array(resampled).T
     return {
-        "trivial": (float(trivial), _interval(trivial_draws)),
-        "with": (float(both), _interval(both_draws)),
-        "increment": (float(both - trivial), _interval(both_draws - trivial_draws)),
+        "trivial": (float(trivial), bootstrap_interval(trivial_draws)),
+        "with": (float(both), bootstrap_interval(both_draws)),
+        "increment": (float(both - trivial), bootstrap_interval(both_draws - trivial_draws)),
     }
 
 
@@ -279,6 +177,20 @@ def aggregated(rows: list[dict]):
 def _aggregated(layers: dict[str, dict], form: str, aggregate: Callable) -> float:
     residual = [layers["energy"].get(name, 0.0) for name in layers[form]]
     return aggregate(list(layers[form].values()), residual)
+
+
+def captured_by_bases(rows: list[dict]):
+    """:func:`frame` of ``basis_capture.of_population`` with a column ``rho, <aggregator>`` for
+    every way of making one number of what a merge's basis captures layer by layer."""
+    table = frame(rows)
+    for name, aggregate in AGGREGATORS.items():
+        table[f"rho, {name}"] = [_of_basis(row["bases"], aggregate) for row in rows]
+    return table
+
+
+def _of_basis(layers: dict[str, dict], aggregate: Callable) -> float:
+    captured = [layer["rho"] for layer in layers.values()]
+    return float(aggregate(captured, [layer["energy"] for layer in layers.values()]))
 
 
 def halves(table, seed: int):
@@ -350,17 +262,14 @@ def _fixed(table, problem: str, places, loss) -> float:
     return float(loss[labels == merit.idxmax()].mean())
 
 
-def worth(losses, rule: str = PRIMARY) -> int:
-    """The smallest labelled validation set of ``LABELS`` that loses no more on average than a rule.
-
-    Two values stand for what is no set: 0 when the smallest of them already loses no more, and
-    twice the largest when none does.
-    """
-    smallest, beyond = LABELS[0], 2 * LABELS[-1]
+def worth(losses, rule: str = PRIMARY) -> str:
+    """The smallest labelled validation set of ``LABELS`` that loses no more on average than a rule,
+    in words where it lies outside of those."""
     most = losses[rule].mean()
     enough = [count for count in LABELS if losses[f"{count} labels"].mean() <= most]
-    needed = min(enough, default=beyond)
-    return 0 if needed == smallest else needed
+    if not enough:
+        return f"more than {LABELS[-1]}"
+    return f"{LABELS[0]} or fewer" if enough[0] == LABELS[0] else str(enough[0])
 
 
 def misjudged(table, **predictors: str):

@@ -4,7 +4,7 @@ was repeated, and paired differences."""
 from __future__ import annotations
 
 from .baselines import BASELINES, ENTRIES, FAMILIES, HEURISTICS
-from .intervals import seed_interval
+from .intervals import relative_spread, seed_interval
 
 CEILINGS = ("experts", "multitask")  # no merges: what merges are compared to
 
@@ -123,7 +123,9 @@ def summarise(records, name: str, results: list[dict]):
         mean, interval = mean_and_interval
         records.record(f"{name}.{id}", mean, n=len(means), interval=interval, note=f"over {unit}s")
 
-    record("experts.raw", seed_interval(rows[rows.method == "experts"].accuracy))
+    raw = rows[rows.method == "experts"].accuracy
+    record("experts.raw", seed_interval(raw))
+    _record_margin(records, name, raw, unit)
     for method, mean_and_interval in intervals.items():
         record(f"{method}.accuracy", mean_and_interval)
     for method, places in ranks(results).items():
@@ -135,6 +137,14 @@ def summarise(records, name: str, results: list[dict]):
         if {first, second} <= set(means):
             record(id, seed_interval(means[first] - means[second]))
     return labels, means, intervals
+
+
+def _record_margin(records, name: str, raw, unit: str) -> None:
+    """Record the margin within which two merges count as equally accurate: how much the experts'
+    own accuracy differs from seed to seed. No merge has a part in it."""
+    margin = relative_spread(raw) if unit == "seed" else 0.0
+    note = "standard deviation of the experts' accuracy over seeds, over its mean; 0 for one seed"
+    records.record(f"{name}.margin", margin, n=len(raw), note=note)
 
 
 def _picks(validation) -> dict[str, str]:
