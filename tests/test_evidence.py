@@ -50,7 +50,7 @@ def test_rows_of_all_seeds_are_found_and_the_live_one_is_compared(folder):
     ]
     found = evidence.gather(measured, "toy", [1], words=["a"])
     assert found.is_covered and found.seeds == [0, 1, 2] and not found.is_stale
-    assert [row["accuracy"]["mean"] for row in found.rows] == [0.123457] * 3
+    assert [row["accuracy"]["mean"] for row in found.rows] == [0.12346] * 3
     assert "seconds" not in found.rows[0] and found.live[0]["seed"] == 1
     assert (found.compared, found.largest) == (3, 0.0)  # the seed and two accuracies
 

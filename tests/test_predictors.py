@@ -79,9 +79,9 @@ def test_a_gradient_is_that_of_the_experts_own_predictions(small):
 
 def test_pairs_are_measured_once(small, monkeypatch):
     monkeypatch.setattr(predictors, "load", lambda *args, **options: small)
-    first = predictors.pairs("toy", "smoke", 1)
+    first = predictors.pairs("toy", 0)
     monkeypatch.setattr(predictors, "measured_pairs", lambda suite: pytest.fail("made again"))
-    assert predictors.pairs("toy", "smoke", 1) == first and list(first) == [0]
+    assert predictors.pairs("toy", 0) == first and {row["seed"] for row in first} == {0}
     table = predictors.frame_of_two(first)
     assert table.tasks.tolist() == [("a", "b"), ("a", "c"), ("b", "c")]
     assert set(predictors.PAIRS) < set(table.columns) and table.problem.is_unique
@@ -199,10 +199,10 @@ def test_correlations_of_resampled_problems_are_those_of_the_merges_themselves()
 
 
 def test_a_frame_holds_the_mean_over_pairs():
-    metrics = {}
+    of_pairs = []
     for place, pair in enumerate(("a+b", "a+c", "b+c")):
-        metrics[pair] = dict.fromkeys(predictors.PAIRS, float(place))
-    of_pairs = {3: {"metrics": metrics}}
+        metrics = dict.fromkeys(predictors.PAIRS, float(place))
+        of_pairs.append({"seed": 3, "pair": pair, "metrics": metrics})
     plain = dict.fromkeys(statistics.COLUMNS, 0) | {"seed": 3, "options": {}, "trivial": {}}
     row = plain | {"energies": {statistics.PRIMARY: 0.5}}
     rows = [row | {"tasks": dict.fromkeys("abc")}, row | {"tasks": dict.fromkeys("bc")}]
@@ -211,13 +211,13 @@ def test_a_frame_holds_the_mean_over_pairs():
 
 
 def test_soups_that_hang_on_their_gradients_are_predicted_by_them():
-    draw, soups, metrics = np.random.default_rng(0), {}, {}
+    draw, of_pairs = np.random.default_rng(0), []
     for pair in combinations([f"task {place}" for place in range(8)], 2):
-        name = "+".join(pair)
-        metrics[name] = {metric: draw.normal() for metric in predictors.PAIRS}
-        quality = -metrics[name]["gradients.distance"] + 0.1 * draw.normal()
-        soups[name] = {"accuracy": quality, statistics.PRIMARY: draw.normal()}
-    table = predictors.frame_of_two({0: {"metrics": metrics, "soups": soups}})
+        metrics = {metric: draw.normal() for metric in predictors.PAIRS}
+        quality = -metrics["gradients.distance"] + 0.1 * draw.normal()
+        soup = {"accuracy": quality, statistics.PRIMARY: draw.normal()}
+        of_pairs.append({"seed": 0, "pair": "+".join(pair), "metrics": metrics, "soup": soup})
+    table = predictors.frame_of_two(of_pairs)
     found = predictors.soups_left_out(table, draws=100, seed=0)
     assert found["gradients"]["soups"][1].low > 0.9 and found["pairs"]["soups"][0] > 0.5
     assert abs(found["output"]["soups"][0]) < 0.5

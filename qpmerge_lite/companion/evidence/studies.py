@@ -6,7 +6,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from ..experiments import ablations, benchmark, single_layer, special_cases
+from ..experiments import (
+    ablations,
+    benchmark,
+    calibration,
+    population,
+    predictors,
+    single_layer,
+    special_cases,
+)
 from ..plans import plan
 from . import units as files
 
@@ -29,13 +37,21 @@ class Study:
     suites: tuple[str, ...] = ("vision", "language")
 
 
+GAPS = {"sizes": [8, 32, 128], "draws": 2, "ridge": 0.01, "tasks": 4}
 SIZE = {"size": plan(TIER).calibration}
 STUDIES = (
     Study(benchmark.comparison, SIZE | {"entries": None}),
     Study(single_layer.each_layer, {"size": 128}),
     Study(ablations.choices, SIZE),
     Study(ablations.scopes, SIZE, suites=("language",)),
+    Study(ablations.fresh_heads, SIZE),
     Study(special_cases.paths, SIZE),
+    Study(population.population),
+    Study(predictors.pairs),
+    Study(calibration.optimism_gaps, GAPS),
+    Study(calibration.sensitivity, {"draws": 10, "few": 2, "tasks": 4}),
+    Study(calibration.other_methods, {"tasks": 4}),
+    Study(calibration.sketches, {"ranks": [8, 32, 512], "ridge": 0.01, "tasks": 4}),
 )
 
 

@@ -17,7 +17,7 @@ from ..records import provenance
 from ..suites import REGISTRY
 
 SCHEMA = 1
-DIGITS = 6  # significant ones of what is stored
+DIGITS = 5  # significant ones of what is stored
 SUITES = "qpmerge_lite.companion.suites"
 # What no other run can repeat, or what only the build that made it shows.
 PASSING = ("seconds", "tables")

@@ -21,6 +21,7 @@ from .merge_specs import BAD as BAD
 from .merge_specs import CALLS, Spec, drawn, examples, kind_of, subsets
 from .merge_specs import HEURISTIC as HEURISTIC
 from .merge_specs import PROGRAMME as PROGRAMME
+from .trial.basis_capture import of_basis
 
 ENERGIES = ("in_sample", "disjoint")
 
@@ -168,16 +169,19 @@ def _of_task(judge: Judge, state, task: str, disjoint: dict[str, float]) -> dict
     }
 
 
-def population(name: str, tier: str, seeds: int, device="cpu", first_seed=0) -> list[dict]:
-    """All merges of a suite that the tier's plan draws, cached one by one: rows as of
-    :func:`measured`, with their ``suite`` and ``problem``."""
+def population(name: str, seed: int, tier="smoke", device="cpu") -> list[dict]:
+    """An experiment as of ``evidence``: all merges of a suite and seed that the tier's plan draws,
+    cached one by one; rows as of :func:`measured`, with their ``suite`` and ``problem``, and of the
+    programme's merges the ``bases`` as of ``basis_capture.of_basis``."""
     planned, rows = plan(tier), []
-    for seed in range(first_seed, first_seed + seeds):
-        suite = load(name, tier, seed, device, progress=False)
-        for tasks in subsets(suite.tasks, planned.subsets, seed):
-            place = {"suite": name, "problem": f"{name} {seed} {'+'.join(tasks)}"}
-            for spec in drawn(tasks, seed, planned.merges, planned.largest):
-                rows.append(_cached(suite, tasks, spec, planned.tested) | place)
+    suite = load(name, tier, seed, device, progress=False)
+    for tasks in subsets(suite.tasks, planned.subsets, seed):
+        place = {"suite": name, "problem": f"{name} {seed} {'+'.join(tasks)}"}
+        for spec in drawn(tasks, seed, planned.merges, planned.largest):
+            row = _cached(suite, tasks, spec, planned.tested) | place
+            if spec.kind == PROGRAMME:
+                row["bases"] = of_basis(suite, tasks, spec.options["basis"], spec.size)
+            rows.append(row)
     return rows
 
 

@@ -184,43 +184,56 @@ def measured_soups(suite: Suite) -> dict[str, dict[str, float]]:
     return found
 
 
-def pairs(name: str, tier: str, seeds: int, device="cpu", first_seed=0) -> dict[int, dict]:
-    """Seed -> ``metrics``, see :func:`measured_pairs`, and ``soups``, see :func:`measured_soups`,
-    of a suite, cached."""
-    found = {}
-    for seed in range(first_seed, first_seed + seeds):
-        suite = load(name, tier, seed, device, progress=False)
+def pairs(name: str, seed: int, tier="smoke", device="cpu") -> list[dict]:
+    """An experiment as of ``evidence``: a row per pair of tasks, with the ``metrics`` of its experts
+    as of :func:`measured_pairs` and their ``soup`` as of :func:`measured_soups`; cached."""
+    suite = load(name, tier, seed, device, progress=False)
 
-        def make(suite=suite):
-            return {"metrics": measured_pairs(suite), "soups": measured_soups(suite)}
+    def make():
+        return {"metrics": measured_pairs(suite), "soups": measured_soups(suite)}
 
-        found[seed] = kept(suite, "pairs", [judging.AUDITED, TOP, TESTED], make)
-    return found
+    found = kept(suite, "pairs", [judging.AUDITED, TOP, TESTED], make)
+    return [
+        {
+            "suite": name,
+            "seed": seed,
+            "pair": pair,
+            "metrics": metrics,
+            "soup": found["soups"][pair],
+        }
+        for pair, metrics in found["metrics"].items()
+    ]
 
 
-def _over_pairs(metrics: dict[str, dict], tasks: tuple[str, ...], name: str) -> float:
-    """Mean of a metric over all pairs of some tasks."""
-    return np.mean([metrics["+".join(pair)][name] for pair in combinations(tasks, 2)])
+def _over_pairs(metrics: dict[tuple, dict], row: dict, name: str) -> float:
+    """Mean of a metric, by seed and pair, over all pairs of the tasks of a merge."""
+    pairs_of_tasks = combinations(row["tasks"], 2)
+    return np.mean([metrics[row["seed"], "+".join(pair)][name] for pair in pairs_of_tasks])
 
 
-def frame(rows: list[dict], of_pairs: dict[int, dict]):
+def frame(rows: list[dict], of_pairs: list[dict]):
     """``statistics.frame`` of one suite's merges with more columns: ``tasks`` of the problem, and
-    every metric of ``PAIRS`` as a mean over its pairs."""
-    problems = [(of_pairs[row["seed"]]["metrics"], tuple(row["tasks"])) for row in rows]
-    columns = {name: [_over_pairs(*problem, name) for problem in problems] for name in PAIRS}
-    return statistics.frame(rows).assign(tasks=[tasks for _, tasks in problems], **columns)
+    every metric of ``PAIRS`` as a mean over its pairs.
+
+    Args:
+        of_pairs: rows of :func:`pairs`, of the same seeds.
+    """
+    metrics = {(found["seed"], found["pair"]): found["metrics"] for found in of_pairs}
+    columns = {name: [_over_pairs(metrics, row, name) for row in rows] for name in PAIRS}
+    return statistics.frame(rows).assign(tasks=[tuple(row["tasks"]) for row in rows], **columns)
 
 
-def frame_of_two(of_pairs: dict[int, dict]):
-    """Soups of two experts as a ``pandas.DataFrame`` with a row per seed and pair, which is a
-    problem by itself: the columns that :func:`left_out` needs, energy and metrics."""
+def frame_of_two(of_pairs: list[dict]):
+    """Soups of two experts, from rows of :func:`pairs`, as a ``pandas.DataFrame`` with a row per
+    seed and pair, which is a problem by itself: the columns that :func:`left_out` needs, energy and
+    metrics."""
     import pandas as pd
 
     rows = []
-    for seed, found in of_pairs.items():
-        for pair, metrics in found["metrics"].items():
-            place = {"problem": f"{seed} {pair}", "tasks": tuple(pair.split("+"))}
-            rows.append(place | found["soups"][pair] | metrics)
+    for found in of_pairs:
+        pair = found["pair"]
+        place = {"problem": f"{found['seed']} {pair}", "tasks": tuple(pair.split("+"))}
+        rows.append(place | found["soup"] | found["metrics"])
     return pd.DataFrame(rows)
 
 

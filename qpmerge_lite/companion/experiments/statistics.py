@@ -180,11 +180,12 @@ def _aggregated(layers: dict[str, dict], form: str, aggregate: Callable) -> floa
 
 
 def captured_by_bases(rows: list[dict]):
-    """:func:`frame` of ``basis_capture.of_population`` with a column ``rho, <aggregator>`` for
+    """:func:`frame` of the rows that have ``bases``, the programme's, with a column ``rho, <aggregator>`` for
     every way of making one number of what a merge's basis captures layer by layer."""
-    table = frame(rows)
+    solved = [row for row in rows if "bases" in row]
+    table = frame(solved)
     for name, aggregate in AGGREGATORS.items():
-        table[f"rho, {name}"] = [_of_basis(row["bases"], aggregate) for row in rows]
+        table[f"rho, {name}"] = [_of_basis(row["bases"], aggregate) for row in solved]
     return table
 
 

@@ -10,9 +10,8 @@ from ....bases import build
 from ....diagnostic import captured_energy
 from ....moments import Moments
 from ....programme import programme
-from ...suites import Suite, load
-from ..benchmark import kept
-from ..merge_specs import PROGRAMME
+from ...suites import Suite
+from ..cache import kept
 
 
 def of_layer(moments: Moments, updates: Tensor, tasks: list[str], family: str) -> dict[str, float]:
@@ -54,18 +53,3 @@ def of_basis(suite: Suite, tasks: list[str], family: str, size: int) -> dict[str
         return found
 
     return kept(suite, "basis-capture", [tasks, family, size], make)
-
-
-def of_population(rows: list[dict], tier: str, device="cpu") -> list[dict]:
-    """The programme's merges among the rows of ``population.population``, each with the ``bases``
-    of its layers, as of :func:`of_basis` on its own calibration examples."""
-    suites, found = {}, []
-    for row in rows:
-        if row["kind"] == PROGRAMME:
-            place = (row["suite"], row["seed"])
-            if place not in suites:
-                suites[place] = load(row["suite"], tier, row["seed"], device, progress=False)
-            family = row["options"]["basis"]
-            capture = of_basis(suites[place], list(row["tasks"]), family, row["size"])
-            found.append(row | {"bases": capture})
-    return found
