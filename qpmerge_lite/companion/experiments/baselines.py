@@ -179,8 +179,9 @@ def wudi_grid(experts: int, seed: int) -> list[dict]:
 
 
 def adamerging_grid(experts: int, seed: int) -> list[dict]:
-    """Scales that AdaMerging starts from, and its rates."""
-    pairs = ((0.05, 1e-2), (0.1, 5e-4), (0.1, 2e-3), (0.1, 1e-2), (0.3, 2e-2))
+    """Scales that AdaMerging starts from, and its rates: the smaller, the nearer it stays to task
+    arithmetic."""
+    pairs = ((0.1, 5e-4), (0.1, 1e-4), (0.1, 2e-3), (0.1, 1e-2), (0.05, 1e-2), (0.3, 2e-2))
     return [{"scale": scale, "rate": rate, "seed": seed} for scale, rate in pairs]
 
 
