@@ -254,6 +254,7 @@ def tune(
     base,
     experts,
     calibration=None,
+    *,
     note: Callable[[Merge], None] | None = None,
     first: Callable[[dict], float] | None = None,
 ) -> tuple[Merge, dict, list[float | None]]:

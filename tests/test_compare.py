@@ -8,7 +8,7 @@ import pytest
 import torch
 from toys import TASKS
 
-from qpmerge_lite import datafree
+from qpmerge_lite import datafree, methods
 from qpmerge_lite.companion import suites
 from qpmerge_lite.companion.experiments import benchmark, cache, intervals, summary
 from qpmerge_lite.companion.experiments.baselines import WHOLE
@@ -64,6 +64,28 @@ def test_choices_look_at_validation_and_test_is_scored_for_the_chosen_merge_only
 def test_small_grids_are_judged_on_all_validation_data(suite):
     found = benchmark.result(suite, "regmean", 8)
     assert None not in found["scores"] and len(found["scores"]) == WHOLE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vision", "language"])
+def test_two_rounds_choose_as_one_does(name):
+    """What is lost on the whole validation split is below its standard error, in every large
+    grid."""
+    embedded = suites.load(name, progress=False)
+
+    def score(merge):
+        return embedded.normalised(merge.state_dict, "validation")["mean"]
+
+    examples = sum(len(embedded.tensors(task, "validation")[1]) for task in embedded.tasks)
+    for entry in benchmark.ENTRIES.values():
+        grid, calibration = entry.grid(len(embedded.tasks), 0), embedded.calibration(64)
+        if len(grid) > WHOLE:
+            merges = methods.many(
+                entry.bound(embedded), grid, embedded.base, embedded.experts, calibration
+            )
+            best = max(score(merge) for merge in merges)
+            merge, _, _ = entry.tuned(embedded, calibration)
+            assert best - score(merge) < (best * (1 - best) / examples) ** 0.5
 
 
 def test_a_part_of_the_validation_split_is_drawn_from_it_and_the_same_for_every_seed(suite):

@@ -254,7 +254,7 @@ def test_a_grid_in_one_pass_is_its_merges_one_by_one(method, grid):
         base,
         experts,
         calibration,
-        noted.append,
+        note=noted.append,
     )
     assert options == grid[scores.index(max(scores))] and len(noted) == len(grid)
     assert torch.equal(

@@ -97,8 +97,8 @@ class Entry:
             suite.base,
             suite.experts,
             calibration,
-            None if tables is None else note,
-            score_on_part if len(grid) > WHOLE else None,
+            note=None if tables is None else note,
+            first=score_on_part if len(grid) > WHOLE else None,
         )
 
 

@@ -20,7 +20,7 @@ from . import prefixes, training
 IN_CACHE = 128
 # A split of every suite: one in so many examples of the validation split, drawn at random, the same
 # for every seed.
-PART, SHARE = "part of validation", 8
+PART, SHARE = "part of validation", 4
 
 
 @dataclass
