@@ -22,6 +22,7 @@ from ..suites import Suite, load, training
 from . import judging, statistics
 from .cache import kept
 from .intervals import Interval
+from .trial.correlations import bootstrap_interval
 
 TOP = 10  # singular directions whose spans are compared
 TESTED = 256  # most test examples of a task that soups of two experts are judged on
@@ -311,8 +312,7 @@ def _order(folds) -> np.ndarray:
 
 def _estimate(draws: np.ndarray) -> tuple[float, Interval]:
     """The first of some values (1 + D,) with the 95 % interval of the others."""
-    low, high = np.quantile(draws[1:], statistics.LEVEL)
-    return float(draws[0]), Interval(float(low), float(high))
+    return float(draws[0]), bootstrap_interval(draws[1:])
 
 
 def _resampled(table, draws: int, seed: int) -> np.ndarray:
