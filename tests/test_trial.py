@@ -337,6 +337,8 @@ def test_regrets():
         statistics.worth(losses.assign(**{statistics.PRIMARY: 1.0})) == "8 or fewer"
         and statistics.worth(losses.assign(**{statistics.PRIMARY: -1.0})) == "more than 256"
         and statistics.worth(losses, "32 labels") == "32"
+        and statistics.outdone(losses.assign(**{statistics.PRIMARY: 1.0})) == 0
+        and statistics.outdone(losses, "32 labels") == 2
     )
 
 

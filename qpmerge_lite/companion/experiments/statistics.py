@@ -272,6 +272,12 @@ def worth(losses, rule: str = PRIMARY) -> str:
     return f"{LABELS[0]} or fewer" if enough[0] == LABELS[0] else str(enough[0])
 
 
+def outdone(losses, rule: str = PRIMARY) -> int:
+    """How many of the labelled validation sets of ``LABELS`` lose more on average than a rule."""
+    most = losses[rule].mean()
+    return sum(bool(losses[f"{count} labels"].mean() > most) for count in LABELS)
+
+
 def misjudged(table, **predictors: str):
     """The table with a column for every named predictor: how many of its problem's merges a merge
     overtakes if ordered by it and not by accuracy, as a share."""
