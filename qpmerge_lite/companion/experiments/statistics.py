@@ -12,6 +12,7 @@ from .merge_specs import BAD
 from .trial.correlations import bootstrap as bootstrap
 from .trial.correlations import bootstrap_interval
 from .trial.correlations import inside as inside
+from .trial.correlations import mean_correlation as mean_correlation
 from .trial.correlations import pearson as pearson
 from .trial.correlations import permutation as permutation
 from .trial.correlations import pooled as pooled
