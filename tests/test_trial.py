@@ -279,6 +279,7 @@ def test_three_problems_are_left_out_one_at_a_time():
     half = stats.t.ppf(0.975, 2) * np.sqrt(2 / 3 * np.square(without - np.mean(without)).sum())
     assert interval == pytest.approx((max(whole - half, -1), min(whole + half, 1)))
     assert statistics.bootstrap([0.5], 10, 0) == (0.5, None)
+    assert statistics.mean_correlation([0.9, -0.9, 0.1], 10, 0)[1] == (-1, 1)
 
 
 def test_chance_is_told_from_order():
@@ -337,6 +338,8 @@ def test_regrets():
         statistics.worth(losses.assign(**{statistics.PRIMARY: 1.0})) == "8 or fewer"
         and statistics.worth(losses.assign(**{statistics.PRIMARY: -1.0})) == "more than 256"
         and statistics.worth(losses, "32 labels") == "32"
+        and statistics.outdone(losses.assign(**{statistics.PRIMARY: 1.0})) == 0
+        and statistics.outdone(losses, "32 labels") == 2
     )
 
 

@@ -12,6 +12,7 @@ from .merge_specs import BAD
 from .trial.correlations import bootstrap as bootstrap
 from .trial.correlations import bootstrap_interval
 from .trial.correlations import inside as inside
+from .trial.correlations import mean_correlation as mean_correlation
 from .trial.correlations import pearson as pearson
 from .trial.correlations import permutation as permutation
 from .trial.correlations import pooled as pooled
@@ -271,6 +272,12 @@ def worth(losses, rule: str = PRIMARY) -> str:
     if not enough:
         return f"more than {LABELS[-1]}"
     return f"{LABELS[0]} or fewer" if enough[0] == LABELS[0] else str(enough[0])
+
+
+def outdone(losses, rule: str = PRIMARY) -> int:
+    """How many of the labelled validation sets of ``LABELS`` lose more on average than a rule."""
+    most = losses[rule].mean()
+    return sum(bool(losses[f"{count} labels"].mean() > most) for count in LABELS)
 
 
 def misjudged(table, **predictors: str):

@@ -60,6 +60,12 @@ def bootstrap(values, draws: int, seed: int) -> tuple[float, Interval | None]:
     return float(values.mean()), bootstrap_interval(means)
 
 
+def mean_correlation(values, draws: int, seed: int) -> tuple[float, Interval | None]:
+    """:func:`bootstrap` of correlations, one per problem; the interval ends at minus one and one."""
+    mean, interval = bootstrap(values, draws, seed)
+    return mean, _between_minus_one_and_one(interval)
+
+
 def _between_minus_one_and_one(interval: Interval | None) -> Interval | None:
     """The part of an interval in which a correlation can lie."""
     return interval and Interval(max(interval.low, -1.0), min(interval.high, 1.0))
@@ -103,8 +109,7 @@ def rank_correlation(
     merges = frame[frame.method != "base"]
     if merges.problem.nunique() > 1:
         if within:
-            value, interval = bootstrap(inside(merges, energy), draws, seed)
-            return value, _between_minus_one_and_one(interval)
+            return mean_correlation(inside(merges, energy), draws, seed)
         return pooled(merges, energy, None, draws, seed)
     pairs, generator = merges[[energy, "accuracy"]].to_numpy(), np.random.default_rng(seed)
     resampled = []
