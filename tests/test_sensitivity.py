@@ -1,6 +1,7 @@
 """Calibration sets that are chosen, foreign or scrambled, and the studies made of them, on toy
 suites."""
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -73,12 +74,14 @@ def test_a_study_is_recorded(small, tmp_path):
         {"factor": "experts", **row}
         for row in calibration.study(small, "experts", [2], 1, merge | {"ridge": 0.2})
     ]
-    table = pd.DataFrame(rows).assign(suite="toy")
+    table = pd.DataFrame(rows).assign(suite="toy", seed=0)
     record = Records("00_toy", "smoke", tmp_path).record
-    report.record_merges(
-        record, table, {"toy": {"soup": {"accuracy": 0.5}, "other": {"accuracy": 0.75}}}
+    others = pd.DataFrame(
+        [("toy", 0, "soup", 0.5), ("toy", 0, "other", 0.75)],
+        columns=["suite", "seed", "label", "accuracy"],
     )
-    assert len(report.spreads(record, table)) == 6
+    report.record_merges(record, table, others)
+    assert list(report.spreads(record, table).index) == ["draw", "size", "experts"]
     found = load_records("smoke", tmp_path)
     paired = (
         table[table.factor == "sizes"].query("level == 4").accuracy.to_numpy()
@@ -88,7 +91,36 @@ def test_a_study_is_recorded(small, tmp_path):
     assert found["calibration.toy.draws.sd"].value == pytest.approx(
         table[table.factor == "draw"].accuracy.std()
     )
-    assert found["calibration.toy.methods.range"].value == 0.25
+    assert found["calibration.toy.methods.sd"].value == pytest.approx(0.25 / 2**0.5)
+
+
+def test_several_seeds_are_the_units_of_intervals(tmp_path):
+    """Draws of one seed share its experts: they are averaged first, and spreads are those inside
+    seeds."""
+    draw, rows = np.random.default_rng(0), []
+    for seed in range(4):
+        for place in range(5):
+            for factor, level, shift in (("draw", 16, 0.0), ("sizes", 4, -0.1)):
+                accuracy = 0.5 + 10 * seed + shift + 0.01 * draw.normal()
+                one = {"suite": "toy", "seed": seed, "factor": factor, "level": level}
+                rows.append(one | {"draw": place, "accuracy": accuracy, "output": accuracy})
+    table = pd.DataFrame(rows)
+    others = [
+        {"suite": "toy", "seed": seed, "label": label, "accuracy": 10 * seed + accuracy}
+        for seed in range(4)
+        for label, accuracy in (("soup", 0.4), ("other", 0.5))
+    ]
+    record = Records("00_toy", "smoke", tmp_path).record
+    report.record_merges(record, table, pd.DataFrame(others))
+    found = load_records("smoke", tmp_path)
+    shorter = found["calibration.toy.size.4.minus_random"]
+    assert shorter.n == 4 and shorter.value == pytest.approx(-0.1, abs=0.02)
+    assert shorter.interval[0] < -0.1 < shorter.interval[1] and "seeds" in shorter.note
+    assert 0.005 < found["calibration.toy.draws.sd"].value < 0.02
+    assert found["calibration.toy.methods.sd"].value == pytest.approx(0.1 / 2**0.5)
+    assert found["calibration.toy.draws.minus_soup"].value == pytest.approx(0.1, abs=0.02)
+    assert found["calibration.toy.draws.ranks"].value == pytest.approx(1.0)
+    assert report.spreads(record, table).loc["size", "toy"] == pytest.approx(0.1 / 2**0.5, abs=0.02)
 
 
 def test_gaps_are_recorded(small, tmp_path):

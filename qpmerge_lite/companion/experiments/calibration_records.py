@@ -3,14 +3,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from ...diagnostic import OPTIMISM
-from . import calibration
-from .intervals import seed_interval, spread_interval
+from .intervals import pooled_spread, seed_interval
 
-ELEMENTS = {"basis": "elements", "targets": "own"}
-ROWS = ELEMENTS | {"basis": "rows"}
 # factor -> what varies beside the draws, as ``factor`` of the table of merges
 FACTORS = {
     "draw": (),
@@ -22,43 +17,20 @@ FACTORS = {
 }
 
 
-class Study(NamedTuple):
-    """A study of one factor: its name in tables, and the arguments of ``calibration.study``."""
-
-    name: str
-    factor: str
-    levels: list
-    draws: int
-    merge: dict
-
-
-def merges(suites: dict, draws: int, few: int, tasks: int):
-    """All merges of the studies as a ``pandas.DataFrame``: suite, factor, level, draw, accuracy,
-    output; ``draw`` is the factor of random draws."""
-    import pandas as pd
-
-    size = calibration.SIZE
-    rules = [rule for rule in calibration.RULES if rule != "random"]
-    studies = (
-        Study("draw", "size", [size], draws, ELEMENTS),
-        Study("sizes", "size", [4, 64, 256], 2, ELEMENTS),
-        Study("selection", "selection", rules, few, ELEMENTS),
-        Study("domain", "domain", ["another", "mixed", "scrambled"], few, ELEMENTS),
-        Study("experts", "experts", [2, 8], 1, ELEMENTS),
-        Study("rows", "size", [size], few, ROWS),
-    )
-    rows = []
-    for name, suite in suites.items():
-        for study in studies:
-            place = {"suite": name, "factor": study.name}
-            for row in calibration.study(suite, *study[1:], tasks):
-                rows.append(place | row)
-    return pd.DataFrame(rows)
-
-
 def plain(table, name: str):
-    """The random draws of a suite, by draw."""
-    return table[(table.suite == name) & (table.factor == "draw")].set_index("draw")
+    """The random draws of a suite, by seed of the experts and draw."""
+    return _by_draw(table[(table.suite == name) & (table.factor == "draw")])
+
+
+def _by_draw(rows):
+    return rows.set_index(["seed", "draw"]).sort_index()
+
+
+def _independent(values):
+    """Of values by seed and draw, the means of seeds, whose draws share their experts; the draws
+    where there is one seed."""
+    by_seed = values.groupby(level="seed").mean()
+    return by_seed if len(by_seed) > 1 else values
 
 
 def record_gaps(record, gaps):
@@ -85,7 +57,8 @@ def record_gaps(record, gaps):
 
 def _record_ratios(record, prefix: str, gaps) -> None:
     """Record the ratio of predicted to measured optimism for every way of predicting it."""
-    sums = gaps.groupby(["seed", "draw"])[["measured", *OPTIMISM]].sum()
+    unit = "seed" if gaps.seed.nunique() > 1 else "draw"
+    sums = gaps.groupby(unit)[["measured", *OPTIMISM]].sum()
     for by in OPTIMISM:
         mean, interval = seed_interval(sums[by] / sums.measured)
         record(
@@ -93,22 +66,31 @@ def _record_ratios(record, prefix: str, gaps) -> None:
             mean,
             n=len(sums),
             interval=interval,
-            note="predicted over measured, over draws and seeds",
+            note=f"predicted over measured, over {unit}s",
         )
 
 
-def record_merges(record, table, rivals: dict) -> None:
+def record_merges(record, table, others) -> None:
     """Record every level's accuracy and output energy, their paired differences from random draws,
-    and the spread of these and of methods."""
+    and the spread of these and of other methods.
+
+    Args:
+        table: ``pandas.DataFrame`` of rows of ``calibration.sensitivity``.
+        others: of rows of ``calibration.other_methods``.
+    """
     for (name, factor, level), part in table.groupby(["suite", "factor", "level"]):
-        _record_level(record, part.set_index("draw"), plain(table, name), name, factor, level)
+        _record_level(record, _by_draw(part), plain(table, name), name, factor, level)
     for name in table.suite.unique():
-        _record_draws(record, name, plain(table, name), rivals[name])
+        _record_draws(record, name, plain(table, name), others[others.suite == name])
 
 
-def _record_mean(record, id: str, values, note: str) -> None:
-    mean, interval = seed_interval(values)
-    record(f"calibration.{id}", mean, n=len(values), interval=interval, note=note)
+def _record_mean(record, id: str, values) -> None:
+    """Record the mean of values by seed and draw."""
+    independent = _independent(values)
+    mean, interval = seed_interval(independent)
+    unit = "draws" if len(independent) == len(values) else "seeds, draws averaged"
+    note = f"over {unit}"
+    record(f"calibration.{id}", mean, n=len(independent), interval=interval, note=note)
 
 
 def _record_level(record, part, random, name: str, factor: str, level) -> None:
@@ -116,44 +98,49 @@ def _record_level(record, part, random, name: str, factor: str, level) -> None:
     words = {"draw": "size", "sizes": "size", "rows": "rows.size"}
     id = f"{name}.{words.get(factor, factor)}.{level}"
     for column, difference in (("accuracy", "minus_random"), ("output", "minus_random.output")):
-        _record_mean(record, f"{id}.{column}", part[column], "over draws")
+        _record_mean(record, f"{id}.{column}", part[column])
         if factor not in ("draw", "experts"):
             paired = (part[column] - random[column]).dropna()
-            _record_mean(record, f"{id}.{difference}", paired, "paired over draws")
+            _record_mean(record, f"{id}.{difference}", paired)
 
 
-def _record_draws(record, name: str, random, rivals: dict[str, dict]) -> None:
-    """Record the spread of a suite's random draws, and that of methods with their own defaults."""
+def _record_draws(record, name: str, random, others) -> None:
+    """Record the spread of a suite's random draws, and that of methods with their own defaults,
+    both inside seeds."""
     from scipy.stats import spearmanr
 
     prefix, count = f"calibration.{name}", len(random)
-    others = [judged["accuracy"] for judged in rivals.values()]
-    note = "standard deviation of normalised accuracy; chi-square interval"
-    for id, accuracies in (("draws", random.accuracy), ("methods", others)):
-        sd, interval = spread_interval(accuracies)
-        record(f"{prefix}.{id}.sd", sd, n=len(accuracies), interval=interval, note=note)
-    record(f"{prefix}.draws.output_sd", float(random.output.std()), n=count)
-    correlation = spearmanr(random.output, random.accuracy)[0]
-    record(f"{prefix}.draws.ranks", correlation, n=count, note="output energy and accuracy")
-    soup = rivals["soup"]["accuracy"]
-    _record_mean(record, f"{name}.draws.minus_soup", random.accuracy - soup, "over draws")
-    record(f"{prefix}.soup.accuracy", soup)
+    note = "standard deviation of normalised accuracy inside seeds; chi-square interval"
+    for id, rows in (("draws", random), ("methods", others)):
+        sd, interval = pooled_spread([part.accuracy for _, part in rows.groupby("seed")])
+        record(f"{prefix}.{id}.sd", sd, n=len(rows), interval=interval, note=note)
+    inside = random.groupby(level="seed")
+    record(f"{prefix}.draws.output_sd", float(inside.output.std().mean()), n=count)
+    ranks = [spearmanr(part.output, part.accuracy)[0] for _, part in inside]
+    note = "output energy and accuracy inside seeds, averaged"
+    record(f"{prefix}.draws.ranks", sum(ranks) / len(ranks), n=count, note=note)
+    soup = others[others.label == "soup"].set_index("seed").accuracy
+    _record_mean(record, f"{name}.draws.minus_soup", random.accuracy.sub(soup, level="seed"))
+    record(f"{prefix}.soup.accuracy", float(soup.mean()), n=len(soup))
 
 
 def spreads(record, table):
     """Standard deviation of accuracy over the levels of every factor (means over draws; over the
-    draws themselves for the factor ``draw``), recorded and as a ``pandas.DataFrame``."""
+    draws themselves for the factor ``draw``) inside seeds, averaged over these; recorded and as a
+    ``pandas.DataFrame``. Factors that were not varied are left out."""
     import pandas as pd
 
     columns: dict[str, dict] = {}
+    note = "standard deviation of accuracy inside seeds, averaged"
     for name in table.suite.unique():
         columns[name] = {}
         for factor, varied in FACTORS.items():
+            if varied and not table.factor.isin(varied).any():
+                continue
             part = table[(table.suite == name) & table.factor.isin(("draw", *varied))]
-            levels = part.accuracy
-            if varied:
-                levels = part.groupby(["factor", "level"]).accuracy.mean()
-            columns[name][factor] = float(levels.std())
-            id, note = f"calibration.{name}.factors.{factor}", "standard deviation of accuracy"
+            level = ["factor", "level"] if varied else ["draw"]
+            levels = part.groupby(["seed", *level]).accuracy.mean()
+            columns[name][factor] = float(levels.groupby(level="seed").std().mean())
+            id = f"calibration.{name}.factors.{factor}"
             record(id, columns[name][factor], n=len(levels), note=note)
     return pd.DataFrame(columns)

@@ -60,13 +60,16 @@ def relative_spread(values) -> float:
     return float(values.std(ddof=1) / values.mean()) if len(values) > 1 else 0.0
 
 
-def spread_interval(values, level: float = 0.95) -> tuple[float, Interval]:
-    """Standard deviation of at least two values and its chi-square interval."""
+def pooled_spread(groups, level: float = 0.95) -> tuple[float, Interval]:
+    """Standard deviation inside groups of values, taken to be the same in all, and its chi-square
+    interval; one group has to have at least two values."""
     import numpy as np
     from scipy.stats import chi2
 
-    values, freedom = np.asarray(values, dtype=float), len(values) - 1
-    deviation = float(values.std(ddof=1))
+    groups = [np.asarray(values, dtype=float) for values in groups]
+    freedom = sum(len(values) - 1 for values in groups)
+    squares = sum(float(np.square(values - values.mean()).sum()) for values in groups)
+    deviation = (squares / freedom) ** 0.5
     tails = ((1 + level) / 2, (1 - level) / 2)
     low, high = (deviation * float(freedom / chi2.ppf(tail, freedom)) ** 0.5 for tail in tails)
     return deviation, Interval(low, high)
