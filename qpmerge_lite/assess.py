@@ -154,6 +154,10 @@ class _Sight:
         """Whether the model has worked in place on what was seen."""
         return any(seen._version != version for seen, version in self._versions)
 
+    def settle(self) -> None:
+        """Let go of what was seen and is not kept: the forward is over."""
+        self._versions.clear()
+
 
 @dataclass
 class _Errors:
@@ -358,6 +362,7 @@ class _Watch:
         if sight.overwritten():
             self.copying = True
             return self.run(state, batch, with_reads)
+        sight.settle()
         if not with_reads:
             sight.reads = {}
         return sight

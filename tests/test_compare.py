@@ -9,6 +9,7 @@ import torch
 from toys import TASKS
 
 from qpmerge_lite import datafree, methods
+from qpmerge_lite.assess import audit
 from qpmerge_lite.companion import suites
 from qpmerge_lite.companion.experiments import benchmark, cache, intervals, summary
 from qpmerge_lite.companion.experiments.baselines import WHOLE
@@ -64,6 +65,20 @@ def test_choices_look_at_validation_and_test_is_scored_for_the_chosen_merge_only
 def test_small_grids_are_judged_on_all_validation_data(suite):
     found = benchmark.result(suite, "regmean", 8)
     assert None not in found["scores"] and len(found["scores"]) == WHOLE
+
+
+def test_energies_are_those_of_an_audit_and_experts_are_run_once_for_all_merges(suite):
+    first, second = (
+        datafree.task_arithmetic(suite.base, suite.experts, scale=scale).state_dict
+        for scale in (0.1, 0.4)
+    )
+    benchmark.energies(suite, first, 8)
+    found = benchmark.energies(suite, second, 8)["disjoint"]
+    expected = audit(suite.base, second, suite.experts, suite.calibration(8, skip=8))
+    layers = [share for share in expected["layers"].values() if share is not None]
+    assert found["output"] == expected["output"]
+    assert found["layers"] == sum(layers) / len(layers)
+    assert suite.auditor(8, 8) is suite.auditor(8, 8)
 
 
 @pytest.mark.slow
