@@ -109,6 +109,7 @@ def record_fresh_heads(records: Records, name: str, table) -> dict[str, dict]:
     """
     unit = "seed" if table.seed.nunique() > 1 else "task"
     means = table.groupby(["method", "head", unit]).accuracy.mean()
+    records.record(f"{name}.fresh_head.examples", ROWS["train"], unit="per task, at most")
     shown = {}
     for method in table.method.unique():
         id, kept_head, fresh = f"{name}.fresh_head.{method}", *(means[method, h] for h in HEADS)
