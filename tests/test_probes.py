@@ -116,6 +116,7 @@ def test_fresh_and_kept_heads_are_recorded(tmp_path, seeds):
     records = Records("05_vision", "smoke", root=tmp_path)
     shown = chapter.record_fresh_heads(records, "vision", rows)
     written = load_records("smoke", tmp_path)
+    assert written["vision.fresh_head.examples"].value == probes.ROWS["train"]
     fresh = 0.8 + 0.025 * (seeds - 1)
     assert written["vision.fresh_head.soup"].value == pytest.approx(fresh)
     assert written["vision.fresh_head.soup.kept"].value == pytest.approx(0.7)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from ..records import Records
 from ..suites import Suite
+from ..suites.probes import ROWS
 from . import ablations, benchmark, summary
 from .intervals import record_mean
 
@@ -116,6 +117,7 @@ def record_fresh_heads(records: Records, name: str, rows: list[dict]) -> dict[st
     table = _by_head(rows)
     unit = "seed" if table.seed.nunique() > 1 else "task"
     means = table.groupby(["method", "head", unit]).accuracy.mean()
+    records.record(f"{name}.fresh_head.examples", ROWS["train"], unit="per task, at most")
     shown = {}
     for method in table.method.unique():
         id = f"{name}.fresh_head.{method}"
