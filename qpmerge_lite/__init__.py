@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .datafree import (
         breadcrumbs,
         dare,
+        dc_merge,
         della,
         greedy_soup,
         iso_c,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .sequential import merge_sequentially, merge_together
     from .solve import Factored, Solution, minimise, minimise_constrained
     from .solvers import QP, FeatCal, RegMean, Sketched
+    from .spectral.essential import esm
 
 __version__ = "0.1.0"
 __all__ = [
@@ -57,8 +59,10 @@ __all__ = [
     "certify",
     "cross_fitted",
     "dare",
+    "dc_merge",
     "della",
     "disjoint",
+    "esm",
     "featcal",
     "fisher",
     "gap",
@@ -110,8 +114,10 @@ _HOMES = {
     "certify": "assess",
     "cross_fitted": "diagnostic",
     "dare": "datafree",
+    "dc_merge": "datafree",
     "della": "datafree",
     "disjoint": "diagnostic",
+    "esm": "spectral.essential",
     "featcal": "methods",
     "fisher": "gradient",
     "gap": "diagnostic",

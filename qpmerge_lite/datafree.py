@@ -32,10 +32,12 @@ from .options import MAX_SINGLE, function, number, numbers, refuse_complex, scor
 from .sparse import RESCALE as RESCALE
 from .sparse import TIES as TIES
 from .sparse import breadcrumbs, dare, della, ties
+from .spectral.triplets import dc_merge, iso_c, tsv_merge
 
 __all__ = [
     "breadcrumbs",
     "dare",
+    "dc_merge",
     "della",
     "greedy_soup",
     "iso_c",
@@ -175,53 +177,6 @@ def task_arithmetic(
     for name, vectors in differences(base, experts).items():
         update[name] = torch.tensordot(scales.to(vectors), vectors, 1)
     return add_update(base, experts, update)
-
-
-def _by_matrix(
-    method: str, base, experts, scale: float, merge: Callable[[Tensor], Tensor]
-) -> Merge:
-    """``merge`` the task vectors (K, m, n) of every matrix, average all others; then scale."""
-    scale = number("scale", scale)
-    experts = check_experts(base, experts)
-    vectors, update = differences(base, experts), {}
-    for name, stacked in vectors.items():
-        update[name] = merge(stacked) if stacked.dim() == 3 else stacked.mean(0)
-    merged = add_update(base, experts, update, scale)
-    if scale == 1:
-        others = [name for name, stacked in vectors.items() if stacked.dim() != 3]
-        merged.averaged |= dict.fromkeys(others, f"{method} merges matrices, and this is none")
-    return merged
-
-
-def tsv_merge(base, experts, calibration=None, *, scale: float = 1.0) -> Merge:
-    """TSV-M (arXiv:2412.00081): the leading singular triplets of every task, made orthonormal.
-
-    The first ⌊r/K⌋ triplets of every task matrix side by side, their singular vectors replaced by
-    the polar factors. Updates of parameters that are no matrices are averaged.
-    """
-
-    def merge(vectors):
-        U, S, Vh = torch.linalg.svd(vectors, full_matrices=False)
-        keep = S.shape[1] // len(S)
-        left, right = torch.cat([*U[..., :keep]], 1), torch.cat([*Vh[:, :keep]], 0)
-        P, _, Qh = torch.linalg.svd(left, full_matrices=False)
-        X, _, Yh = torch.linalg.svd(right, full_matrices=False)
-        return (P @ Qh * S[:, :keep].flatten()) @ (X @ Yh)
-
-    return _by_matrix("TSV-M", base, experts, scale, merge)
-
-
-def iso_c(base, experts, calibration=None, *, scale: float = 1.0) -> Merge:
-    """Iso-C (arXiv:2502.04959): the sum of every task matrix, its singular values made equal.
-
-    All of them are replaced by their mean. Updates of parameters that are no matrices are averaged.
-    """
-
-    def merge(vectors):
-        U, S, Vh = torch.linalg.svd(vectors.sum(0), full_matrices=False)
-        return S.mean() * U @ Vh
-
-    return _by_matrix("Iso-C", base, experts, scale, merge)
 
 
 def wudi(

@@ -3,6 +3,7 @@ r"""Methods that solve layers on calibration inputs, and tuning:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import signature
 from typing import TypeVar
@@ -15,6 +16,7 @@ from .merge import Merge
 from .options import function, score_of
 from .sequential import merge_sequentially, merge_together
 from .solvers import QP, FeatCal, RegMean, Sketched
+from .spectral.essential import esm, esm_at_scales
 
 # fields of a Recipe that are options of qp too
 OF_RECIPE = ("inputs", "targets", "folds", "scope", "layers", "anchor")
@@ -205,6 +207,10 @@ def many(
         grid: keyword arguments of the method.
     """
     grid = _grid(method, grid)
+    if method is esm and all(options.keys() <= {"scale"} for options in grid):
+        scales = [options.get("scale", 1.0) for options in grid]
+        yield from esm_at_scales(base, experts, calibration, scales)
+        return
     if method not in RECIPES:
         for options in grid:
             yield method(base, experts, calibration, **options)
@@ -249,7 +255,8 @@ def tune(
     experts,
     calibration=None,
     note: Callable[[Merge], None] | None = None,
-) -> tuple[Merge, dict, list[float]]:
+    first: Callable[[dict], float] | None = None,
+) -> tuple[Merge, dict, list[float | None]]:
     """The merge with the highest ``score`` of its state dict over a grid of options, those options,
     and all scores.
 
@@ -257,19 +264,48 @@ def tune(
         method, grid: as of :func:`many`.
         score: must look at validation data only. Ties go to the earlier entry.
         note: called with every merge of the grid.
+        first: a cheaper score, for example on some of the validation data, for a first round: only
+            the better half by it is scored by ``score``, and the others have None as their score.
+            That half of the merges is held in memory until then.
     Raises: MergeError for an empty grid, NonFinite for a score that is not a number.
     """
     function("score", score)
-    best: tuple[Merge, dict] | None = None
-    scores: list[float] = []
     grid = _grid(method, grid)
-    for options, merge in zip(grid, many(method, grid, base, experts, calibration)):
-        score_now = score_of(f"options {options}", score(merge.state_dict))
-        if best is None or score_now > max(scores):
-            best = merge, options
-        scores.append(score_now)
-        if note is not None:
-            note(merge)
+    merges = _noted(many(method, grid, base, experts, calibration), note)
+    candidates = enumerate(merges) if first is None else _better_half(merges, grid, first)
+    best: tuple[Merge, dict] | None = None
+    highest = -math.inf
+    scores: list[float | None] = [None] * len(grid)
+    for place, merge in candidates:
+        score_now = score_of(f"options {grid[place]}", score(merge.state_dict))
+        scores[place] = score_now
+        if best is None or score_now > highest:
+            best, highest = (merge, grid[place]), score_now
     if best is None:
         raise MergeError("grid: expected at least one set of options, found none")
     return *best, scores
+
+
+def _noted(merges: Iterator[Merge], note: Callable[[Merge], None] | None) -> Iterator[Merge]:
+    """The merges, each shown to ``note`` when its turn is over."""
+    for merge in merges:
+        yield merge
+        if note is not None:
+            note(merge)
+
+
+def _better_half(
+    merges: Iterator[Merge], grid: list[dict], first: Callable[[dict], float]
+) -> list[tuple[int, Merge]]:
+    """The half of the merges of a grid with the higher ``first`` score, rounded up, with their
+    places; of equals the earlier ones."""
+    function("first", first)
+    scores: list[float] = []
+    kept: dict[int, Merge] = {}
+    for place, merge in enumerate(merges):
+        scores.append(score_of(f"options {grid[place]}", first(merge.state_dict)))
+        kept[place] = merge
+        if len(kept) > (len(grid) + 1) // 2:
+            worst = min(kept, key=lambda place: (scores[place], -place))
+            del kept[worst]
+    return list(kept.items())

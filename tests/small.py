@@ -26,10 +26,11 @@ ON_THE_BASE = [
     q.model_stock,
     q.tsv_merge,
     q.iso_c,
+    q.dc_merge,
     q.wudi,
 ]
 METHODS = [*WITHOUT_BASE, *ON_THE_BASE]
-ORDERING = [q.breadcrumbs, q.ties, q.della, q.wudi]
+ORDERING = [q.breadcrumbs, q.ties, q.della, q.wudi, q.dc_merge]
 
 
 def tuned(base, scale=0.1, tasks="ab"):

@@ -62,7 +62,7 @@ def test_a_share_has_an_interval_that_holds_it(records, tmp_path):
 
 
 def test_chosen_numbers_at_the_end_of_their_grid_are_counted(records, tmp_path):
-    ties = [{"density": 0.2, "scale": 1.0}, {"density": 0.05, "scale": 0.2}]
+    ties = [{"density": 0.2, "scale": 1.0}, {"density": 0.02, "scale": 0.2}]
     results = [result("ties", seed, options=options) for seed, options in enumerate(ties)]
     table = chapter.record_choices(records, "vision", [*results, result("experts", 0)])
     found = read(tmp_path)
@@ -84,10 +84,10 @@ def test_layers_are_those_of_one_seed_and_of_the_first_targets(records, tmp_path
 
 
 def test_the_setting_is_recorded_under_the_name_of_what_is_calibrated_on(records, tmp_path):
-    chapter.record_setting(records, "language", 64, "texts", 3)
+    chapter.record_setting(records, "language", 64, "texts")
     assert read(tmp_path)["language.calibration_texts"].value == 64
     with pytest.raises(RecordError, match="recorded twice"):
-        chapter.record_setting(records, "language", 64, "texts", 3)
+        chapter.record_setting(records, "language", 64, "texts")
 
 
 def test_tables_keep_the_order_they_are_given():

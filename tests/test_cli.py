@@ -71,7 +71,7 @@ def one_by_one(stale, not_before, report):
     outcomes = {}
     for job in stale:
         outcomes[job[0]] = book._run_one(*job)
-        report(outcomes[job[0]])
+        report(str(outcomes[job[0]]))
     return outcomes
 
 
@@ -176,6 +176,23 @@ def test_a_failing_notebook_is_kept_and_named_and_the_others_still_run(executed)
         if cell.cell_type == "code"
         for o in cell.outputs
     )
+
+
+def test_a_run_names_every_notebook_as_it_starts_and_ends_and_the_time_left(executed):
+    lines = executed.out.splitlines()
+    for name in IN_KERNELS:
+        own = [line for line in lines if line.startswith(f"{name}: ")]
+        assert [line.split()[1].strip(",") for line in own] in (
+            ["started", "executed"],
+            ["started", "failed"],
+        )
+        assert all(line.endswith((" left", "nearly done")) for line in own)
+    assert lines[-1].endswith("nearly done")
+
+
+def test_a_run_remembers_how_long_its_notebooks_took(executed):
+    taken = json.loads((executed.root / ".cache" / "seconds.json").read_text())["smoke"]
+    assert set(taken) == {"01_a", "02_warned", "03_pages"} and min(taken.values()) > 0
 
 
 def test_a_failed_copy_goes_once_its_notebook_works(checkout, capsys):

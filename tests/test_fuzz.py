@@ -23,10 +23,10 @@ SOLVERS = {"qp": q.QP, "sketched": q.Sketched}
 GRADIENTS = ("fisher", "adamerging")
 ON_WEIGHTS = (
     "soup", "task_arithmetic", "ties", "dare", "breadcrumbs", "della", "model_stock", "slerp",
-    "greedy_soup", "tsv_merge", "iso_c", "wudi",
+    "greedy_soup", "tsv_merge", "iso_c", "dc_merge", "wudi",
 )  # fmt: skip
 ON_INPUTS = (
-    "qp", "regmean", "regmean_plus_plus", "lot", "featcal", "sketched", "merge_sequentially",
+    "qp", "regmean", "regmean_plus_plus", "lot", "featcal", "esm", "sketched", "merge_sequentially",
     "merge_together", "audit", "certify", "layer_moments", "tune", *GRADIENTS,
 )  # fmt: skip
 TAKES_LONG = ("steps", "batch")  # whose large values are no mistakes, but hours

@@ -27,11 +27,12 @@ WEIGHTS = [
     "inputs",
     "forwards",
     "sparse",
+    "spectral.triplets",
     "datafree",
 ]  # and batches
 ENGINE = ["products", "views", "norms", "layers", "effects", "orders", "lockstep", "pauses", "layouts", "probes", "recording", "lookups", "survey",
           "rerun", "recipes", "reasons", "rows", "sums", "gather"]  # fmt: skip
-METHODS = ["sequential", "solvers", "assess", "heads", "gradient", "methods"]
+METHODS = ["sequential", "solvers", "spectral.essential", "assess", "heads", "gradient", "methods"]
 CORE = ["errors", *MATHEMATICS, *WEIGHTS, *(f"engine.{name}" for name in ENGINE), *METHODS]
 COMPANION = [
     "paths",
@@ -41,9 +42,11 @@ COMPANION = [
     "data",
     "suites",
     "experiments",
+    "evidence",
     "book",
     "cli",
 ]  # folders count as one
+FOLDERS = ("companion", "engine", "spectral")
 ORDER = [*CORE, *(f"companion.{name}" for name in COMPANION), "__main__"]
 ALLOWED = {"torch", "numpy", "safetensors", "tqdm", "greenlet", "clarabel", "scipy"}
 HEAVY = [
@@ -64,7 +67,7 @@ def place(name):
     """The entry of ORDER that a dotted module of the package belongs to, None for the package
     itself."""
     parts = name.split(".")
-    if parts[0] == "companion" and len(parts) > 1 or parts[0] == "engine" and len(parts) > 1:
+    if parts[0] in FOLDERS and len(parts) > 1:
         return ".".join(parts[:2])
     return parts[0] if parts[0] in ORDER else None
 

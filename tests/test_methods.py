@@ -157,6 +157,35 @@ def test_tune_takes_the_highest_score_and_the_earlier_of_equals(problem):
     assert options is grid[1] and len(scores) == 4 and distance(merge.state_dict) == max(scores)
 
 
+def test_tune_in_two_rounds_scores_the_better_half_only(problem):
+    """Of equals in the first round the later ones go; what it dropped has no score, even where the
+    second round would have liked it."""
+    base, experts, _ = problem
+    scales = (0.1, 0.9, 0.9, 0.2, 0.5)
+    asked, noted = [], []
+
+    def scale(state):
+        update = state["cls"] - base.state_dict()["cls"]
+        whole = sum(expert["cls"] - base.state_dict()["cls"] for expert in experts.values())
+        return round(float(update.norm() / whole.norm()), 6)
+
+    def against(state):
+        asked.append(scale(state))
+        return -asked[-1]
+
+    merge, options, scores = q.tune(
+        q.task_arithmetic,
+        [{"scale": s} for s in scales],
+        against,
+        base,
+        experts,
+        note=noted.append,
+        first=scale,
+    )
+    assert len(noted) == 5 and asked == [0.9, 0.9, 0.5] and options == {"scale": 0.5}
+    assert scores == [None, -0.9, -0.9, None, -0.5] and scale(merge.state_dict) == 0.5
+
+
 @pytest.mark.parametrize("g", [1, 3])
 def test_a_sketch_of_full_rank_is_the_ridge_solution(g):
     """Also where fewer samples than inputs leave C singular."""

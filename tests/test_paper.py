@@ -645,8 +645,8 @@ def test_flan_t5_is_merged_and_judged_without_what_needs_heads(fives, monkeypatc
     monkeypatch.setattr(benchmark, "load", lambda *a, **k: fives)
     monkeypatch.setattr(benchmark, "result", lambda suite, entry, size: entry)
     monkeypatch.setattr(benchmark, "ceilings", lambda suite: [])
-    assert benchmark.compare(
-        "flan_t5", 1, 8, "paper", entries=("soup", "fisher", "adamerging", "qp_rows")
+    assert benchmark.comparison(
+        "flan_t5", 0, "paper", size=8, entries=("soup", "fisher", "adamerging", "qp_rows")
     ) == ["soup", "qp_rows"]
     solved = {row["layer"] for row in merge.table}
     assert {

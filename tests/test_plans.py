@@ -13,10 +13,11 @@ def test_every_run_has_data_and_every_data_tier_has_suites_and_a_run():
     assert all(plan(tier).data == tier for tier in DATA_TIERS)
 
 
-def test_the_larger_run_is_of_the_embedded_suites():
+def test_the_larger_run_is_of_the_embedded_suites_and_has_all_that_the_smaller_repeats():
     small, large = plan("smoke"), plan("full")
     assert large.data == small.data == EMBEDDED
-    assert large.largest > small.largest and set(large.subsets) > set(small.subsets)
+    assert small.evidence == "full" and large.seeds > small.seeds
+    assert set(large.subsets) > set(small.subsets)
 
 
 def test_a_tier_without_a_plan_is_refused():

@@ -22,6 +22,7 @@ def test_every_method_is_what_its_coefficients_say(suite):
         "adamerging",
         "slerp",
         "regmean",
+        "esm",
     }
     assert max(errors.values()) < 1e-6, (
         errors

@@ -1,11 +1,10 @@
 """Fresh heads on a merge's own features, and what is recorded of them."""
 
-import pandas as pd
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from qpmerge_lite.companion.experiments import ablations, benchmark
+from qpmerge_lite.companion.experiments import ablations, benchmark, chapter
 from qpmerge_lite.companion.records import Records, load_records
 from qpmerge_lite.companion.suites import probes
 
@@ -101,23 +100,27 @@ def test_examples_are_drawn_once_and_are_few(suite, monkeypatch):
 
 
 def test_probes_are_kept(suite, monkeypatch):
+    monkeypatch.setattr(ablations, "load", lambda *args, **options: suite)
+    monkeypatch.setattr(ablations, "PROBED", ("base", "soup"))
     monkeypatch.setattr(benchmark, "result", lambda suite, method, size: {"options": {}})
-    first = ablations.probed(suite, 4, ("base", "soup"))
-    assert set(first) == {"experts", "base", "soup"} and set(first["soup"]) == set(suite.tasks)
+    first = ablations.fresh_heads("toy", 0, size=4)
+    assert [row["method"] for row in first] == ["experts", "base", "soup"]
+    assert all(set(row["tasks"]) == set(suite.tasks) and row["seed"] == 0 for row in first)
     monkeypatch.setattr(ablations, "fresh_head", lambda *args: pytest.fail("made again"))
-    assert ablations.probed(suite, 4, ("base", "soup")) == first
+    assert ablations.fresh_heads("toy", 0, size=4) == first
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_fresh_and_kept_heads_are_recorded(tmp_path, seeds):
     rows = []
     for seed in range(seeds):
-        for task, kept, fresh in (("a", 0.8, 0.9), ("b", 0.6, 0.7 + 0.1 * seed)):
-            place = {"seed": seed, "method": "soup", "task": task}
-            rows += [place | {"head": "kept", "accuracy": kept}]
-            rows += [place | {"head": "fresh", "accuracy": fresh}]
+        own = dict.fromkeys("ab", {"kept": 0.5, "fresh": 0.4})
+        soup = {"a": {"kept": 0.4, "fresh": 0.36}}
+        soup["b"] = {"kept": 0.3, "fresh": 0.28 + 0.04 * seed}
+        rows.append({"seed": seed, "method": "experts", "tasks": own})
+        rows.append({"seed": seed, "method": "soup", "tasks": soup})
     records = Records("05_vision", "smoke", root=tmp_path)
-    shown = ablations.record_fresh_heads(records, "vision", pd.DataFrame(rows))
+    shown = chapter.record_fresh_heads(records, "vision", rows)
     written = load_records("smoke", tmp_path)
     assert written["vision.fresh_head.examples"].value == probes.ROWS["train"]
     fresh = 0.8 + 0.025 * (seeds - 1)
@@ -125,6 +128,7 @@ def test_fresh_and_kept_heads_are_recorded(tmp_path, seeds):
     assert written["vision.fresh_head.soup.kept"].value == pytest.approx(0.7)
     assert written["vision.fresh_head.soup.gain"].value == pytest.approx(fresh - 0.7)
     assert written["vision.fresh_head.soup"].note.startswith(
-        "over tasks" if seeds == 1 else "over seeds"
+        f"over {'task' if seeds == 1 else 'seed'}s"
     )
     assert shown["uniform soup"]["fresh head"][0] == pytest.approx(fresh)
+    assert list(shown) == ["uniform soup"]

@@ -13,7 +13,9 @@ from qpmerge_lite.companion.experiments import (
     population,
     single_layer,
     statistics,
+    summary,
 )
+from qpmerge_lite.companion.experiments.intervals import seed_interval
 from qpmerge_lite.companion.records import Records, load_records
 
 LAYER = "blocks.0.up"
@@ -114,12 +116,12 @@ def test_summaries_pair_methods_by_seed(tmp_path):
                 "normalised": {"mean": 1.0},
             }
         )
-    labels, means, intervals = benchmark.summarise(
+    labels, means, ranges = summary.summarise(
         Records("05_toy", "smoke", root=tmp_path), "toy", results
     )
     kept = load_records("smoke", tmp_path)
     assert list(means.mean()) == sorted(means.mean(), reverse=True) and "experts" not in means
-    mean, interval = benchmark.seed_interval(means["soup"] - means["base"])
+    mean, interval = seed_interval(means["soup"] - means["base"])
     assert (kept["toy.soup.minus_base"].value, kept["toy.soup.minus_base"].interval) == (
         mean,
         interval,
@@ -130,7 +132,7 @@ def test_summaries_pair_methods_by_seed(tmp_path):
     }
     assert kept["toy.best_heuristic.label"].value == labels[max(validation, key=validation.get)]
     assert (
-        kept["toy.soup.accuracy"].value == intervals["soup"][0]
+        kept["toy.soup.accuracy"].value == ranges["soup"][0]
         and kept["toy.experts.raw"].value == 0.5
     )
 

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import pytest
@@ -20,6 +22,7 @@ from qpmerge_lite.companion.suites import (
     training,
     vision,
 )
+from qpmerge_lite.companion.suites.suite import IN_CACHE
 from qpmerge_lite.errors import MergeError, MissingLayer, ShapeMismatch
 
 QUICK = training.Recipe(steps=2, batch=16, probe_iterations=3)
@@ -315,11 +318,26 @@ def test_evaluation_from_the_changed_block_on_is_evaluation(single, monkeypatch)
     states = [single.base.state_dict(), *single.experts.values(), elsewhere]
     quickly = [single.evaluate(state) for state in states]
     sizes = [len(single.tensors(task, "test")[1]) for task in PAIR]
-    assert len(runs) == sum(-(-size // single.chunk) for size in sizes)
+    assert len(runs) == sum(-(-size // IN_CACHE) for size in sizes)
     features = single._features(states[1], "greek", "test")
     monkeypatch.setattr(single, "layer", None)
     torch.testing.assert_close(single._features(states[1], "greek", "test"), features)
     assert [single.evaluate(state) for state in states] == quickly
+
+
+def test_an_expert_that_two_ask_for_is_trained_by_one(tmp_path):
+    """Threads stand for chapters that run side by side: one finds the lock held and waits."""
+    trained = []
+
+    def train():
+        trained.append(1)
+        time.sleep(0.2)
+        return {"w": torch.ones(2)}, {"w": torch.zeros(2)}
+
+    with ThreadPoolExecutor(2) as pool:
+        ask = [pool.submit(training.cached_expert, tmp_path, "key", "a", train) for _ in range(2)]
+    (encoder, head), (same, _) = (future.result() for future in ask)
+    assert len(trained) == 1 and torch.equal(encoder["w"], same["w"]) and head["w"].sum() == 0
 
 
 def test_training_is_deterministic(counted, monkeypatch, tmp_path):

@@ -81,6 +81,7 @@ def test_it_holds_the_module_only(wheel):
     assert {name for name in folders if ".dist-info" not in name} == {
         "qpmerge_lite",
         "qpmerge_lite/engine",
+        "qpmerge_lite/spectral",
     }
     sources = {p.name for p in (ROOT / "qpmerge_lite").glob("*.py")}
     assert {Path(n).name for n in names if n.count("/") == 1 and n.endswith(".py")} == sources

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from functools import partial
 
 from ..errors import MergeError
 from .book import claims, expected, run
@@ -46,6 +47,19 @@ def parser():
     )
     check.add_argument("--no-run", action="store_true", help="compare the records that are there")
     table = _verb(verbs, "claims", _claims, "judge every claim and rewrite the table of README.md")
+    evidence = _verb(
+        verbs,
+        "evidence",
+        _evidence,
+        "measure the rows of many seeds that the chapters rest on, to be committed",
+    )
+    evidence.add_argument(
+        "--shard", metavar="I/N", default="1/1", help="the I-th of N parts, for as many machines"
+    )
+    evidence.add_argument("--only", metavar="EXPERIMENT", help="only units of this experiment")
+    evidence.add_argument("--device", default="cpu", help="where to run (default cpu)")
+    evidence.add_argument("--force", action="store_true", help="also what is there and current")
+    evidence.add_argument("--list", action="store_true", help="name the units that are to be run")
     record = _verb(
         verbs,
         "record",
@@ -110,9 +124,7 @@ def _run(arguments, force=None):
         force=arguments.force if force is None else force,
         parameters=dict(_assignment(text) for text in arguments.parameters),
         progress=not (arguments.quiet or arguments.json) and sys.stderr.isatty(),
-        report=lambda o: say(
-            f"{o.notebook}: {o.status}" + (f" in {o.seconds:.0f} s" if o.seconds else "")
-        ),
+        report=say,
     )
     for outcome in outcomes:
         if outcome.status == "failed":
@@ -143,6 +155,35 @@ def _check(arguments):
             print(f"{finding.notebook}: {finding.id}: {finding.problem}", file=sys.stderr)
         say(f"records outside tests/expected/{arguments.tier}: {len(findings)}")
     return int(bool(findings))
+
+
+def _evidence(arguments):
+    from .evidence import studies
+
+    shard = _shard(arguments.shard)
+    known = [study.measure.__name__ for study in studies.STUDIES]
+    if arguments.only not in (None, *known):
+        raise MergeError(f"--only: expected one of {', '.join(known)}, found {arguments.only!r}")
+    say = _printer(arguments)
+    if arguments.list:
+        units = studies.units(arguments.only, shard)
+        stale = [str(unit) for unit in units if arguments.force or not unit.is_current()]
+        for unit in stale:
+            say(unit)
+        return _done(arguments, stale)
+    filed = []
+    for unit, seconds in studies.measure(arguments.only, shard, arguments.device, arguments.force):
+        say(f"{unit}: {seconds:.0f} s")
+        filed.append(str(unit))
+    return _done(arguments, filed)
+
+
+def _shard(text):
+    """``I/N`` as a pair of numbers."""
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise MergeError(f"--shard: expected I/N with 1 <= I <= N, such as 2/8, found {text!r}")
+    return int(number), int(count)
 
 
 def _record(arguments):
@@ -289,7 +330,9 @@ def _done(arguments, result):
 
 
 def _printer(arguments):
-    return (lambda text: None) if arguments.quiet or arguments.json else print
+    if arguments.quiet or arguments.json:
+        return lambda text: None
+    return partial(print, flush=True)  # a log has every line as soon as a terminal does
 
 
 if __name__ == "__main__":

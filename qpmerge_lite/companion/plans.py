@@ -19,7 +19,8 @@ class Plan:
 
     Attributes:
         data: the data tier that suites are loaded at.
-        seeds: how many are run; with one, intervals are taken over tasks.
+        seeds: how many are run; with one, and no evidence, intervals are taken over tasks.
+        evidence: the tier whose committed rows the chapters rest on, beside what they run.
         calibration: examples per task in merges of many layers.
         options: most options of a method's grid that are tried, spread evenly over it; None tries
             all.
@@ -33,13 +34,14 @@ class Plan:
     """
 
     data: str = EMBEDDED
-    seeds: int = 3
+    seeds: int = 1
+    evidence: str | None = None
     calibration: int = 64
     options: int | None = None
     chapters: tuple[str, ...] = ("",)
-    subsets: tuple[int, ...] = (2, 4)
-    merges: tuple[int, int, int, int] = (2, 3, 3, 2)
-    largest: int = 64
+    subsets: tuple[int, ...] = (2, 4, 8)
+    merges: tuple[int, int, int, int] = (2, 3, 5, 2)
+    largest: int = 512
     tested: int = 512
 
     def spread(self, grid: list) -> list:
@@ -49,15 +51,10 @@ class Plan:
 
 
 PLANS = {
-    "smoke": Plan(),
-    "full": Plan(
-        chapters=("10", "11"),
-        subsets=(2, 3, 4, 5, 6, 7, 8),
-        merges=(2, 3, 5, 2),
-        largest=512,
-    ),
-    "standard": Plan("standard", seeds=1, options=3, chapters=("05", "06", "07")),
-    "paper": Plan("paper", seeds=1, calibration=256, options=3, chapters=("09",)),
+    "smoke": Plan(evidence="full", subsets=(2, 4)),
+    "full": Plan(seeds=10),
+    "standard": Plan("standard", options=3, chapters=("05", "06", "07")),
+    "paper": Plan("paper", calibration=256, options=3, chapters=("09",)),
 }
 DATA_TIERS = tuple(dict.fromkeys(planned.data for planned in PLANS.values()))
 

@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,9 +18,8 @@ from ...errors import MergeError
 from .. import staleness
 from ..paths import records_folder, repository
 from ..plans import EMBEDDED, plan
+from . import schedule
 
-# These train the experts and make the merges that the others find kept, and take longest.
-FIRST = ("06", "05", "04", "03", "08", "10", "11")
 # tqdm's advice to install ipywidgets, given to whoever imports something that imports tqdm.auto:
 # the book draws no widgets.
 NO_WIDGETS = "ignore:IProgress not found"
@@ -44,6 +43,10 @@ class Outcome:
     seconds: float
     path: str
     error: str = ""
+
+    def __str__(self):
+        took = f" in {self.seconds:.0f} s" if self.seconds else ""
+        return f"{self.notebook}: {self.status}{took}"
 
 
 def notebooks(root=None, only=None):
@@ -128,10 +131,10 @@ def run(
     force=False,
     parameters=None,
     progress=True,
-    report=lambda outcome: None,
+    report=lambda line: None,
 ):
-    """Execute the notebooks that are not up to date into ``book/chapters``, two at a time, and go
-    on after a failure.
+    """Execute the notebooks that are not up to date into ``book/chapters``, two at a time and the
+    longest first, and go on after a failure.
 
     Models this small leave a second core idle, so each of two has half the cores
     (``OMP_NUM_THREADS``, unless it is set).
@@ -142,7 +145,8 @@ def run(
             were kept; experts stay.
         parameters: values for the parameters cells; a name that a chosen notebook does not have is
             an error.
-        report: called with each ``Outcome`` as it is known.
+        report: called with a line of text for every notebook that starts or ends, which says how
+            long the run has still to go.
     Returns: the outcomes. Raises: BookError before anything runs when a parameter is unknown, or
         when what reads the tier's
     checkpoints is not installed.
@@ -163,7 +167,7 @@ def run(
     for path in chosen:
         if not force and _is_current(chapters / path.name, marks[path], _records(tier, path)):
             outcomes[path] = Outcome(path.stem, "up to date", 0.0, str(chapters / path.name))
-            report(outcomes[path])
+            report(str(outcomes[path]))
         else:
             stale.append((path, chapters, tier, chosen[path], marks[path], progress))
     if stale:
@@ -186,28 +190,45 @@ def _require_readers(tier):
 
 def _run_all(stale, not_before, report):
     """Path -> outcome of the notebooks, given as arguments of ``_run_one``."""
-    outcomes, workers = {}, min(2, os.cpu_count() or 1, len(stale))
+    jobs, workers = {job[0].stem: job for job in stale}, min(2, os.cpu_count() or 1, len(stale))
+    root, tier = stale[0][1].parents[1], stale[0][2]
+    order = schedule.Schedule(schedule.seconds(root, tier, list(jobs)), workers)
     with (
         _environment(not_before, workers),
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
     ):
-        order = sorted(
-            stale,
-            key=lambda job: (
-                FIRST.index(job[0].stem[:2]) if job[0].stem[:2] in FIRST else len(FIRST)
-            ),
-        )
-        futures = {pool.submit(_run_one, *job): job[0] for job in order}
         try:
-            for future in as_completed(futures):
-                outcomes[futures[future]] = future.result()
-                report(future.result())
+            outcomes = _executed(pool, order, jobs, report)
         except BaseException:
-            pool.shutdown(
-                wait=False, cancel_futures=True
-            )  # an interrupted run starts no further notebook
+            # an interrupted run starts no further notebook
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
+    _keep_seconds(root, tier, jobs, outcomes)
     return outcomes
+
+
+def _executed(pool, order, jobs, report):
+    """Path -> outcome of jobs by name, as many at a time as the schedule says, in its order."""
+    running, outcomes = {}, {}
+    while order.waiting or running:
+        while name := order.next():
+            running[pool.submit(_run_one, *jobs[name])] = name
+            report(f"{name}: started, {schedule.in_words(order.left())}")
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            name, outcome = running.pop(future), future.result()
+            order.end(name, outcome.seconds)
+            outcomes[jobs[name][0]] = outcome
+            report(f"{outcome}, {schedule.in_words(order.left())}")
+    return outcomes
+
+
+def _keep_seconds(root, tier, jobs, outcomes):
+    """Remember how long notebooks took that were executed with their own parameters."""
+    taken = {}
+    for path, outcome in outcomes.items():
+        if outcome.status == "executed" and not jobs[path.stem][3].keys() - {"tier"}:
+            taken[path.stem] = outcome.seconds
+    schedule.keep(root, tier, taken)
 
 
 def _records(tier, path):

@@ -10,6 +10,7 @@ from functools import partial
 from ... import datafree, gradient, methods
 from ...merge import Merge
 from ..suites import Suite, plan
+from ..suites.suite import PART
 
 FAMILIES = ("layer", "rows", "rotated_rows", "rotated_columns", "elements")
 HEURISTICS = ("soup", "weighted_soup", "task_arithmetic", "ties", "dare")
@@ -17,7 +18,9 @@ BASELINES = (
     "fisher",
     "tsv_merge",
     "iso_c",
+    "dc_merge",
     "wudi",
+    "esm",
     "adamerging",
     "featcal",
     "lot",
@@ -25,6 +28,7 @@ BASELINES = (
     "regmean_plus_plus",
 )
 ANCHOR = methods.FeatCal.anchor  # in units of the sum of the updates
+WHOLE = 4  # entries of a grid that are all judged on the whole validation split
 ALPHAS = (0.5, 0.9, 0.95, 1.0)
 
 
@@ -56,9 +60,12 @@ class Entry:
 
     def tuned(
         self, suite: Suite, calibration, tables: list | None = None
-    ) -> tuple[Merge, dict, list[float]]:
+    ) -> tuple[Merge, dict, list[float | None]]:
         """The merge with the highest mean normalised validation accuracy, its options, and that
         accuracy for every entry of the grid.
+
+        Of a grid of more than ``WHOLE`` entries only the better half on a part of the validation
+        data is judged on all of them; the accuracy of the others is None.
 
         ``tables`` takes the table of every merge of the grid.
         """
@@ -76,17 +83,22 @@ class Entry:
         def score(state):
             return suite.normalised(state, "validation")["mean"]
 
+        def score_on_part(state):
+            return suite.over_experts(suite.evaluate(state, PART), "validation")["mean"]
+
         def note(merge):
             tables.append(merge.table)
 
+        grid = plan(suite.tier).spread(self.grid(len(suite.experts), suite.seed))
         return methods.tune(
             call,
-            plan(suite.tier).spread(self.grid(len(suite.experts), suite.seed)),
+            grid,
             score,
             suite.base,
             suite.experts,
             calibration,
             None if tables is None else note,
+            score_on_part if len(grid) > WHOLE else None,
         )
 
 
@@ -125,12 +137,15 @@ def task_arithmetic_grid(experts: int, seed: int) -> list[dict]:
 
 def ties_grid(experts: int, seed: int) -> list[dict]:
     """Shares of the entries that TIES keeps, and scales."""
-    return product(density=(0.05, 0.2, 0.4), scale=(0.2, 0.35, 0.5, 0.7, 1.0))
+    return product(density=(0.02, 0.05, 0.2, 0.4), scale=(0.2, 0.35, 0.5, 0.7, 1.0))
 
 
 def dare_grid(experts: int, seed: int) -> list[dict]:
-    """Shares of the entries that DARE drops, and scales; the seed decides which."""
-    return product(drop=(0.1, 0.5, 0.9), scale=(0.1, 1 / experts, 0.3), seed=(seed,))
+    """Shares of the entries that DARE drops, and scales; the seed decides which.
+
+    Below the smallest share there is only task arithmetic, which has a row of its own.
+    """
+    return product(drop=(0.1, 0.5, 0.9), scale=(0.05, 0.1, 1 / experts, 0.3), seed=(seed,))
 
 
 def fisher_grid(experts: int, seed: int) -> list[dict]:
@@ -148,20 +163,35 @@ def iso_c_grid(experts: int, seed: int) -> list[dict]:
     return product(scale=(0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5))
 
 
+def dc_merge_grid(experts: int, seed: int) -> list[dict]:
+    """Shares of the entries that DC-Merge keeps, the published one first, and scales."""
+    return product(density=(1e-3, 3e-4, 1e-2, 1e-1), scale=(1.0, 0.5, 2.0))
+
+
+def esm_grid(experts: int, seed: int) -> list[dict]:
+    """Scales of ESM, one pass and decomposition for all."""
+    return product(scale=(0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5))
+
+
 def wudi_grid(experts: int, seed: int) -> list[dict]:
     """Rates and scales of WUDI, its published ones first."""
-    return [{"rate": 1e-5, "scale": 1.0}, *product(rate=(1e-4, 1e-3), scale=(0.35, 0.7))]
+    return [{"rate": 1e-5, "scale": 1.0}, *product(rate=(1e-4, 3e-4, 1e-3), scale=(0.2, 0.35, 0.7))]
 
 
 def adamerging_grid(experts: int, seed: int) -> list[dict]:
     """Scales that AdaMerging starts from, and its rates."""
-    pairs = ((0.1, 2e-3), (0.1, 1e-2), (0.3, 2e-2))
+    pairs = ((0.05, 1e-2), (0.1, 5e-4), (0.1, 2e-3), (0.1, 1e-2), (0.3, 2e-2))
     return [{"scale": scale, "rate": rate, "seed": seed} for scale, rate in pairs]
 
 
 def featcal_grid(experts: int, seed: int) -> list[dict]:
-    """Ridges and anchors of FeatCal."""
-    return product(ridge=(0.05, 0.25), anchor=(0.25, ANCHOR, 1.2))
+    """Ridges and anchors of FeatCal: the smaller the ridge, the further away an anchor may be."""
+    return [
+        *product(ridge=(0.25,), anchor=(0.25, ANCHOR, 1.2)),
+        *product(ridge=(0.05,), anchor=(ANCHOR, 1.2, 2.5)),
+        *product(ridge=(0.01,), anchor=(ANCHOR, 2.5, 4.0, 6.0)),
+        *product(ridge=(0.002,), anchor=(2.5, 6.0)),
+    ]
 
 
 def regmean_grid(experts: int, seed: int) -> list[dict]:
@@ -190,7 +220,9 @@ ENTRIES = {
     "fisher": Entry("Fisher", gradient.fisher, fisher_grid, heads=True),
     "tsv_merge": Entry("TSV-M", datafree.tsv_merge, tsv_merge_grid),
     "iso_c": Entry("Iso-C", datafree.iso_c, iso_c_grid),
+    "dc_merge": Entry("DC-Merge", datafree.dc_merge, dc_merge_grid),
     "wudi": Entry("WUDI", datafree.wudi, wudi_grid),
+    "esm": Entry("ESM", methods.esm, esm_grid),
     "adamerging": Entry("AdaMerging", gradient.adamerging, adamerging_grid, heads=True),
     "featcal": Entry("FeatCal", methods.featcal, featcal_grid),
     "lot": Entry("LOT", methods.lot, no_options),

@@ -1,7 +1,7 @@
 """Methods side by side on a suite: each tuned on validation data, and touched once by test data.
 
 The methods are entries of ``baselines``; tables and records of their results are made by
-``summary``. What chapters use of both can be had from here.
+``summary``.
 """
 
 from __future__ import annotations
@@ -17,16 +17,10 @@ from .baselines import ENTRIES
 from .baselines import FAMILIES as FAMILIES
 from .baselines import HEURISTICS as HEURISTICS
 from .cache import kept as kept
-from .intervals import seed_interval as seed_interval
-from .summary import at_grid_edge as at_grid_edge
-from .summary import choices as choices
-from .summary import frame as frame
-from .summary import ranks as ranks
-from .summary import summarise as summarise
 
 
 def judged(
-    suite: Suite, name: str, label: str, merge: Merge, options: dict, scores: list[float]
+    suite: Suite, name: str, label: str, merge: Merge, options: dict, scores: list[float | None]
 ) -> dict:
     """A chosen merge on the test split: the one time that a method and seed touch it."""
     accuracy = suite.evaluate(merge.state_dict)
@@ -36,7 +30,7 @@ def judged(
         "seed": suite.seed,
         "options": options,
         "scores": scores,
-        "validation": max(scores),
+        "validation": max(score for score in scores if score is not None),
         "accuracy": accuracy,
         "normalised": suite.over_experts(accuracy),
     }
@@ -50,7 +44,7 @@ def energies(suite: Suite, state: dict, size: int) -> dict:
     """
     captured = {}
     for where, skip in (("in_sample", 0), ("disjoint", size)):
-        audited = audit(suite.base, state, suite.experts, suite.calibration(size, skip=skip))
+        audited = suite.auditor(size, skip)(state)
         layers = [share for share in audited["layers"].values() if share is not None]
         captured[where] = {"layers": sum(layers) / len(layers), "output": audited["output"]}
     return captured
@@ -72,9 +66,10 @@ def result(suite: Suite, name: str, size: int) -> dict:
     Args:
         name: a key of ``ENTRIES``.
         size: calibration examples per task, drawn from the training split with the suite's seed.
-    Returns: method, seed, options chosen, validation scores over the grid, accuracy and normalised
-        accuracy by task on the test split, captured energies, seconds; of a programme also
-        ``tables``, layer by layer, of every entry of the grid.
+    Returns: method, seed, options chosen, validation scores over the grid (None for entries that a
+        first round dropped, see ``Entry.tuned``), accuracy and normalised accuracy by task on the
+        test split, captured energies, seconds; of a programme also ``tables``, layer by layer, of
+        every entry of the grid.
     """
     entry = ENTRIES[name]
 
@@ -139,24 +134,16 @@ def ceilings(suite: Suite) -> list[dict]:
     return kept(suite, "ceilings", [], make)
 
 
-def compare(
-    name: str,
-    seeds: int,
-    size: int,
-    tier="smoke",
-    device="cpu",
-    first_seed=0,
-    entries=tuple(ENTRIES),
-) -> list[dict]:
-    """Results of all entries and of the ceilings over seeds; suites are loaded one at a time.
+def comparison(name: str, seed: int, tier="smoke", device="cpu", *, size: int, entries=None):
+    """An experiment as of ``evidence``: results of the ceilings and of entries on one suite and
+    seed.
 
-    What needs heads is left out where a suite has none.
+    Args:
+        size: calibration examples per task.
+        entries: keys of ``ENTRIES``, all by default; what needs heads is left out where a suite has
+            none.
     """
-    results = []
-    for seed in range(first_seed, first_seed + seeds):
-        suite = load(name, tier, seed, device, progress=False)
-        results += ceilings(suite)
-        has_heads = all(suite.heads.values())
-        possible = [entry for entry in entries if has_heads or not ENTRIES[entry].heads]
-        results += [result(suite, entry, size) for entry in possible]
-    return results
+    suite = load(name, tier, seed, device, progress=False)
+    has_heads = all(suite.heads.values())
+    possible = [entry for entry in entries or ENTRIES if has_heads or not ENTRIES[entry].heads]
+    return [*ceilings(suite), *(result(suite, entry, size) for entry in possible)]

@@ -7,8 +7,11 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from itertools import product
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .. import staleness
 from ..paths import HOME, cache_folder
@@ -37,9 +40,17 @@ def kept(
     facts = json.dumps([code, inputs, suite.tier, suite.seed, name, settings])
     key = hashlib.sha256(facts.encode()).hexdigest()
     path = cache_folder() / f"{suite.name}-{suite.tier}" / "merges" / f"{name}-{key[:16]}.json"
-    if not path.exists() or path.stat().st_mtime < float(os.environ.get("QPMERGE_NOT_BEFORE", 0)):
-        write_json(path, make())
+    if not _is_kept(path):
+        with training.one_maker(path):
+            if not _is_kept(path):
+                write_json(path, make())
     return read_json(path)
+
+
+def _is_kept(path: Path) -> bool:
+    """Whether a file of results is there and not too old."""
+    not_before = float(os.environ.get("QPMERGE_NOT_BEFORE", 0))
+    return path.exists() and path.stat().st_mtime >= not_before
 
 
 def sources(suite: Suite, make: Callable, method: Callable | None = None, root=HOME) -> str:
@@ -58,11 +69,28 @@ def sources(suite: Suite, make: Callable, method: Callable | None = None, root=H
 
 
 def _experts_and_data(suite: Suite) -> str:
-    """Hash of the experts, their heads, the data they are judged on, the device, and torch."""
-    judged = [suite.tensors(t, s) for t in suite.tasks for s in ("validation", "test")]
-    data = [training.digest(*inputs.values(), labels) for inputs, labels in judged]
-    states = [
-        training.digest(*e.values()) for e in (*suite.experts.values(), *suite.heads.values())
-    ]
-    found = json.dumps([data, states, str(suite.device), torch.__version__])
-    return hashlib.sha256(found.encode()).hexdigest()
+    """Hash of the experts, their heads, the data they are judged on, the device, and torch.
+
+    It is made once for a suite, and anew when one of these tensors is another one or has been
+    changed in place, of which torch keeps count.
+    """
+    tensors = _tensors(suite)
+    versions = [(id(tensor), tensor._version) for tensor in tensors]
+    last = suite.cached(("digest",), dict)
+    if last.get("versions") != versions:
+        facts = [training.digest(*tensors), str(suite.device), torch.__version__]
+        sha256 = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        # the tensors are held so that no other one is given the identity of one of them
+        last.update(versions=versions, tensors=tensors, sha256=sha256)
+    return last["sha256"]
+
+
+def _tensors(suite: Suite) -> list[Tensor]:
+    """The weights of experts and heads, and the data that they are judged on."""
+    tensors = []
+    for task, split in product(suite.tasks, ("validation", "test")):
+        inputs, labels = suite.tensors(task, split)
+        tensors += [*inputs.values(), labels]
+    for state in (*suite.experts.values(), *suite.heads.values()):
+        tensors += state.values()
+    return tensors

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from ...engine.views import Table
 from ...moments import Moments, Pooled
 from ...programme import programme
 from ...solve import Factored
-from ..suites import Suite, training
+from ..suites import Suite, load, training
 from .baselines import FAMILIES, qp_label
 from .benchmark import kept
 from .merge_specs import scrambled
@@ -228,6 +229,88 @@ def rivals(suite: Suite, tasks: int = 4, *, split: str = "test") -> dict[str, di
         return judged
 
     return kept(suite, "rivals", [tasks, split, SIZE, POOL, HELD_OUT, sorted(calls)], make)
+
+
+# --------------------------------------------------- what the evidence has many seeds of
+
+ELEMENTS = {"basis": "elements", "targets": "own"}
+ROWS = ELEMENTS | {"basis": "rows"}
+
+
+class Factor(NamedTuple):
+    """What is varied: its name in tables, and the arguments of :func:`study`."""
+
+    name: str
+    factor: str
+    levels: list
+    draws: int
+    merge: dict
+
+
+def sensitivity(
+    name: str, seed: int, tier="smoke", device="cpu", *, draws: int, few: int, tasks: int
+) -> list[dict]:
+    """An experiment as of ``evidence``: merges under one change of the calibration set at a time.
+
+    Args:
+        draws: of the plain calibration set; ``few`` of every other.
+    Returns: rows of suite, seed, factor, level, draw, accuracy and output; ``draw`` is the factor
+        of plain random draws.
+    """
+    rules = [rule for rule in RULES if rule != "random"]
+    varied = (
+        Factor("draw", "size", [SIZE], draws, ELEMENTS),
+        Factor("sizes", "size", [4, 64, 256], few, ELEMENTS),
+        Factor("selection", "selection", rules, few, ELEMENTS),
+        Factor("domain", "domain", ["another", "mixed", "scrambled"], few, ELEMENTS),
+        Factor("experts", "experts", [2, 8], 1, ELEMENTS),
+        Factor("rows", "size", [SIZE], few, ROWS),
+    )
+    suite = load(name, tier, seed, device, progress=False)
+    rows = []
+    for one in varied:
+        place = {"suite": name, "seed": seed, "factor": one.name}
+        rows += [place | row for row in study(suite, *one[1:], tasks)]
+    return rows
+
+
+def other_methods(name: str, seed: int, tier="smoke", device="cpu", *, tasks: int) -> list[dict]:
+    """An experiment as of ``evidence``: :func:`rivals` as rows of suite, seed, label, accuracy and
+    output."""
+    suite = load(name, tier, seed, device, progress=False)
+    place = {"suite": name, "seed": seed}
+    return [place | {"label": label, **row} for label, row in rivals(suite, tasks).items()]
+
+
+def sketches(
+    name: str, seed: int, tier="smoke", device="cpu", *, ranks: list, ridge: float, tasks: int
+) -> list[dict]:
+    """An experiment as of ``evidence``: the programme from sketches of several ranks, two draws of
+    64 examples each; rows of suite, seed, rank, draw, accuracy and output."""
+    suite = load(name, tier, seed, device, progress=False)
+    rows = []
+    for rank in ranks:
+        place = {"suite": name, "seed": seed, "rank": rank}
+        found = study(suite, "size", [64], 2, {"rank": rank, "ridge": ridge}, tasks)
+        rows += [place | row for row in found]
+    return rows
+
+
+def optimism_gaps(
+    name: str,
+    seed: int,
+    tier="smoke",
+    device="cpu",
+    *,
+    sizes: list,
+    draws: int,
+    ridge: float,
+    tasks: int,
+) -> list[dict]:
+    """An experiment as of ``evidence``: :func:`gaps` as rows with their suite and seed."""
+    suite = load(name, tier, seed, device, progress=False)
+    place = {"suite": name, "seed": seed}
+    return [place | row for row in gaps(suite, sizes, draws, ridge, tasks=tasks)]
 
 
 # ------------------------------------------------------------------------------ optimism

@@ -7,7 +7,11 @@ from collections.abc import Iterable
 
 from ..records import Records
 from ..suites import Suite
-from . import benchmark
+from ..suites.probes import ROWS
+from . import benchmark, summary
+from .intervals import record_mean
+
+HEADS = {"kept": "kept head", "fresh": "fresh head"}
 
 
 def task_table(suite: Suite):
@@ -22,29 +26,36 @@ def task_table(suite: Suite):
     return table
 
 
-def record_setting(records: Records, name: str, size: int, of: str, seeds: int) -> None:
-    """Record how many calibration examples (``of`` says of what: images, texts), how many seeds,
-    and the longer of the programme's two priors."""
+def record_setting(records: Records, name: str, size: int, of: str) -> None:
+    """Record how many calibration examples (``of`` says of what: images, texts) and the longer of
+    the programme's two priors."""
     records.record(f"{name}.calibration_{of}", size, unit="per task")
-    records.record(f"{name}.seeds", seeds)
     records.record(f"{name}.prior", benchmark.ANCHOR)
 
 
 def record_choices(records: Records, name: str, results: list[dict]):
     """Record how many of the chosen numbers lie at an end of their grid; what was chosen is
-    returned as a ``pandas.DataFrame``, see ``benchmark.choices``."""
-    edges = sum(len(benchmark.at_grid_edge(r)) for r in results)
+    returned as a ``pandas.DataFrame``, see ``summary.choices``."""
+    edges = sum(len(summary.at_grid_edge(r)) for r in results)
     numbers = sum(isinstance(v, float) for r in results for v in r["options"].values())
     records.record(f"{name}.choices.at_edge", edges, n=numbers)
     records.record(f"{name}.choices.numbers", numbers)
-    return benchmark.choices(results)
+    return summary.choices(results)
+
+
+def by_label(results: list[dict]) -> dict[str, list[float]]:
+    """Label -> normalised accuracy, mean over tasks, of every seed."""
+    accuracy: dict[str, list[float]] = {}
+    for result in results:
+        accuracy.setdefault(result["label"], []).append(result["normalised"]["mean"])
+    return accuracy
 
 
 def places(results: list[dict], labels: dict[str, str]):
     """Mean, best and worst rank of every merge as a ``pandas.DataFrame``, best first."""
     import pandas as pd
 
-    ranks = benchmark.ranks(results).rename(columns=labels)
+    ranks = summary.ranks(results).rename(columns=labels)
     table = pd.DataFrame({"mean rank": ranks.mean(), "best": ranks.min(), "worst": ranks.max()})
     return table.sort_values("mean rank")
 
@@ -52,7 +63,7 @@ def places(results: list[dict], labels: dict[str, str]):
 def by_task(results: list[dict], order: Iterable[str], tasks: Iterable[str]):
     """Normalised accuracy, mean over seeds, as a ``pandas.DataFrame``: rows are labels in the given
     order, columns tasks."""
-    found = benchmark.frame(results)
+    found = summary.frame(results)
     cells = found.pivot_table(index="label", columns="task", values="normalised")
     return cells.loc[list(order), list(tasks)]
 
@@ -83,3 +94,46 @@ def record_energies(records: Records, name: str, tables: dict, seed: int):
             records.record(id, table[column].mean(), seed=seed, note=note)
     means = pd.DataFrame({family: table[columns].mean() for family, table in tables.items()}).T
     return means.astype({"p": int}).rename(index=lambda family: family.replace("_", " "))
+
+
+def record_scopes(records: Records, name: str, rows: list[dict]):
+    """Record what solving everything gains over either other scope, paired over seeds; the scores
+    of ``ablations.scopes`` are returned as a ``pandas.DataFrame`` with a row per seed."""
+    import pandas as pd
+
+    scores = pd.DataFrame({row["seed"]: row["score"] for row in rows}).T
+    note = "validation accuracy, everything solved minus this"
+    for column in scores.columns[1:]:
+        gain = scores["everything"] - scores[column]
+        record_mean(records.record, f"{name}.scope.{column.replace(' ', '_')}", gain, note=note)
+    return scores
+
+
+def record_fresh_heads(records: Records, name: str, rows: list[dict]) -> dict[str, dict]:
+    """Record normalised accuracy with fresh heads, of every method of the rows of
+    ``ablations.fresh_heads``, and how much that is above kept heads, ``gain``; over seeds, or over
+    tasks where there is one seed.
+
+    Returns: label of a method -> of a head -> (mean, interval).
+    """
+    import pandas as pd
+
+    experts = {row["seed"]: row["tasks"] for row in rows if row["method"] == "experts"}
+    ratios = []
+    for row in rows:
+        for task, found in row["tasks"].items():
+            own = experts[row["seed"]][task]
+            place = {"method": row["method"], "seed": row["seed"], "task": task}
+            ratios.append(place | {head: found[head] / own[head] for head in HEADS})
+    unit = "seed" if len(experts) > 1 else "task"
+    means = pd.DataFrame(ratios).groupby(["method", unit])[list(HEADS)].mean()
+    records.record(f"{name}.fresh_head.examples", ROWS["train"], unit="per task, at most")
+    shown = {}
+    for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "experts"):
+        id, of_method = f"{name}.fresh_head.{method}", means.loc[method]
+        note, gain = f"over {unit}s, drawn examples, merge and expert alike", "fresh minus kept"
+        kept = record_mean(records.record, f"{id}.kept", of_method.kept, note=note)
+        fresh = record_mean(records.record, id, of_method.fresh, note=note)
+        record_mean(records.record, f"{id}.gain", of_method.fresh - of_method.kept, note=gain)
+        shown[benchmark.ENTRIES[method].label] = {HEADS["kept"]: kept, HEADS["fresh"]: fresh}
+    return shown

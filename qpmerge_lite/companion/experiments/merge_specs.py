@@ -63,7 +63,13 @@ CALLS = ENTRIES | {
     "random": Entry("random coefficients", random_coefficients, no_options),
     "qp": Entry("QP", methods.qp, no_options),
 }
-FREE = (*HEURISTICS, "tsv_merge", "iso_c", "wudi")  # of the baselines, those that need no data
+FREE = (
+    *HEURISTICS,
+    "tsv_merge",
+    "iso_c",
+    "dc_merge",
+    "wudi",
+)  # of the baselines, those that need no data
 # examples per task, as a gradient for every one would take longer than all else
 MOST = {"fisher": 64, "adamerging": 64}
 SIZES = (4, 8, 16, 32, 64, 128, 256, 512)

@@ -16,6 +16,7 @@ from ...gradient import fisher_weights
 from ...programme import programme
 from ...solve import minimise
 from ...solvers import shrink
+from ...spectral.essential import OUT_PROJECTIONS
 from ..suites import Suite
 from . import benchmark
 
@@ -170,6 +171,77 @@ def _regmean_error(suite: Suite, size: int) -> float:
     return _relative(pairs)
 
 
+def _root_and_inverse(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Trace () of the square root of a positive semidefinite matrix (p, p), and the root's
+    pseudo-inverse (p, p)."""
+    values, vectors = torch.linalg.eigh(gram)
+    there = values > len(gram) * torch.finfo(gram.dtype).eps * values[-1]
+    inverse_roots = torch.where(there, values, 1.0).rsqrt() * there
+    return values.clamp(min=0).sqrt().sum(), vectors * inverse_roots @ vectors.mT
+
+
+def _esm_coefficients(C: Tensor, updates: Tensor) -> tuple[Tensor, Tensor]:
+    """``A_t`` (K, m, m) and the diagonal of D (n,) with which ESM's update of a layer is ``Σ_t A_t
+    Δ_t D``, but for its scales of whole matrices.
+
+    Every A_t is ``(coefficients) U_tᵀ`` with the ⌊m/K⌋ leading eigenvectors U_t of ``Δ_t C_t Δ_tᵀ``:
+    elements of the basis are ``e_a u_tjᵀ Δ_t D``, for every output a and eigenvector u_tj.
+
+    Args:
+        C: second moments (K, n, n). updates: ``Δ_t`` (K, m, n).
+    """
+    tasks, outputs, inputs = updates.shape
+    rank = outputs // tasks
+    values, vectors = torch.linalg.eigh(updates @ C @ updates.mT)
+    values, U = values.flip(1)[:, :rank].clamp(min=0), vectors.flip(2)[..., :rank]
+    s = (values / values.mean(1, keepdim=True)) ** 0.15
+    s = s / s.mean(1, keepdim=True)
+    norms = updates.square().sum((1, 2)).sqrt()
+    left = torch.cat([*(U * s.unsqueeze(1))], 1)
+    # what multiplies the updates from the left before they are made orthonormal (K·r, m) by task
+    rows = (s * ((norms / norms.mean()) ** 2)[:, None]).unsqueeze(2) * U.mT
+    V = (rows @ updates).flatten(0, 1)
+    columns = V.norm(dim=0)
+    D = (columns / columns.mean()) ** 2
+    left_trace, left_inverse = _root_and_inverse(left.mT @ left)
+    right_trace, right_inverse = _root_and_inverse(V * D.square() @ V.mT)
+    means = left_trace * right_trace / (min(left.shape) * min(V.shape))
+    coefficients = 2 * means * left @ left_inverse @ right_inverse  # (m, K·r)
+    by_task = coefficients.unflatten(1, (tasks, rank)).movedim(1, 0)
+    return by_task @ rows, D
+
+
+def _esm_error(suite: Suite, size: int) -> float:
+    """ESM against ``Σ_t A_t Δ_t D``, times the scale and the square of its norm over the mean norm
+    of the layers that are the same in other blocks, in every dense layer that it decomposes."""
+    scale = benchmark.result(suite, "esm", size)["options"]["scale"]
+    state, base = benchmark.chosen_merge(suite, "esm", size).state_dict, suite.base.state_dict()
+    layers = layer_moments(
+        suite.base,
+        suite.experts,
+        suite.calibration(size),
+        scope="weights",
+        folds=1,
+        full_energy=False,
+        products="float64",
+    )
+    decomposed, kinds = {}, {}
+    for name, (_, moments, updates) in layers.items():
+        if not name.endswith(OUT_PROJECTIONS):
+            A, D = _esm_coefficients(moments.C[:, 0, 0], updates[:, 0])
+            decomposed[name] = (A @ updates[:, 0]).sum(0) * D
+            kind = tuple(part for part in name.split(".") if not part.isdigit())
+            kinds.setdefault(kind, []).append(name)
+    pairs = []
+    for names in kinds.values():
+        mean = sum(float(decomposed[name].norm()) for name in names) / len(names)
+        for name in names:
+            view, own = layers[name].view, decomposed[name]
+            update = view.matrix(state)[0] - view.matrix(base)[0]
+            pairs.append((scale * (own.norm() / mean) ** 2 * own - update, update))
+    return _relative(pairs)
+
+
 def representation_errors(suite: Suite, size: int) -> dict[str, float]:
     """Method -> relative error of ``W_0 + Σ_k c_k ∘ Δ_k`` against the method's own weights, over
     all parameters."""
@@ -182,4 +254,4 @@ def representation_errors(suite: Suite, size: int) -> dict[str, float]:
             pairs.append(((share * vectors[name]).sum(0) - update, update))
         errors[method] = _relative(pairs)
     errors["slerp"] = _slerp_error(suite.base, dict(list(suite.experts.items())[:2]))
-    return errors | {"regmean": _regmean_error(suite, size)}
+    return errors | {"regmean": _regmean_error(suite, size), "esm": _esm_error(suite, size)}

@@ -36,7 +36,7 @@ FAMILIES = (
 HEADS = 4  # groups of rows
 TASKS = 3  # the first ones of a suite
 # baselines that merge whole models, whatever differs
-ANYWHERE = ("fisher", "tsv_merge", "iso_c", "wudi", "adamerging")
+ANYWHERE = ("fisher", "tsv_merge", "iso_c", "dc_merge", "wudi", "esm", "adamerging")
 
 
 @dataclass(frozen=True)
@@ -144,14 +144,11 @@ def result(suite: Suite, size: int) -> dict:
     return benchmark.kept(suite, "single", [suite.layer, size, FAMILIES, ALPHAS], make)
 
 
-def results(
-    name: str, seeds: int, size: int, tier="smoke", device="cpu", first_seed=0
-) -> list[dict]:
-    """Results of every layer and seed of a suite, rows as of :func:`result` with the ``suite``;
-    seeds outside, so that layers of a seed share their data."""
+def each_layer(name: str, seed: int, tier="smoke", device="cpu", *, size: int) -> list[dict]:
+    """An experiment as of ``evidence``: results of every layer of a suite and seed, rows as of
+    :func:`result` with the ``suite``."""
     rows, tasks = [], task_names(name, tier)[:TASKS]
-    for seed in range(first_seed, first_seed + seeds):
-        for layer in single_layers(name, tier):
-            suite = load(name, tier, seed, device, progress=False, layer=layer, tasks=tasks)
-            rows.append(result(suite, size) | {"suite": name})
+    for layer in single_layers(name, tier):
+        suite = load(name, tier, seed, device, progress=False, layer=layer, tasks=tasks)
+        rows.append(result(suite, size) | {"suite": name})
     return rows

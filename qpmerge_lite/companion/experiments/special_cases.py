@@ -13,7 +13,7 @@ from ...diagnostic import captured_energy
 from ...moments import Pooled
 from ...programme import programme
 from ...solve import Factored
-from ..suites import Suite
+from ..suites import Suite, load
 from . import benchmark
 from .baselines import BASELINES, HEURISTICS
 from .representations import representation_errors as representation_errors
@@ -157,6 +157,13 @@ def path(suite: Suite, name: str, size: int) -> dict:
         return {"points": points, "chosen": chosen}
 
     return benchmark.kept(suite, "path", [name, size, RIDGES], make)
+
+
+def paths(name: str, seed: int, tier="smoke", device="cpu", *, size: int) -> list[dict]:
+    """An experiment as of ``evidence``: :func:`path` from every one of ``STARTS``, rows with their
+    suite, seed and start."""
+    suite = load(name, tier, seed, device, progress=False)
+    return [{"suite": name, "seed": seed, "start": m, **path(suite, m, size)} for m in STARTS]
 
 
 def _best(points: list[dict], by: str) -> str:

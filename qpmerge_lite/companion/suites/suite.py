@@ -11,9 +11,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import linear
 
-from ...assess import Layers, layer_moments
+from ...assess import Auditor, Layers, layer_moments
 from ...errors import MergeError, MissingLayer, ShapeMismatch
+from ..plans import EMBEDDED
 from . import prefixes, training
+
+# Examples evaluated at a time on a CPU: activations then stay in its cache.
+IN_CACHE = 128
+# A split of every suite: one in so many examples of the validation split, drawn at random, the same
+# for every seed.
+PART, SHARE = "part of validation", 8
 
 
 @dataclass
@@ -31,7 +38,7 @@ class Suite:
         layer: the one layer in which experts differ from the base; None when all were trained.
         precision: of matrix products in training and evaluation; merges are computed in that of the
             base's weights.
-        chunk: examples evaluated at a time.
+        chunk: examples evaluated at a time, on a CPU at most ``IN_CACHE``.
         alike: calibration sentences are put in the order of their lengths, and on a CPU so many are
             a batch; None leaves them as drawn.
         complete: where a suite has no heads; ``complete(encoder, expert, batch)`` gives an
@@ -127,6 +134,22 @@ class Suite:
 
         return self.cached(("layers", n, skip), gather)
 
+    def auditor(self, n: int, skip: int = 0) -> Auditor:
+        """What tells the captured energies of merges on n calibration examples per task behind the
+        first ``skip`` of the draw; made once.
+
+        What base and experts put out is kept for an embedded suite; for others it is too large.
+        """
+        return self.cached(
+            ("auditor", n, skip),
+            lambda: Auditor(
+                self.base,
+                self.experts,
+                self.calibration(n, skip=skip),
+                hold=self.tier == EMBEDDED,
+            ),
+        )
+
     def evaluate(self, state_dict: dict[str, Tensor], split="test", tasks=None) -> dict[str, float]:
         """Accuracy of an encoder on each task with the task's own head.
 
@@ -149,11 +172,21 @@ class Suite:
 
     def tensors(self, task: str, split: str) -> tuple[dict[str, Tensor], Tensor]:
         """Arguments of the encoder (N, …) and labels (N,) of a whole split, converted once and held
-        in the machine's memory."""
-        return self.cached(
-            ("tensors", task, split),
-            lambda: training.tensors(self._rows(task, split), self.collate),
-        )
+        in the machine's memory; also of ``PART``."""
+
+        def convert():
+            if split == PART:
+                return self._part(task)
+            return training.tensors(self._rows(task, split), self.collate)
+
+        return self.cached(("tensors", task, split), convert)
+
+    def _part(self, task: str) -> tuple[dict[str, Tensor], Tensor]:
+        """One in ``SHARE`` validation examples: arguments of the encoder and labels."""
+        inputs, labels = self.tensors(task, "validation")
+        order = torch.randperm(len(labels), generator=training.seeded(0, task, PART))
+        rows = order[: -(-len(labels) // SHARE)]
+        return {name: value[rows] for name, value in inputs.items()}, labels[rows]
 
     def classifiers(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """Task -> its head as a function of features (N, d) to logits (N, classes)."""
@@ -203,7 +236,8 @@ class Suite:
         return self.cached(("block outputs", task, split), run)
 
     def _batches(self, task: str, split: str) -> Iterator[dict[str, Tensor]]:
-        for batch in training.batches(self.tensors(task, split)[0], self.chunk):
+        size = min(self.chunk, IN_CACHE) if self.device == "cpu" else self.chunk
+        for batch in training.batches(self.tensors(task, split)[0], size):
             yield training.placed(batch, self.device)
 
     def normalised(

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock  # torch needs it too
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -241,17 +242,26 @@ def content_key(**facts) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def one_maker(path: Path) -> FileLock:
+    """Context that one process at a time has of those that would make the file ``path``.
+
+    The others wait, and then find it made. The lock of a process that dies is given up.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path.with_name(f".{path.name}.lock"))
+
+
 def cached_expert(folder: Path, key: str, task: str, train) -> tuple[dict, dict]:
-    """State dicts of an expert and its head, read from the cache, or trained and written to it.
+    """State dicts of an expert and its head, read from the cache, or trained and written to it by
+    whichever process comes first.
 
     Raises: MergeError naming the file when it holds something else than its name says.
     """
     path = folder / f"{task}-{key[:16]}.safetensors"
     if not path.exists():
-        encoder, head = train()
-        parts = {f"encoder.{name}": value for name, value in encoder.items()}
-        parts |= {f"head.{name}": value for name, value in head.items()}
-        write_weights(parts, path, {"key": key, "task": task})
+        with one_maker(path):
+            if not path.exists():
+                _train_into(path, key, task, train)
     with safe_open(path, "pt") as file:
         filed_key = (file.metadata() or {}).get("key")
     if filed_key != key:
@@ -261,6 +271,14 @@ def cached_expert(folder: Path, key: str, task: str, train) -> tuple[dict, dict]
         )
     parts = load_file(path)
     return _under("encoder.", parts), _under("head.", parts)
+
+
+def _train_into(path: Path, key: str, task: str, train) -> None:
+    """Train an expert and its head, and write both to a file of the cache."""
+    encoder, head = train()
+    parts = {f"encoder.{name}": value for name, value in encoder.items()}
+    parts |= {f"head.{name}": value for name, value in head.items()}
+    write_weights(parts, path, {"key": key, "task": task})
 
 
 def _under(prefix: str, values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,128 @@
+"""Evidence: rows of experiments on many seeds, measured once and committed, of which every build
+measures a part again.
+
+An experiment is a function ``measure(suite, seed, tier, device, **settings)`` that gives rows:
+dictionaries of words, numbers, lists and further dictionaries. What is committed of one suite and
+seed is a *unit*, the file ``book/recorded/full/<measure>/<suite>-<seed>.json.xz``, see ``units``.
+``studies`` lists the experiments that there is evidence of and measures it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from .replication import ReplicationError as ReplicationError
+from .replication import compared
+from .units import code, committed, portable
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The rows of one experiment on one suite that a chapter rests on.
+
+    Attributes:
+        suite: its name.
+        rows: of all seeds; those of this run alone where nothing committed covers them.
+        live: what this run measured itself.
+        units: what is committed, a seed each; empty where nothing covers this run.
+        compared, largest: how many numbers of ``live`` were compared with the committed ones, and
+            the largest difference.
+        is_stale: whether code that committed rows hang on has changed since.
+    """
+
+    suite: str
+    rows: list[dict]
+    live: list[dict]
+    units: list[dict]
+    compared: int = 0
+    largest: float = 0.0
+    is_stale: bool = False
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of the rows."""
+        return sorted({row["seed"] for row in self.rows})
+
+    @property
+    def live_seeds(self) -> list[int]:
+        """Seeds that this run measured."""
+        return sorted({row["seed"] for row in self.live})
+
+    @property
+    def is_covered(self) -> bool:
+        """Whether the rows are committed ones, of which this run repeated some."""
+        return bool(self.units)
+
+    def said(self) -> dict:
+        """How many seeds, which of them were run here, and when, where and under which commit the
+        rest was measured, in words for a table."""
+        words = {"seeds": len(self.seeds), "run here": len(self.live_seeds)}
+        if not self.units:
+            return words | {"measured": "in this run alone: nothing committed has these parameters"}
+        facts = [unit["provenance"] for unit in self.units]
+        dates = sorted({fact["date"][:10] for fact in facts})
+        return words | {
+            "measured": " to ".join(dict.fromkeys((dates[0], dates[-1]))),
+            "on": ", ".join(sorted({fact["device"] for fact in facts})),
+            "commit": ", ".join(sorted({fact["commit"] for fact in facts})),
+            "its code since": "changed" if self.is_stale else "unchanged",
+            "largest difference": f"{self.largest:.2g} of {self.compared:,} numbers",
+        }
+
+
+def gather(
+    measure: Callable, suite: str, seeds: Iterable[int], tier="smoke", device="cpu", **settings
+) -> Evidence:
+    """Measure an experiment on the given seeds, and take the rows of all others that are committed
+    under the same settings.
+
+    Where one of the seeds, or the settings, are not among what is committed, the rows are those of
+    this run alone.
+
+    Args:
+        measure: see the module.
+        settings: whatever else the experiment takes, as JSON.
+    Raises: ReplicationError where committed rows and those of this run differ by more than
+        ``TOLERANCE``, which names the place, both numbers and what to do.
+    """
+    live = {seed: measure(suite, seed, tier, device, **settings) for seed in seeds}
+    own = [row for rows in live.values() for row in rows]
+    units = committed(measure, suite, tier, settings)
+    if not live.keys() <= units.keys():
+        return Evidence(suite, own, own, [])
+    differences: list[float] = []
+    for seed, rows in live.items():
+        where = f"{measure.__name__}, {suite}, seed {seed}"
+        differences += compared(portable(rows), units[seed]["rows"], where)
+    now, ordered = code(measure, suite, tier), list(units.values())
+    return Evidence(
+        suite,
+        rows=[row for unit in ordered for row in unit["rows"]],
+        live=own,
+        units=ordered,
+        compared=len(differences),
+        largest=max(differences, default=0.0),
+        is_stale=any(unit["code"] != now for unit in ordered),
+    )
+
+
+def report(record: Callable, id: str, found: Iterable[Evidence]):
+    """Record under ``id`` how many seeds there are, how many this run measured, and how it agrees
+    with what is committed; a ``pandas.DataFrame`` says so of every suite.
+
+    Args:
+        record: ``Records.record``, or anything called like it.
+    """
+    import pandas as pd
+
+    found = list(found)
+    seeds = min(len(evidence.seeds) for evidence in found)
+    live = min(len(evidence.live_seeds) for evidence in found)
+    record(f"{id}.evidence.seeds", seeds, note="that the numbers rest on")
+    record(f"{id}.evidence.live", live, note="seeds that were measured in this run")
+    compared = sum(evidence.compared for evidence in found)
+    largest = max(evidence.largest for evidence in found)
+    note = "largest difference between this run and the committed rows of the same seeds"
+    record(f"{id}.evidence.difference", largest, n=compared, note=note)
+    return pd.DataFrame({evidence.suite: evidence.said() for evidence in found}).T.fillna("—")

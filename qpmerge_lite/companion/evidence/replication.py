@@ -1,0 +1,77 @@
+"""Rows that this run measured, compared number by number with the committed ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from ...errors import MergeError
+from .units import RENEW
+
+# A chosen option may change where two were as good, without anything that it leads to changing.
+CHOSEN = ("options", "scores", "ridge", "chosen")
+# Where experts are trained in float32, another processor or another number of threads gives
+# slightly different ones.
+TOLERANCE = {"accuracy": 0.05, "other": 0.05}
+ACCURACIES = ("accuracy", "normalised", "validation", "score", "test", "expert")
+
+
+class ReplicationError(MergeError):
+    """A part of the evidence that this run measured again and found otherwise."""
+
+
+def compared(live, stored, where: str) -> list[float]:
+    """Differences between the numbers of rows and of the committed rows of the same problems.
+
+    Raises: ReplicationError at the first that is out of tolerance, or where the two have not the
+        same form.
+    """
+    problems = {row.get("problem") for row in live}
+    return list(_differences(live, [r for r in stored if r.get("problem") in problems], where))
+
+
+def _differences(live, stored, where: str, word: str = "") -> Iterator[float]:
+    """Walks through two values of like form; ``word`` is the last key on the way to them."""
+    if word in CHOSEN:
+        return
+    if isinstance(live, dict) and isinstance(stored, dict):
+        if live.keys() != stored.keys():
+            odd = ", ".join(sorted(live.keys() ^ stored.keys()))
+            raise _error(where, f"the same entries, found {odd} on one side only")
+        for key in live:
+            named = key if key in ACCURACIES or word not in ACCURACIES else word
+            yield from _differences(live[key], stored[key], f"{where}, {key}", named)
+    elif isinstance(live, list) and isinstance(stored, list):
+        if len(live) != len(stored):
+            raise _error(where, f"{len(stored)} entries, found {len(live)}")
+        for number, (one, other) in enumerate(zip(live, stored, strict=True)):
+            yield from _differences(one, other, f"{where}, {_name(one, number)}", word)
+    elif _is_number(live) and _is_number(stored):
+        by = TOLERANCE["accuracy" if word in ACCURACIES else "other"]
+        difference = abs(live - stored)
+        if not difference <= by * max(1.0, abs(stored)):
+            raise _error(where, f"{stored:.6g} within {by:g}, found {live:.6g}")
+        yield difference
+    elif live != stored:
+        raise _error(where, f"{stored!r}, found {live!r}")
+
+
+def _error(where: str, wanted: str) -> ReplicationError:
+    return ReplicationError(
+        f"{where}: expected, as in the committed evidence, {wanted}. Either the code changed what "
+        f"is measured, or this machine computes otherwise; if the new number is right, renew the "
+        f"evidence with `{RENEW}` and say why in the commit"
+    )
+
+
+def _name(row, number: int) -> str:
+    """What a row is called in messages."""
+    if isinstance(row, dict):
+        for key in ("method", "layer", "choice", "start", "label"):
+            if key in row:
+                return str(row[key])
+    return str(number)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

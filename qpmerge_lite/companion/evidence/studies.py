@@ -1,0 +1,89 @@
+"""The experiments that there is evidence of, and how it is measured: a unit at a time, in shards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from ..experiments import ablations, benchmark, single_layer, special_cases
+from ..plans import plan
+from . import units as files
+
+TIER = "full"
+
+
+@dataclass(frozen=True)
+class Study:
+    """One experiment as the chapters ask for it.
+
+    Attributes:
+        measure: see ``evidence``.
+        settings: those that the chapters' parameters have where nobody changed them; a test holds
+            the two together.
+        suites: names.
+    """
+
+    measure: Callable
+    settings: dict = field(default_factory=dict)
+    suites: tuple[str, ...] = ("vision", "language")
+
+
+SIZE = {"size": plan(TIER).calibration}
+STUDIES = (
+    Study(benchmark.comparison, SIZE | {"entries": None}),
+    Study(single_layer.each_layer, {"size": 128}),
+    Study(ablations.choices, SIZE),
+    Study(ablations.scopes, SIZE, suites=("language",)),
+    Study(special_cases.paths, SIZE),
+)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One study on one suite and seed."""
+
+    study: Study
+    suite: str
+    seed: int
+
+    def __str__(self):
+        return f"{self.study.measure.__name__} {self.suite} {self.seed}"
+
+    def is_current(self) -> bool:
+        """Whether it is committed, under these settings and by the code as it is."""
+        study = self.study
+        return files.is_current(study.measure, self.suite, self.seed, TIER, study.settings)
+
+    def run(self, device: str = "cpu"):
+        """Measure and file it. Returns: the path."""
+        study = self.study
+        return files.write(study.measure, self.suite, self.seed, TIER, device, study.settings)
+
+
+def units(only: str | None = None, shard: tuple[int, int] = (1, 1)) -> list[Unit]:
+    """All units of a shard, those of a suite and seed one after the other, as they share experts.
+
+    Args:
+        only: name of one experiment.
+        shard: (number from 1 on, of how many); suites and seeds are dealt out in turn.
+    """
+    number, count = shard
+    names = dict.fromkeys(name for study in STUDIES for name in study.suites)
+    places = [(seed, name) for seed in range(plan(TIER).seeds) for name in names]
+    chosen = []
+    for seed, name in places[number - 1 :: count]:
+        for study in STUDIES:
+            if name in study.suites and only in (None, study.measure.__name__):
+                chosen.append(Unit(study, name, seed))
+    return chosen
+
+
+def measure(only=None, shard=(1, 1), device="cpu", force=False) -> Iterator[tuple[Unit, float]]:
+    """Measure the units of a shard that are not current, or all with ``force``, and give each with
+    its seconds as it is filed; what is filed stays when a run is broken off."""
+    for unit in units(only, shard):
+        if force or not unit.is_current():
+            started = time.monotonic()
+            unit.run(device)
+            yield unit, time.monotonic() - started

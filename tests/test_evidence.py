@@ -1,0 +1,183 @@
+"""Committed rows: written and read, compared with what a run measures itself, and let go where they
+do not cover it."""
+
+import json
+import lzma
+from dataclasses import replace
+
+import pytest
+
+from qpmerge_lite.companion import cli, evidence
+from qpmerge_lite.companion.evidence import studies, units
+from qpmerge_lite.companion.evidence.replication import compared
+from qpmerge_lite.companion.experiments import benchmark
+from qpmerge_lite.companion.plans import plan
+from qpmerge_lite.errors import MergeError
+
+METHODS = ["soup", "tsv_merge", "regmean", "qp_rows"]
+SETTINGS = {"size": 8, "entries": METHODS}
+
+
+def measured(suite, seed, tier, device, *, shift=0.0, words=("a", "b")):
+    """An experiment with nothing behind it."""
+    return [
+        {
+            "seed": seed,
+            "method": word,
+            "accuracy": {"first": 0.5 + shift, "mean": 0.123456789},
+            "options": {"scale": 0.1 * (1 + shift)},
+            "seconds": shift,
+            "energy": None,
+        }
+        for word in words
+    ]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("QPMERGE_EVIDENCE", str(tmp_path / "evidence"))
+    return tmp_path / "evidence"
+
+
+def file(seeds, measure=measured, suite="toy", **settings):
+    return [units.write(measure, suite, seed, "full", "cpu", settings) for seed in seeds]
+
+
+def test_rows_of_all_seeds_are_found_and_the_live_one_is_compared(folder):
+    paths = file((0, 1, 2), words=["a"])
+    assert [path.relative_to(folder).as_posix() for path in paths] == [
+        f"full/measured/toy-{seed}.json.xz" for seed in (0, 1, 2)
+    ]
+    found = evidence.gather(measured, "toy", [1], words=["a"])
+    assert found.is_covered and found.seeds == [0, 1, 2] and not found.is_stale
+    assert [row["accuracy"]["mean"] for row in found.rows] == [0.123457] * 3
+    assert "seconds" not in found.rows[0] and found.live[0]["seed"] == 1
+    assert (found.compared, found.largest) == (3, 0.0)  # the seed and two accuracies
+
+
+@pytest.mark.parametrize("seeds, settings", [([7], {}), ([0, 7], {}), ([0], {"shift": 0.2})])
+def test_a_run_that_nothing_committed_covers_stands_alone(seeds, settings):
+    file((0, 1))
+    found = evidence.gather(measured, "toy", seeds, **settings)
+    assert not found.is_covered and found.seeds == seeds and found.rows == found.live
+    assert "this run alone" in found.said()["measured"]
+
+
+def test_a_tier_without_evidence_stands_alone():
+    file((0, 1))
+    assert not evidence.gather(measured, "toy", [0], "standard").is_covered
+
+
+def test_a_difference_is_named_with_both_numbers_and_the_way_out():
+    [path] = file((0,), shift=0.2)
+    unit = json.loads(lzma.decompress(path.read_bytes()))
+    path.write_bytes(lzma.compress(json.dumps(unit | {"settings": {}}).encode()))
+    with pytest.raises(evidence.ReplicationError) as raised:
+        evidence.gather(measured, "toy", [0])
+    for part in ("measured, toy, seed 0, a, accuracy, first", "0.7 within", "found 0.5", "renew"):
+        assert part in str(raised.value)
+
+
+def test_rows_that_came_or_went_are_a_difference():
+    file((0,), words=["a", "b"])
+    evidence.gather(measured, "toy", [0], words=["a", "b"])
+    with pytest.raises(evidence.ReplicationError, match="1 entries, found 2"):
+        compared(measured("toy", 0, "", ""), measured("toy", 0, "", "", words="a"), "x")
+    with pytest.raises(evidence.ReplicationError, match="'a', found 'c'"):
+        compared(measured("toy", 0, "", "", words="c"), measured("toy", 0, "", "", words="a"), "x")
+
+
+def test_what_may_change_without_anything_that_follows_is_not_compared():
+    one, other = ({"options": {"scale": scale}, "accuracy": 0.5} for scale in (0.1, 0.9))
+    assert compared([one], [other], "x") == [0.0]
+
+
+def test_only_problems_that_a_run_has_are_compared():
+    rows = [{"problem": problem, "energy": number} for number, problem in enumerate("abc")]
+    assert compared(rows[1:2], rows, "x") == [0.0]
+
+
+def test_a_file_that_is_no_unit_says_what_to_do(folder):
+    [path] = file((0,))
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(MergeError, match=r"toy-0.json.xz: not a unit .*; delete it and run"):
+        evidence.gather(measured, "toy", [0])
+    path.write_bytes(lzma.compress(b'{"schema": 0}'))
+    with pytest.raises(MergeError, match="expected schema 1, found 0"):
+        units.read(path)
+
+
+def test_a_changed_constant_of_a_method_is_found(suite, monkeypatch, tmp_path):
+    """Run as the book does, on the toy suite: what was measured by other code is not repeated."""
+    monkeypatch.setattr(benchmark, "load", lambda *args, **options: suite)
+    monkeypatch.setattr(benchmark, "is_public", lambda *args: True)  # no common training
+    file((0,), benchmark.comparison, **SETTINGS)
+    assert evidence.gather(benchmark.comparison, "toy", [0], **SETTINGS).largest < 1e-5
+    monkeypatch.setenv("QPMERGE_CACHE", str(tmp_path / "other"))
+    steps = [{"scale": 5.0}]  # in place of those that TSV-M is tuned over
+    entry = replace(benchmark.ENTRIES["tsv_merge"], grid=lambda experts, seed: steps)
+    monkeypatch.setitem(benchmark.ENTRIES, "tsv_merge", entry)
+    with pytest.raises(evidence.ReplicationError, match=r"comparison, toy, seed 0, tsv_merge, "):
+        evidence.gather(benchmark.comparison, "toy", [0], **SETTINGS)
+
+
+def test_evidence_is_stale_when_code_that_it_hangs_on_has_changed(monkeypatch):
+    file((0,))
+    assert units.is_current(measured, "toy", 0, "full", {})
+    assert not units.is_current(measured, "toy", 1, "full", {})
+    assert not units.is_current(measured, "toy", 0, "full", {"shift": 1.0})
+    monkeypatch.setattr(units, "code", lambda *args: "other")
+    monkeypatch.setattr(evidence, "code", lambda *args: "other")
+    assert not units.is_current(measured, "toy", 0, "full", {})
+    found = evidence.gather(measured, "toy", [0])
+    assert found.is_stale and found.said()["its code since"] == "changed"
+
+
+def test_what_is_said_of_evidence_is_recorded():
+    file((0, 1, 2))
+    records = {}
+    table = evidence.report(
+        lambda id, value, **rest: records.update({id: value}),
+        "toy",
+        [evidence.gather(measured, "toy", [1])],
+    )
+    assert records == {
+        "toy.evidence.seeds": 3,
+        "toy.evidence.live": 1,
+        "toy.evidence.difference": 0.0,
+    }
+    assert table.loc["toy", "its code since"] == "unchanged" and table.loc["toy", "on"] == "cpu"
+
+
+# ----------------------------------------------------------------------------------- shards
+
+
+def test_shards_share_out_all_units_and_keep_those_of_a_seed_together():
+    everything = [str(unit) for unit in studies.units()]
+    dealt = [[str(unit) for unit in studies.units(shard=(i, 3))] for i in (1, 2, 3)]
+    assert sorted(sum(dealt, [])) == sorted(everything) and len(set(everything)) == len(everything)
+    places = [{tuple(unit.split()[1:]) for unit in part} for part in dealt]
+    assert not places[0] & places[1] and not places[1] & places[2]
+    assert len(studies.units("scopes")) == plan("full").seeds
+
+
+def test_measuring_goes_on_where_it_broke_off(monkeypatch):
+    study = studies.Study(measured, {"words": ["a"]}, ("vision",))
+    monkeypatch.setattr(studies, "STUDIES", (study,))
+    first = studies.measure()
+    assert str(next(first)[0]) == "measured vision 0"
+    first.close()
+    left = [str(unit) for unit, _ in studies.measure()]
+    assert left == [f"measured vision {seed}" for seed in range(1, plan("full").seeds)]
+    assert [*studies.measure()] == [] and len([*studies.measure(force=True)]) == 10
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b"])
+def test_a_shard_that_is_none_is_refused(text, capsys):
+    assert cli.main(["book", "evidence", "--shard", text, "--list"]) == 1
+    assert "--shard: expected I/N" in capsys.readouterr().err
+
+
+def test_an_unknown_experiment_is_refused(capsys):
+    assert cli.main(["book", "evidence", "--only", "nothing", "--list"]) == 1
+    assert "expected one of comparison, " in capsys.readouterr().err
