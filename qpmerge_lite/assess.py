@@ -151,12 +151,10 @@ class _Sight:
         return seen
 
     def overwritten(self) -> bool:
-        """Whether the model has worked in place on what was seen."""
-        return any(seen._version != version for seen, version in self._versions)
-
-    def settle(self) -> None:
-        """Let go of what was seen and is not kept: the forward is over."""
-        self._versions.clear()
+        """Whether the model has worked in place on what was seen; asked once, when the forward is
+        over, as what is not kept is let go then."""
+        versions, self._versions = self._versions, []
+        return any(seen._version != version for seen, version in versions)
 
 
 @dataclass
@@ -362,9 +360,7 @@ class _Watch:
         if sight.overwritten():
             self.copying = True
             return self.run(state, batch, with_reads)
-        sight.settle()
-        if not with_reads:
-            sight.reads = {}
+        sight.reads = sight.reads if with_reads else {}
         return sight
 
 
