@@ -151,10 +151,8 @@ class _Sight:
         return seen
 
     def overwritten(self) -> bool:
-        """Whether the model has worked in place on what was seen; asked once, when the forward is
-        over, as what is not kept is let go then."""
-        versions, self._versions = self._versions, []
-        return any(seen._version != version for seen, version in versions)
+        """Whether the model has worked in place on what was seen."""
+        return any(seen._version != version for seen, version in self._versions)
 
 
 @dataclass
@@ -360,7 +358,8 @@ class _Watch:
         if sight.overwritten():
             self.copying = True
             return self.run(state, batch, with_reads)
-        sight.reads = sight.reads if with_reads else {}
+        if not with_reads:
+            sight.reads = {}
         return sight
 
 
