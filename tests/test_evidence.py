@@ -92,6 +92,13 @@ def test_what_may_change_without_anything_that_follows_is_not_compared():
     assert compared([one], [other], "x") == [0.0]
 
 
+@pytest.mark.parametrize(
+    "row", [{"method": "lot"}, {"options": {"ridge": 0.0}}, {"kind": "made to be bad"}]
+)
+def test_merges_that_rounding_decides_are_not_compared(row):
+    assert compared([row | {"energy": -9.0}], [row | {"energy": -5.0}], "x") == []
+
+
 def test_only_problems_that_a_run_has_are_compared():
     rows = [{"problem": problem, "energy": number} for number, problem in enumerate("abc")]
     assert compared(rows[1:2], rows, "x") == [0.0]
