@@ -145,7 +145,7 @@ def test_the_margin_is_the_spread_of_the_experts_between_seeds(tmp_path):
 
     results = [row("experts", seed, accuracy) for seed, accuracy in enumerate((0.8, 0.9, 0.7))]
     results += [row("soup", seed, 0.5) for seed in range(3)]
-    benchmark.summarise(Records("05_toy", "smoke", root=tmp_path), "toy", results)
+    summary.summarise(Records("05_toy", "smoke", root=tmp_path), "toy", results)
     margin = load_records("smoke", tmp_path)["toy.margin"]
     assert (margin.value, margin.n) == (pytest.approx(0.1 / 0.8), 3)
 
