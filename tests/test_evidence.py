@@ -4,16 +4,19 @@ do not cover it."""
 import json
 import lzma
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from qpmerge_lite.companion import cli, evidence
+from qpmerge_lite.companion.book import run
 from qpmerge_lite.companion.evidence import studies, units
 from qpmerge_lite.companion.evidence.replication import compared
 from qpmerge_lite.companion.experiments import benchmark
 from qpmerge_lite.companion.plans import plan
 from qpmerge_lite.errors import MergeError
 
+ROOT = Path(__file__).parents[1]
 METHODS = ["soup", "tsv_merge", "regmean", "qp_rows"]
 SETTINGS = {"size": 8, "entries": METHODS}
 
@@ -171,12 +174,47 @@ def test_shards_share_out_all_units_and_keep_those_of_a_seed_together():
 def test_measuring_goes_on_where_it_broke_off(monkeypatch):
     study = studies.Study(measured, {"words": ["a"]}, ("vision",))
     monkeypatch.setattr(studies, "STUDIES", (study,))
-    first = studies.measure()
-    assert str(next(first)[0]) == "measured vision 0"
-    first.close()
-    left = [str(unit) for unit, _ in studies.measure()]
-    assert left == [f"measured vision {seed}" for seed in range(1, plan("full").seeds)]
-    assert [*studies.measure()] == [] and len([*studies.measure(force=True)]) == 10
+    first = studies.due()[0]
+    assert str(first) == "measured vision 0"
+    first.run()
+    left = studies.due()
+    assert [str(unit) for unit in left] == [
+        f"measured vision {seed}" for seed in range(1, plan("full").seeds)
+    ]
+    assert cli.main(["book", "evidence"]) == 0
+    assert studies.due() == [] and len(studies.due(force=True)) == 10
+
+
+def test_what_chapters_ask_for_is_what_is_measured():
+    """Parameters that nobody has changed are covered."""
+    declared = {path.stem[:2]: run.declared(path) for path in run.notebooks(ROOT)}
+    one_layer, points, calibration = (declared[chapter] for chapter in ("03", "08", "12"))
+    sizes = {"size": plan("smoke").calibration}
+    shared = {key: calibration[key] for key in ("draws", "few", "tasks")}
+    asked = {
+        "comparison": sizes | {"entries": declared["05"]["methods"]},
+        "each_layer": {"size": one_layer["calibration"]},
+        "choices": {"size": declared["04"]["calibration_images"]},
+        "scopes": sizes,
+        "fresh_heads": sizes,
+        "paths": {"size": points["calibration"]},
+        "population": {},
+        "pairs": {},
+        "optimism_gaps": {
+            "sizes": calibration["gap_sizes"],
+            "draws": calibration["gap_draws"],
+            "ridge": calibration["ridge"],
+            "tasks": calibration["tasks"],
+        },
+        "sensitivity": shared,
+        "other_methods": {"tasks": calibration["tasks"]},
+    }
+    settings = {study.measure.__name__: study.settings for study in studies.STUDIES}
+    ranks = settings.pop("sketches")["ranks"]
+    assert settings == asked and f"ranks = {ranks}" in (
+        ROOT / "notebooks" / "12_calibration.ipynb"
+    ).read_text(encoding="utf-8")
+    assert declared["07"]["calibration_layer"] == one_layer["calibration"]
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b"])

@@ -5,6 +5,7 @@ import ast
 import json
 import os
 import sys
+import time
 from dataclasses import asdict
 from functools import partial
 
@@ -165,17 +166,15 @@ def _evidence(arguments):
     if arguments.only not in (None, *known):
         raise MergeError(f"--only: expected one of {', '.join(known)}, found {arguments.only!r}")
     say = _printer(arguments)
-    if arguments.list:
-        units = studies.units(arguments.only, shard)
-        stale = [str(unit) for unit in units if arguments.force or not unit.is_current()]
-        for unit in stale:
+    due = studies.due(arguments.only, shard, arguments.force)
+    for unit in due:
+        if arguments.list:
             say(unit)
-        return _done(arguments, stale)
-    filed = []
-    for unit, seconds in studies.measure(arguments.only, shard, arguments.device, arguments.force):
-        say(f"{unit}: {seconds:.0f} s")
-        filed.append(str(unit))
-    return _done(arguments, filed)
+        else:
+            started = time.monotonic()
+            unit.run(arguments.device)
+            say(f"{unit}: {time.monotonic() - started:.0f} s")
+    return _done(arguments, [str(unit) for unit in due])
 
 
 def _shard(text):

@@ -54,7 +54,7 @@ def _word(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _finish(figure: Figure, keyed=None, columns: int = 1) -> Figure:
+def finish(figure: Figure, keyed=None, columns: int = 1) -> Figure:
     """The figure, with one key under the whole of it where there is an axis that it is taken
     from."""
     if keyed is not None:
@@ -114,7 +114,7 @@ def plane(panels: dict, points: dict, lines: dict) -> Figure:
         )
         axis.grid(False)
     axes[0].set_ylabel("$d_2$")
-    return _finish(figure, axis, 3)
+    return finish(figure, axis, 3)
 
 
 def ridge_path(ridges, coefficients, prior: float, curves: dict) -> Figure:
@@ -130,7 +130,7 @@ def ridge_path(ridges, coefficients, prior: float, curves: dict) -> Figure:
         right.plot(ridges, values, linestyle=line, marker=marker, markevery=4, label=name)
     left.set(xscale="log", xlabel="ridge λ", ylabel="coefficient", title="coefficients")
     right.set(xlabel="ridge λ", ylabel="captured energy 1 − L/E", title="what the merge captures")
-    return _finish(figure, right, 3)
+    return finish(figure, right, 3)
 
 
 def nesting(families: dict, inclusions) -> Figure:
@@ -161,7 +161,7 @@ def nesting(families: dict, inclusions) -> Figure:
         _point(axis, p, outside, marker, "none", size=9)
     axis.set(xscale="log", xlabel="coefficients p", ylabel="captured energy")
     axis.set_title("filled: in sample; hollow: cross-fitted; arrows: span inclusions")
-    return _finish(figure, axis, 4)
+    return finish(figure, axis, 4)
 
 
 def projection(projected: dict, others: dict) -> Figure:
@@ -201,7 +201,7 @@ def projection(projected: dict, others: dict) -> Figure:
         xlim=(-0.2, 1.2),
         xticks=np.linspace(0, 1, 6),
     )
-    return _finish(figure, axis, 4)
+    return finish(figure, axis, 4)
 
 
 def cumulative(curves: dict, xlabel: str, ylabel: str) -> Figure:
@@ -217,7 +217,7 @@ def cumulative(curves: dict, xlabel: str, ylabel: str) -> Figure:
             label=name,
         )
     axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 1.03))
-    return _finish(figure, axis, 2)
+    return finish(figure, axis, 2)
 
 
 def phases(x, y, panels: dict, columns, xlabel: str, ylabel: str) -> Figure:
@@ -265,7 +265,7 @@ def phases(x, y, panels: dict, columns, xlabel: str, ylabel: str) -> Figure:
         bar.ax.tick_params(labelsize=9)
     figure.supxlabel(xlabel, fontsize=10)
     figure.supylabel(ylabel, fontsize=10)
-    return _finish(figure)
+    return finish(figure)
 
 
 def bands(x, curves: dict, xlabel: str, ylabel: str) -> Figure:
@@ -276,7 +276,7 @@ def bands(x, curves: dict, xlabel: str, ylabel: str) -> Figure:
         axis.fill_between(x, values.min(0), values.max(0), alpha=0.15)
     axis.axhline(0, color="black", linewidth=1)
     axis.set(xlabel=xlabel, ylabel=ylabel)
-    return _finish(figure, axis, 4)
+    return finish(figure, axis, 4)
 
 
 def scatter(panels: dict, groups, label: str) -> Figure:
@@ -299,7 +299,7 @@ def scatter(panels: dict, groups, label: str) -> Figure:
             )
         axis.axhline(0, color="black", linewidth=1)
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    return _finish(figure, axis, len(np.unique(groups)))
+    return finish(figure, axis, len(np.unique(groups)))
 
 
 def agreement(panels: dict, labels, lined: int = 1) -> Figure:
@@ -329,7 +329,7 @@ def agreement(panels: dict, labels, lined: int = 1) -> Figure:
             axis.axline((0, 0), slope=1, color="0.4", linewidth=1, linestyle="--")
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.locator_params(axis="x", nbins=3)
-    return _finish(figure, axis, 2)
+    return finish(figure, axis, 2)
 
 
 def correlations(
@@ -350,7 +350,7 @@ def correlations(
             xlabel=xlabel if axis in axes[-1] else "",
         )
         axis.locator_params(axis="x", nbins=5)
-    return _finish(figure, axes.flat[0], 3)
+    return finish(figure, axes.flat[0], 3)
 
 
 def gallery(images: dict, columns: int) -> Figure:
@@ -361,7 +361,7 @@ def gallery(images: dict, columns: int) -> Figure:
             axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(title, rotation=0, ha="right", va="center")
-    return _finish(figure)
+    return finish(figure)
 
 
 def ranking(
@@ -393,7 +393,7 @@ def ranking(
         ylim=(len(seeds) - 0.4, -0.6),
     )
     axis.grid(axis="y", visible=False)
-    return _finish(figure)
+    return finish(figure)
 
 
 def heat(table, label: str, low: float, high: float, fmt: str = ".2f") -> Figure:
@@ -413,7 +413,7 @@ def heat(table, label: str, low: float, high: float, fmt: str = ".2f") -> Figure
     )
     axis.set(xlabel="", ylabel="")
     plt.setp(axis.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
-    return _finish(figure)
+    return finish(figure)
 
 
 def bars(names, panels: dict, ylabel: str, columns: int = 2) -> Figure:
@@ -444,7 +444,7 @@ def bars(names, panels: dict, ylabel: str, columns: int = 2) -> Figure:
         axis.grid(axis="x", visible=False)
         axis.set_xticks(places, list(names[title]), rotation=90, fontsize=9)
     figure.supylabel(ylabel, fontsize=10)
-    return _finish(figure, axes.flat[0] if len(parts) > 1 else None, 2)
+    return finish(figure, axes.flat[0] if len(parts) > 1 else None, 2)
 
 
 def depth(names, panels: dict, xlabel: str = "") -> Figure:
@@ -464,4 +464,4 @@ def depth(names, panels: dict, xlabel: str = "") -> Figure:
         axis.set_title(title)
         axis.set_xticks(range(len(names)), names, rotation=90 if longest > 4 else 0, fontsize=9)
     axis.set_xlabel(xlabel)
-    return _finish(figure, axis, 3)
+    return finish(figure, axis, 3)

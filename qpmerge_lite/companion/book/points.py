@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from .figures import MARKERS, WIDTH
+from .figures import MARKERS, WIDTH, finish
 
 FILLS = ("black", "white", "0.65")  # told apart without colour, and by marker too
 APART = 0.22  # between the values of a row
@@ -54,8 +54,4 @@ def points(panels: dict, xlabel: str, line: float | None = None) -> Figure:
         axis.set_yticks(range(len(found)), list(found))
         axis.grid(axis="y", visible=False)
     axes[0, 0].set_ylim(len(first) - 0.4, -0.6)
-    handles, keys = axes[0, 0].get_legend_handles_labels()
-    if len(labels) > 1:
-        figure.legend(handles, keys, loc="outside lower center", ncols=len(labels))
-    plt.close(figure)  # shown once, as the value of its cell
-    return figure
+    return finish(figure, axes[0, 0] if len(labels) > 1 else None, len(labels))

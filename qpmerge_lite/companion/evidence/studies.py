@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..experiments import (
@@ -95,11 +94,6 @@ def units(only: str | None = None, shard: tuple[int, int] = (1, 1)) -> list[Unit
     return chosen
 
 
-def measure(only=None, shard=(1, 1), device="cpu", force=False) -> Iterator[tuple[Unit, float]]:
-    """Measure the units of a shard that are not current, or all with ``force``, and give each with
-    its seconds as it is filed; what is filed stays when a run is broken off."""
-    for unit in units(only, shard):
-        if force or not unit.is_current():
-            started = time.monotonic()
-            unit.run(device)
-            yield unit, time.monotonic() - started
+def due(only=None, shard=(1, 1), force=False) -> list[Unit]:
+    """The units of a shard, as of :func:`units`, that are not current; all with ``force``."""
+    return [unit for unit in units(only, shard) if force or not unit.is_current()]

@@ -8,28 +8,34 @@ import lzma
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from ...errors import MergeError
-from .. import staleness
+from ..experiments.cache import sources
 from ..paths import HOME
 from ..plans import plan
 from ..records import provenance
-from ..suites import REGISTRY
 
 SCHEMA = 1
 DIGITS = 5  # significant ones of what is stored
-SUITES = "qpmerge_lite.companion.suites"
 # What no other run can repeat, or what only the build that made it shows.
 PASSING = ("seconds", "tables")
 RENEW = "qpmerge book evidence"
 
 
-def folder(tier: str = "full", root=None) -> Path:
+class Place(NamedTuple):
+    """What decides which definition of a suite is meant: its name and the tier of its data."""
+
+    name: str
+    tier: str
+
+
+def folder(tier: str) -> Path:
     """Where the units of a tier are, a folder per experiment inside."""
-    return Path(root or os.environ.get("QPMERGE_EVIDENCE") or HOME / "book" / "recorded") / tier
+    return Path(os.environ.get("QPMERGE_EVIDENCE") or HOME / "book" / "recorded") / tier
 
 
-def path_of(measure: Callable, suite: str, seed: int, tier: str = "full") -> Path:
+def path_of(measure: Callable, suite: str, seed: int, tier: str) -> Path:
     """File of one unit."""
     return folder(tier) / measure.__name__ / f"{suite}-{seed}.json.xz"
 
@@ -96,10 +102,7 @@ def is_current(measure: Callable, suite: str, seed: int, tier: str, settings: di
 def code(measure: Callable, suite: str, tier: str) -> str:
     """SHA-256 of the modules that the rows of an experiment hang on: those that its module
     imports, and the suite's definition."""
-    definition = REGISTRY.get((suite, plan(tier).data), SUITES)
-    starts = {SUITES, definition, measure.__module__}
-    modules = staleness.reached(HOME, starts, registered=set(REGISTRY.values()))
-    return staleness.digest(HOME, modules)
+    return sources(Place(suite, plan(tier).data), measure)
 
 
 def portable(value):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from ...diagnostic import OPTIMISM
-from .intervals import pooled_spread, seed_interval
+from .intervals import pooled_spread, record_mean
 
 # factor -> what varies beside the draws, as ``factor`` of the table of merges
 FACTORS = {
@@ -60,14 +60,9 @@ def _record_ratios(record, prefix: str, gaps) -> None:
     unit = "seed" if gaps.seed.nunique() > 1 else "draw"
     sums = gaps.groupby(unit)[["measured", *OPTIMISM]].sum()
     for by in OPTIMISM:
-        mean, interval = seed_interval(sums[by] / sums.measured)
-        record(
-            f"{prefix}.ratio" if by == "refit" else f"{prefix}.{by}.ratio",
-            mean,
-            n=len(sums),
-            interval=interval,
-            note=f"predicted over measured, over {unit}s",
-        )
+        id = f"{prefix}.ratio" if by == "refit" else f"{prefix}.{by}.ratio"
+        note = f"predicted over measured, over {unit}s"
+        record_mean(record, id, sums[by] / sums.measured, note=note)
 
 
 def record_merges(record, table, others) -> None:
@@ -87,10 +82,8 @@ def record_merges(record, table, others) -> None:
 def _record_mean(record, id: str, values) -> None:
     """Record the mean of values by seed and draw."""
     independent = _independent(values)
-    mean, interval = seed_interval(independent)
     unit = "draws" if len(independent) == len(values) else "seeds, draws averaged"
-    note = f"over {unit}"
-    record(f"calibration.{id}", mean, n=len(independent), interval=interval, note=note)
+    record_mean(record, f"calibration.{id}", independent, note=f"over {unit}")
 
 
 def _record_level(record, part, random, name: str, factor: str, level) -> None:

@@ -2,8 +2,8 @@
 ones, odd ones and bad ones.
 
 Of every merge it is recorded what can be known without labels (captured energies and divergence,
-agreement with the experts, entropy, sizes of updates), what a few labels would say, and how accurate it is on test
-data.
+agreement with the experts, entropy, sizes of updates), what a few labels would say, and how
+accurate it is on test data.
 """
 
 from __future__ import annotations

@@ -181,8 +181,9 @@ def _aggregated(layers: dict[str, dict], form: str, aggregate: Callable) -> floa
 
 
 def captured_by_bases(rows: list[dict]):
-    """:func:`frame` of the rows that have ``bases``, the programme's, with a column ``rho, <aggregator>`` for
-    every way of making one number of what a merge's basis captures layer by layer."""
+    """:func:`frame` of the rows that have ``bases``, the programme's, with a column ``rho,
+    <aggregator>`` for every way of making one number of what a merge's basis captures layer by
+    layer."""
     solved = [row for row in rows if "bases" in row]
     table = frame(solved)
     for name, aggregate in AGGREGATORS.items():
