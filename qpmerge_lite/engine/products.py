@@ -17,10 +17,13 @@ def add_gram(C: Tensor, Z: Tensor, fresh: bool, width: int = 256) -> None:
 
 
 def mirror(C: Tensor, width: int = 256) -> None:
-    """Fill what :func:`add_gram` leaves open in C (…, n, n), in place, from below the diagonal."""
-    for start in range(width, C.shape[-1], width):
+    """Fill C (…, n, n), in place, from below the diagonal: what :func:`add_gram` leaves open, and
+    its blocks on the diagonal, which on some processors are symmetric only to rounding."""
+    for start in range(0, C.shape[-1], width):
         stop = start + width
         C[..., :start, start:stop] = C[..., start:stop, :start].mT
+        block = C[..., start:stop, start:stop]
+        block.copy_(block.tril() + block.tril(-1).mT)
 
 
 def output_products(A: Tensor, D: Tensor, full_energy: bool) -> Tensor:
