@@ -245,9 +245,8 @@ def _rotated_rows(updates: Tensor, pooled: Pooled, keep: int | None) -> Basis:
     return RowBasis("rotated_rows", updates, _directions(updates, pooled, U.shape[-1]), U)
 
 
-# family -> basis of updates (K, g, m, n) and moments, with the labels of the output rows that
-# groups
-# cannot do without, and the number of directions that rotated rows keep
+# family -> basis of updates (K, g, m, n) and moments, given the labels of the output rows, which
+# ``groups`` cannot do without, and the number of directions that ``rotated_rows`` keeps
 FAMILIES: dict[str, Callable[[Tensor, Pooled, Tensor | None, int | None], Basis]] = {
     "layer": lambda D, pooled, groups, keep: RowBasis(
         "layer", D, torch.zeros_like(_directions(D, pooled))

@@ -56,7 +56,7 @@ class _Fold:
         """What the minimiser for a ridge captures of the fold held out; NaN where it has none.
 
         Args:
-            memory: like ``C_fitted``, written over.
+            memory: of the shape (…, n, n) and dtype of ``C_fitted``, written over.
         """
         if self.energy <= 0:
             return math.nan

@@ -123,7 +123,11 @@ def score_of(where: str, score) -> float:
 
 
 def refuse_complex(method: str, vectors: Mapping[str, Tensor]) -> None:
-    """MergeError naming a complex parameter, for methods that need an order or signs."""
+    """MergeError naming a complex parameter, for methods that need an order or signs.
+
+    Args:
+        vectors: parameter -> its task vectors (K, …).
+    """
     for name, vector in vectors.items():
         if vector.is_complex():
             raise MergeError(

@@ -110,7 +110,7 @@ def readable(app, what, name, obj, options, signature, returned):
 
 
 class Public(SphinxDirective):
-    """``{public} module …``: see above."""
+    """``{public} module …``: public names that these modules define, or those that are left."""
 
     optional_arguments, final_argument_whitespace = 1, True
 
@@ -131,13 +131,15 @@ class Public(SphinxDirective):
         return self.parse_text_to_nodes(fence) if chosen else []
 
     def note_sources(self):
-        """The page is built again when a module of the package has changed."""
+        """Has the page built again when a module of the package has changed."""
         for name in qpmerge_lite.__all__:
             owner = inspect.getmodule(getattr(qpmerge_lite, name))
             if owner:
                 self.env.note_dependency(owner.__file__)
 
     def document(self, name):
+        """What autodoc is told of a name: a class with its methods, a function, or a table of
+        choices."""
         value = getattr(qpmerge_lite, name)
         if inspect.isclass(value):
             return f".. autoclass:: {name}\n   :members:"

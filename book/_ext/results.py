@@ -17,9 +17,14 @@ from qpmerge_lite.companion.records import RecordError, find, load_records, read
 from qpmerge_lite.errors import MergeError
 
 
+def folder_of(env):
+    """Where the records of the book that is built are."""
+    return Path(env.srcdir) / "_records"
+
+
 def read(env, tier):
     """Records of a tier, each page that reads them being rebuilt when they change."""
-    root = Path(env.srcdir) / "_records"
+    root = folder_of(env)
     for path in record_files(tier, root):
         env.note_dependency(str(path))
     return load_records(tier, root)
@@ -91,9 +96,11 @@ class Claims(SphinxDirective):
         return all(getattr(claim, key) == self.options[key] for key in named)
 
     def records(self, tier):
+        """Records of a tier, which a claim of that tier is judged by."""
         return read(self.env, tier)
 
     def link(self, chapter):
+        """A link that MyST fills with the chapter's title."""
         return f"[](/chapters/{chapter})"
 
     def block(self, row):
@@ -161,6 +168,7 @@ class Tiers(SphinxDirective):
         )
 
     def matching(self, tier):
+        """Records of a tier whose id fits the pattern."""
         return {
             id: r
             for id, r in read(self.env, tier).items()
@@ -168,6 +176,7 @@ class Tiers(SphinxDirective):
         }
 
     def cell(self, record):
+        """A record as a cell of the table, without the interval that it lacks."""
         if record is None:
             return "not recorded"
         spec = self.options.get("format", ".3f ci")
@@ -176,7 +185,7 @@ class Tiers(SphinxDirective):
     def origin(self, tier):
         """Device, date, versions and commit of the files that hold matching records."""
         said = []
-        for path in record_files(tier, Path(self.env.srcdir) / "_records"):
+        for path in record_files(tier, folder_of(self.env)):
             content = read_json(path)
             if fnmatch.filter(content["records"], self.arguments[0]):
                 p = content["provenance"]
@@ -205,7 +214,8 @@ class Published(SphinxDirective):
         said = (
             "Measured / published / difference."
             if run
-            else "Published. **Not run on this build**; the command is `qpmerge book run --tier paper --only 09`."
+            else "Published. **Not run on this build**; the command is "
+            "`qpmerge book run --tier paper --only 09`."
         )
         return self.parse_text_to_nodes(
             f"{said} In per cent; source: "

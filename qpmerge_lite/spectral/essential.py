@@ -1,8 +1,8 @@
 r"""ESM, essential subspace merging: leading eigenvectors of every expert's output shifts.
 
 What an expert adds to the outputs of a dense layer on its own inputs has second moments
-``M_t = Δ_t C_t Δ_tᵀ``, whose eigenvectors are the right singular vectors of the rows of ``X_tᵀΔ_tᵀ``;
-so sums over samples are enough.
+``M_t = Δ_t C_t Δ_tᵀ``, whose eigenvectors are the right singular vectors of ``X_tᵀΔ_tᵀ``, one row
+for every sample; so sums over samples are enough.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ def merge_subspaces(C: Tensor, updates: Tensor) -> Tensor:
     """ESM of one dense layer: the update (m, n) of updates ``Δ_t`` (K, m, n).
 
     With ``r = ⌊m/K⌋`` and the eigenvectors U_t of ``Δ_t C_t Δ_tᵀ``, the first of which have the
-    largest eigenvalues λ: ``u_t = U_t[:, :r] · s`` and ``v_t = s · (U_tᵀΔ_t)[:r] · (‖Δ_t‖/mean ‖Δ_t‖)²``
+    largest eigenvalues λ: ``u_t = U_t[:, :r] · s`` and
+    ``v_t = s · (U_tᵀΔ_t)[:r] · (‖Δ_t‖/mean ‖Δ_t‖)²``
     with ``s = (λ/mean λ)^0.15``, brought to a mean of one. Both are put side by side, columns of
     the second multiplied by the square of their norm over the mean norm, and replaced by polar
     factor times mean singular value; the update is twice their product.

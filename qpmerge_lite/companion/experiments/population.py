@@ -98,8 +98,8 @@ def _mean(values) -> float | None:
 
 
 def _captured(ends: dict, form: str) -> float:
-    """What a merge takes away of the base's squared errors, of the ``output`` or as the ``head`` sees
-    it, or of its ``divergence``."""
+    """What a merge takes away of the base's squared errors, of the ``output`` or as the ``head``
+    sees it, or of its ``divergence``."""
     return 1 - ends[form] / ends[f"{form}_base"]
 
 

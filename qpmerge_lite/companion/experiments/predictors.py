@@ -186,8 +186,8 @@ def measured_soups(suite: Suite) -> dict[str, dict[str, float]]:
 
 
 def pairs(name: str, seed: int, tier="smoke", device="cpu") -> list[dict]:
-    """An experiment as of ``evidence``: a row per pair of tasks, with the ``metrics`` of its experts
-    as of :func:`measured_pairs` and their ``soup`` as of :func:`measured_soups`; cached."""
+    """An experiment as of ``evidence``: a row per pair of tasks, with the ``metrics`` of its
+    experts as of :func:`measured_pairs` and their ``soup`` as of :func:`measured_soups`; cached."""
     suite = load(name, tier, seed, device, progress=False)
 
     def make():
@@ -330,8 +330,8 @@ def leave_one_task_out(table, draws: int, seed: int) -> dict[str, dict]:
     Args:
         table: as of :func:`frame`.
         draws: bootstrap samples of whole problems; the regressions stay as they are.
-    Returns: predictor -> (value, interval) of ``alone``, Pearson's r over a task's merges, mean over
-        tasks; ``added``, how much it rises if the predictor joins all others; ``order``,
+    Returns: predictor -> (value, interval) of ``alone``, Pearson's r over a task's merges, mean
+        over tasks; ``added``, how much it rises if the predictor joins all others; ``order``,
         Spearman's ρ inside problems of the predictor alone. ``all`` has those of all together.
     """
     columns = list(dict.fromkeys(name for names in PREDICTORS.values() for name in names))

@@ -48,6 +48,10 @@ class Clutter:
 
 def lost(swept: dict[str, Tensor], form: str) -> float:
     """Agreement with the experts that is lost by the scale that a form of the energy picks, against
-    the best scale."""
+    the best scale.
+
+    Args:
+        swept: what :meth:`Clutter.sweep` returns, (S,) each.
+    """
     agreement = swept["agreement with experts"]
     return float(agreement.max() - agreement[swept[form].argmax()])

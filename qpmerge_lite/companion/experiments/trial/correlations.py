@@ -61,7 +61,8 @@ def bootstrap(values, draws: int, seed: int) -> tuple[float, Interval | None]:
 
 
 def mean_correlation(values, draws: int, seed: int) -> tuple[float, Interval | None]:
-    """:func:`bootstrap` of correlations, one per problem; the interval ends at minus one and one."""
+    """:func:`bootstrap` of correlations (N,), one per problem; the interval stays within minus one
+    and one."""
     mean, interval = bootstrap(values, draws, seed)
     return mean, _between_minus_one_and_one(interval)
 
