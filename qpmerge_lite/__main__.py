@@ -15,6 +15,7 @@ MODULE = f"""qpmerge-lite {__version__}, the module. To be used from Python:
     help(qp)              what a merge takes and gives back
 """
 REPOSITORY = "the commands for the book and its data come with the repository, not with the module"
+THERE = "in a clone of it, `make book` makes an environment that has them, as .venv/bin/qpmerge"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not set(arguments) - {"-h", "--help"}:
         print(f"{MODULE}\n{REPOSITORY[0].upper()}{REPOSITORY[1:]}.")
         return 0
-    print(f"qpmerge: {REPOSITORY}; run it there", file=sys.stderr)
+    print(f"qpmerge: {REPOSITORY}; {THERE}", file=sys.stderr)
     return 2
 
 

@@ -120,4 +120,5 @@ def test_the_command_says_what_is_there(elsewhere, tmp_path, command):
         assert "come with the repository, not with the module" in done.stdout
     done = run("book", "run")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "come with the repository, not with the module; run it there" in done.stderr
+    assert "come with the repository, not with the module; in a clone of it" in done.stderr
+    assert "make book" in done.stderr and ".venv/bin/qpmerge" in done.stderr
