@@ -399,10 +399,8 @@ def main(arguments) -> bool:
             found = difference(case, problem)
             verdict = "" if found <= case.tolerance else "DIFFERS"
             differs |= bool(verdict)
-            print(
-                f"{case!s:57} {problem.name:12} {found:8.1e}  allowed {case.tolerance:7.1e}  {verdict}".rstrip(),
-                flush=True,
-            )
+            numbers = f"{found:8.1e}  allowed {case.tolerance:7.1e}"
+            print(f"{case!s:57} {problem.name:12} {numbers}  {verdict}".rstrip(), flush=True)
             kept += [case] if problem in random else []
     if "--freeze" in arguments:
         freeze(random, kept)

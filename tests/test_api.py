@@ -93,7 +93,8 @@ def test_plain_formulae_become_tex(formulas, plain, tex):
 
 
 @pytest.mark.parametrize("code", [
-    "base", "l1", "qp", "FAMILIES", "1 - drop", "full_energy", "a.b", "(ridge, average)", "start:stop", "+", "0",
+    "base", "l1", "qp", "FAMILIES", "1 - drop", "full_energy", "a.b", "(ridge, average)",
+    "start:stop", "+", "0",
 ])  # fmt: skip
 def test_code_stays_code(formulas, code):
     assert formulas.typeset(f"``{code}``") == f"``{code}``"

@@ -213,7 +213,8 @@ def test_a_notebook_whose_kernel_dies_is_kept_and_named_too(executed):
 def test_chapters_leave_no_trace_of_the_machine(executed):
     names = {path.name for path in executed.chapters.iterdir()}
     assert names == {
-        "00_broken.failed.ipynb", "00_killed.failed.ipynb", "01_a.ipynb", "02_warned.ipynb", "03_pages.ipynb",
+        "00_broken.failed.ipynb", "00_killed.failed.ipynb", "01_a.ipynb", "02_warned.ipynb",
+        "03_pages.ipynb",
     }  # fmt: skip
     assert str(executed.root) not in (executed.chapters / "01_a.ipynb").read_text()
 

@@ -72,20 +72,20 @@ def test_files_come_once_and_then_from_the_cache(place, hub):
 def test_what_is_not_there_is_named_with_its_page(place, hub):
     family(place, source("0" * 40))
     page = f"{hub.url}/ours/model"
-    assert (
-        refusal()
-        == f"base: ours/model/config.json at {'0' * 40}: no such repository at {page}, or a private one; correct the manifest, or set HF_TOKEN"
+    assert refusal() == (
+        f"base: ours/model/config.json at {'0' * 40}: no such repository at {page}, or a private "
+        "one; correct the manifest, or set HF_TOKEN"
     )
     hub.add("ours/model", FILES)
-    assert (
-        refusal()
-        == f"base: ours/model/config.json at {'0' * 40}: no such file or revision at {page}; correct the manifest"
+    assert refusal() == (
+        f"base: ours/model/config.json at {'0' * 40}: no such file or revision at {page}; "
+        "correct the manifest"
     )
     commit = hub.add("ours/model", {"config.json": FILES["config.json"]})
     family(place, source(commit))
-    assert (
-        refusal()
-        == f"base: ours/model/model.safetensors at {commit}: no such file or revision at {page}; correct the manifest"
+    assert refusal() == (
+        f"base: ours/model/model.safetensors at {commit}: no such file or revision at {page}; "
+        "correct the manifest"
     )
 
 
@@ -95,9 +95,9 @@ def test_a_gated_repository_says_where_to_accept_its_terms_and_opens_with_a_toke
     commit = hub.add("ours/model", FILES)
     hub.gated["ours/model"] = "hf_open"
     family(place, source(commit))
-    assert (
-        refusal()
-        == f"base: ours/model/config.json at {commit}: gated; accept its terms at {hub.url}/ours/model and set HF_TOKEN"
+    assert refusal() == (
+        f"base: ours/model/config.json at {commit}: gated; accept its terms at "
+        f"{hub.url}/ours/model and set HF_TOKEN"
     )
     monkeypatch.setenv("HF_TOKEN", "hf_open")
     assert set(data.fetch("family")) == set(FILES)
@@ -280,7 +280,11 @@ def test_the_command_honours_the_endpoint_and_works_on_without_a_network(place, 
     """In processes of their own, as the client reads its variables when it is imported."""
     commit = hub.add("ours/model", FILES)
     family(place, source(commit), source(verified=False, name="expert", repo="ours/expert"))
-    code = "import sys; from qpmerge_lite.companion import cli; from qpmerge_lite.companion.data import manifests; manifests.FOLDER = manifests.Path(sys.argv[1]); sys.exit(cli.main(sys.argv[2:]))"
+    code = (
+        "import sys; from qpmerge_lite.companion import cli; "
+        "from qpmerge_lite.companion.data import manifests; "
+        "manifests.FOLDER = manifests.Path(sys.argv[1]); sys.exit(cli.main(sys.argv[2:]))"
+    )
 
     def qpmerge(*words, **variables):
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}

@@ -30,8 +30,27 @@ WEIGHTS = [
     "spectral.triplets",
     "datafree",
 ]  # and batches
-ENGINE = ["products", "views", "norms", "layers", "effects", "orders", "lockstep", "pauses", "layouts", "probes", "recording", "lookups", "survey",
-          "rerun", "recipes", "reasons", "rows", "sums", "gather"]  # fmt: skip
+ENGINE = [
+    "products",
+    "views",
+    "norms",
+    "layers",
+    "effects",
+    "orders",
+    "lockstep",
+    "pauses",
+    "layouts",
+    "probes",
+    "recording",
+    "lookups",
+    "survey",
+    "rerun",
+    "recipes",
+    "reasons",
+    "rows",
+    "sums",
+    "gather",
+]
 METHODS = ["sequential", "solvers", "spectral.essential", "assess", "heads", "gradient", "methods"]
 CORE = ["errors", *MATHEMATICS, *WEIGHTS, *(f"engine.{name}" for name in ENGINE), *METHODS]
 COMPANION = [

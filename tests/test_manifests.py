@@ -43,8 +43,13 @@ SOUND = {
 }
 BROKEN = sorted((Path(__file__).parent / "broken_manifests").glob("*.yaml"))
 BEYOND_THE_SCHEMA = {
-    "name-other", "sources-same-id", "versions-in-words", "rows-of-unknown-split", "rows-counted-in-part", "pair-with-digests",
-}  # fmt: skip
+    "name-other",
+    "sources-same-id",
+    "versions-in-words",
+    "rows-of-unknown-split",
+    "rows-counted-in-part",
+    "pair-with-digests",
+}
 
 
 @pytest.mark.parametrize("path", BROKEN, ids=lambda path: path.stem)

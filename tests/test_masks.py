@@ -66,10 +66,9 @@ def test_choices_are_counted_as_the_same_texts_one_by_one():
         task: [{"input_ids": ids.view(3, 2, 7), "attention_mask": mask.view(3, 2, 7)}]
         for task in TASKS
     }
-    single = {
-        task: [{"input_ids": i.view(1, 2, 7), "attention_mask": m.view(1, 2, 7)} for i, m in zip(ids.view(3, 2, 7), mask.view(3, 2, 7))]
-        for task in TASKS
-    }  # fmt: skip
+    pairs = zip(ids.view(3, 1, 2, 7), mask.view(3, 1, 2, 7))
+    batches = [{"input_ids": i, "attention_mask": m} for i, m in pairs]
+    single = {task: batches for task in TASKS}
     merges = [
         q.qp(base, experts, batches, **ELEMENTS).state_dict for batches in (calibration, single)
     ]

@@ -234,8 +234,11 @@ def test_a_bad_sketch_is_refused(options):
 
 
 @pytest.mark.parametrize("method, grid", [
-    (q.qp, [{"basis": b, "targets": t} for b in ("rows", "elements") for t in ("own", "propagated", 0.3)]),
-    (q.regmean, [{"alpha": a} for a in (0.5, 0.9, 1.0)]), (q.featcal, [{}, {"anchor": 1.2}]), (q.ties, [{}, {"density": 0.5}]),
+    (q.qp, [{"basis": b, "targets": t} for b in ("rows", "elements")
+            for t in ("own", "propagated", 0.3)]),
+    (q.regmean, [{"alpha": a} for a in (0.5, 0.9, 1.0)]),
+    (q.featcal, [{}, {"anchor": 1.2}]),
+    (q.ties, [{}, {"density": 0.5}]),
 ], ids=lambda v: getattr(v, "__name__", None))  # fmt: skip
 def test_a_grid_in_one_pass_is_its_merges_one_by_one(method, grid):
     base, experts, calibration = vision()

@@ -210,7 +210,8 @@ REDUCE = """
 import sys, torch
 from qpmerge_lite.moments import Moments
 rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+store = f"file://{folder}/store"
+torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
 moments = Moments.load(f"{folder}/shard{rank}")
 moments.all_reduce()
 moments.save(f"{folder}/reduced{rank}")

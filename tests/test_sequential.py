@@ -684,8 +684,10 @@ def test_reasons_to_average_are_true():
         "by_channel.bias": "convolutions in groups, or by channel, are not solved",
         "batch.weight": unknown.format("BatchNorm2d"), "batch.bias": unknown.format("BatchNorm2d"),
         "batch.running_mean": "a buffer", "batch.running_var": "a buffer",
-        "head.weight": "tied to head_bias", "head.bias": "tied to head_bias", "read.weight": outside, "read.bias": outside,
-        "unused.weight": "no calibration batch was seen to call its module", "unused.bias": "no calibration batch was seen to call its module",
+        "head.weight": "tied to head_bias", "head.bias": "tied to head_bias",
+        "read.weight": outside, "read.bias": outside,
+        "unused.weight": "no calibration batch was seen to call its module",
+        "unused.bias": "no calibration batch was seen to call its module",
     }  # fmt: skip
     narrow = reasons(scope="weights").averaged
     assert narrow["first.bias"] == narrow["again.bias"] == "outside the scope 'weights'"
@@ -706,7 +708,7 @@ def test_a_shared_layer_can_be_asked_for_by_each_of_its_names():
     ) == ["first"]
 
 
-def test_a_table_that_scales_what_it_looks_up_has_the_same_best_rows_and_its_captured_energy_is_audited():
+def test_a_table_that_scales_what_it_looks_up_has_the_same_best_rows_and_is_audited():
     class ScaledEmbedding(nn.Embedding):
         def forward(self, ids):
             return 3.7 * super().forward(ids)

@@ -70,8 +70,9 @@ def test_rows_of_the_mirror_are_as_the_readme_defines_them(place, rows):
 @pytest.mark.parametrize("rows", [toysets.texts(), toysets.images()], ids=["texts", "images"])
 def test_the_hub_gives_the_same_rows_from_among_others(place, hub, rows):
     hub.add("ours/toy", {"all.parquet": toysets.on_the_hub(rows)}, kind="dataset")
-    toysets.write(place, rows, toysets.mirror_source("gone", b"not here") | {"files": [toysets.entry("gone.npz", b"not here")]},
-                  toysets.hub_source({"path": "all.parquet"}))  # fmt: skip
+    gone = {"files": [toysets.entry("gone.npz", b"not here")]}
+    mirrored = toysets.mirror_source("gone", b"not here") | gone
+    toysets.write(place, rows, mirrored, toysets.hub_source({"path": "all.parquet"}))
     assert same(data.rows("toy"), rows)
 
 

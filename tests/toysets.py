@@ -134,7 +134,8 @@ def write(folder, rows, *sources, counted=True, **change):
     content = {
         "schema": 1, "kind": "dataset", "name": "toy", "tier": "standard", "description": "a "
         "toy", "licence": "MIT", "citation": "ours",
-        "sources": list(sources), "columns": {kind: "what is classified", "label": "its class"}, "labels": LABELS, "splits": described,
+        "sources": list(sources), "columns": {kind: "what is classified", "label": "its class"},
+        "labels": LABELS, "splits": described,
         "leakage": [], "elsewhere": ["the attic has other rows"], **change,
     }  # fmt: skip
     (folder / "index").mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,8 @@ LETTERS = {
     "Γ": r"\Gamma", "Δ": r"\Delta", "Σ": r"\sum", "Ω": r"\Omega", "α": r"\alpha", "β": r"\beta",
     "θ": r"\theta", "κ": r"\kappa", "λ": r"\lambda", "μ": r"\mu", "ρ": r"\rho", "τ": r"\tau",
     "φ": r"\varphi", "ω": r"\omega", "Ĉ": r"\hat C", "X̂": r"\hat X", "d̂": r"\hat d",
-    "ρ̃": r"\tilde\rho", "½": r"\tfrac12", "·": r"\cdot", "≥": r"\ge", "≤": r"\le", "∞": r"\infty", "→": r"\to",
+    "ρ̃": r"\tilde\rho", "½": r"\tfrac12", "·": r"\cdot", "≥": r"\ge", "≤": r"\le",
+    "∞": r"\infty", "→": r"\to",
     "⌊": r"\lfloor", "⌋": r"\rfloor", "‖": r"\|", "⊂": r"\subset", "∘": r"\circ",
 }  # fmt: skip
 RAISED = {"ᵀ": r"\top", "⁺": "+", "⁻": "-", "¹": "1", "²": "2", "½": r"\tfrac12", "°": r"\circ"}

@@ -185,7 +185,8 @@ def _esm_coefficients(C: Tensor, updates: Tensor) -> tuple[Tensor, Tensor]:
     Δ_t D``, but for its scales of whole matrices.
 
     Every A_t is ``(coefficients) U_tᵀ`` with the ⌊m/K⌋ leading eigenvectors U_t of
-    ``Δ_t C_t Δ_tᵀ``: elements of the basis are ``e_a u_tjᵀ Δ_t D``, for every output a and eigenvector u_tj.
+    ``Δ_t C_t Δ_tᵀ``: elements of the basis are ``e_a u_tjᵀ Δ_t D``, for every output a and
+    eigenvector u_tj.
 
     Args:
         C: second moments (K, n, n). updates: ``Δ_t`` (K, m, n).
