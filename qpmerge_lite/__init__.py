@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .assess import audit, certify, layer_moments
     from .bases import FAMILIES, build
+    from .choice.automatic import AutoMerge, auto
     from .datafree import (
         breadcrumbs,
         dare,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AutoMerge",
     "FAMILIES",
     "Factored",
     "FeatCal",
@@ -53,6 +55,7 @@ __all__ = [
     "Solution",
     "adamerging",
     "audit",
+    "auto",
     "breadcrumbs",
     "build",
     "captured_energy",
@@ -94,6 +97,7 @@ __all__ = [
 
 # The module that defines each of these names; so importing the package alone loads no torch.
 _HOMES = {
+    "AutoMerge": "choice.automatic",
     "FAMILIES": "bases",
     "Factored": "solve",
     "FeatCal": "solvers",
@@ -108,6 +112,7 @@ _HOMES = {
     "Solution": "solve",
     "adamerging": "gradient",
     "audit": "assess",
+    "auto": "choice.automatic",
     "breadcrumbs": "datafree",
     "build": "bases",
     "captured_energy": "diagnostic",

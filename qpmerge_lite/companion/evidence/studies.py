@@ -1,4 +1,5 @@
-"""The experiments that there is evidence of, and how it is measured: a unit at a time, in shards."""
+"""The experiments that there is evidence of, and how it is measured: a unit at a time, in
+shards."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from ..experiments import (
     single_layer,
     special_cases,
 )
+from ..experiments.unlabelled.automatic import automatic
+from ..experiments.unlabelled.factors import factors
 from ..plans import plan
 from . import units as files
 
@@ -51,6 +54,8 @@ STUDIES = (
     Study(calibration.sensitivity, {"draws": 10, "few": 2, "tasks": 4}),
     Study(calibration.other_methods, {"tasks": 4}),
     Study(calibration.sketches, {"ranks": [8, 32, 512], "ridge": 0.01, "tasks": 4}),
+    Study(automatic, SIZE),
+    Study(factors, SIZE),
 )
 
 
