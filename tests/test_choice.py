@@ -3,8 +3,8 @@ than the first is taken."""
 
 import pytest
 import torch
-from toys import experts_of
 from torch import nn
+from toys import experts_of
 
 import qpmerge_lite as q
 from qpmerge_lite.calibration import check_calibration

@@ -52,6 +52,7 @@ ENGINE = [
     "gather",
 ]
 METHODS = ["sequential", "solvers", "spectral.essential", "assess", "heads", "gradient", "methods"]
+METHODS += ["choice.criteria", "choice.automatic"]
 CORE = ["errors", *MATHEMATICS, *WEIGHTS, *(f"engine.{name}" for name in ENGINE), *METHODS]
 COMPANION = [
     "paths",
@@ -65,7 +66,7 @@ COMPANION = [
     "book",
     "cli",
 ]  # folders count as one
-FOLDERS = ("companion", "engine", "spectral")
+FOLDERS = ("companion", "engine", "spectral", "choice")
 ORDER = [*CORE, *(f"companion.{name}" for name in COMPANION), "__main__"]
 ALLOWED = {"torch", "numpy", "safetensors", "tqdm", "greenlet", "clarabel", "scipy"}
 HEAVY = [
