@@ -1,0 +1,139 @@
+"""Tables and records of the merge that is chosen without labels, beside baselines that are tuned with
+them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ....choice.automatic import BLENDS, BOUNDS
+from ..baselines import BASELINES, ENTRIES, HEURISTICS
+from ..intervals import Interval, record_mean
+from .automatic import LABELS
+
+AUTO = "chosen without labels"
+RIVALS = (*HEURISTICS, *BASELINES)
+FIRST = next(iter(BLENDS))
+
+Shown = dict[str, tuple[float, Interval | None]]  # label -> mean and interval
+
+
+def by_method(rows: list[dict], others: list[dict]):
+    """Normalised test accuracy, mean over tasks, as a ``pandas.DataFrame``: a row per seed, columns
+    ``auto`` and the baselines.
+
+    Args:
+        rows: of ``automatic.automatic``. others: of ``benchmark.comparison``.
+    """
+    import pandas as pd
+
+    cells: dict[str, dict[int, float]] = {"auto": {}}
+    for row in rows:
+        cells["auto"][row["seed"]] = row["normalised"]["mean"]
+    for row in others:
+        if row["method"] in RIVALS:
+            cells.setdefault(row["method"], {})[row["seed"]] = row["normalised"]["mean"]
+    return pd.DataFrame(cells).dropna().sort_index()
+
+
+def record_leads(record: Callable, name: str, table) -> dict[str, Shown]:
+    """Record the accuracy of ``auto`` and its lead over every baseline, paired over seeds.
+
+    Args:
+        name: of the suite, or ``mean``.
+        table: a ``pandas.DataFrame`` as of :func:`by_method`.
+    Returns: label of a baseline -> the lead, as rows of a figure, smallest first.
+    """
+    record_mean(record, f"auto.{name}.accuracy", table["auto"], note="over seeds, normalised")
+    leads = {}
+    for method in table.columns.drop("auto"):
+        lead = table["auto"] - table[method]
+        note = "over seeds, paired; tuned with labels"
+        id = f"auto.{name}.minus_{method}"
+        leads[ENTRIES[method].label] = record_mean(record, id, lead, note=note)
+    ordered = sorted(leads.items(), key=lambda item: item[1][0])
+    return {label: {"lead": lead} for label, lead in ordered}
+
+
+def record_choice(record: Callable, name: str, rows: list[dict]) -> dict[str, list[float]]:
+    """Record what the choice loses and saves, and how many labels would choose as well.
+
+    Returns: rule -> mean test accuracy for every number of labels in ``LABELS``.
+    """
+    rules = by_rule(rows)
+    note = "over seeds, paired, of the candidates"
+    best, chosen = rules["the best of them"], rules["predictions"]
+    record_mean(record, f"auto.{name}.regret", best - chosen, note=note)
+    for id, rule in (("first", "always the first"), ("energy", "energy of the output")):
+        record_mean(record, f"auto.{name}.minus_{id}", chosen - rules[rule], note=note)
+    worth = [count for count in LABELS if rules[labelled(count)].mean() >= chosen.mean()]
+    none = "0 where no number that was tried chooses as well"
+    record(f"auto.{name}.labels_worth", min(worth, default=0), unit="per task", note=none)
+    switched = sum(row["chosen"]["with heads"] != FIRST for row in rows)
+    record(f"auto.{name}.switched", switched, n=len(rows), note="seeds where another was clearly")
+    curves = {"labels": [float(rules[labelled(count)].mean()) for count in LABELS]}
+    for rule in ("predictions", "always the first", "energy of the output", "the best of them"):
+        curves[rule] = [float(rules[rule].mean())] * len(LABELS)
+    return curves
+
+
+def labelled(count: int) -> str:
+    """What the rule is called that chooses by so many labels a task."""
+    return f"{count} labels"
+
+
+def by_rule(rows: list[dict]):
+    """Test accuracy of what a rule chooses, as a ``pandas.DataFrame``: a row per seed, a column per
+    rule."""
+    import pandas as pd
+
+    found = {}
+    for row in rows:
+        tests = {name: facts["test"] for name, facts in row["candidates"].items()}
+        energies = {name: facts["energy"] for name, facts in row["candidates"].items()}
+        rules = {
+            "predictions": row["normalised"]["mean"],
+            "always the first": tests[FIRST],
+            "energy of the output": tests[max(energies, key=energies.__getitem__)],
+            "the best of them": max(tests.values()),
+        }
+        rules |= {labelled(count): row["labels"][str(count)] for count in LABELS}
+        found[row["seed"]] = rules
+    return pd.DataFrame(found).T.sort_index()
+
+
+def candidates(rows: list[dict]):
+    """Criteria and accuracies of every candidate, means over seeds, and on how many seeds it was
+    chosen: a ``pandas.DataFrame``."""
+    import pandas as pd
+
+    names = (*BLENDS, *BOUNDS)
+    table: dict[str, dict] = {name: {} for name in names}
+    for name in names:
+        facts = [row["candidates"][name] for row in rows]
+        for column in ("divergence", "energy", "validation", "test"):
+            table[name][column] = sum(fact[column] for fact in facts) / len(facts)
+        table[name]["chosen"] = sum(row["chosen"]["with heads"] == name for row in rows)
+    return pd.DataFrame(table).T.astype({"chosen": int})
+
+
+def effects(rows: list[dict], record: Callable, name: str) -> dict[str, Shown]:
+    """Record what every change of one choice does to test accuracy, paired over seeds; changes of
+    the programme against the programme alone, mixtures against it too.
+
+    Args:
+        rows: of ``factors.factors``.
+    Returns: change -> its effect, as rows of a figure.
+    """
+    import pandas as pd
+
+    table = pd.DataFrame(rows).pivot(index="seed", columns=["factor", "level"], values="test")
+    start = table["nothing", "the programme"]
+    shown: dict[str, Shown] = {}
+    for factor, level in table.columns:
+        if factor == "nothing":
+            continue
+        id = f"auto.{name}.factor.{factor}.{level}".replace(" ", "_").replace(",", "")
+        note = "over seeds, paired: test accuracy less that of the programme"
+        effect = record_mean(record, id, table[factor, level] - start, note=note)
+        shown[f"{factor}: {level}"] = {"effect": effect}
+    return shown
