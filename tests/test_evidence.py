@@ -208,7 +208,10 @@ def test_what_chapters_ask_for_is_what_is_measured():
         },
         "sensitivity": shared,
         "other_methods": {"tasks": calibration["tasks"]},
+        "automatic": sizes,
+        "factors": sizes,
     }
+    assert declared["14"]["calibration"] is None
     settings = {study.measure.__name__: study.settings for study in studies.STUDIES}
     ranks = settings.pop("sketches")["ranks"]
     assert settings == asked and f"ranks = {ranks}" in (

@@ -172,3 +172,10 @@ def test_effects_are_differences_from_the_programme(tmp_path):
     assert kept["auto.toy.factor.basis.rotated_rows"].value == pytest.approx(-0.1)
     assert kept["auto.toy.factor.mixture.none_shorter"].value == pytest.approx(0.2)
     assert isinstance(tables.by_rule(rows_of()), pd.DataFrame)
+
+
+def test_the_cost_is_in_units_of_one_programme(small, tmp_path):
+    records = Records("x", "smoke", root=tmp_path)
+    tables.record_cost(records.record, small, 8)
+    ratio = load_records("smoke", root=tmp_path)["auto.toy.cost"].value
+    assert 0.1 < ratio < 100

@@ -17,6 +17,7 @@ TRAINED = (
     "points.",
     "trial.",
     "calibration.",
+    "auto.",
 )  # ids of results that hang on experts trained in float32
 DEFAULTS = {
     "exact": (None, "a count or a truth value: the same on every machine"),

@@ -3,9 +3,12 @@ them."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
-from ....choice.automatic import BLENDS, BOUNDS
+from ....choice.automatic import BLENDS, BOUNDS, auto
+from ....methods import qp
+from ...suites import Suite
 from ..baselines import BASELINES, ENTRIES, HEURISTICS
 from ..intervals import Interval, record_mean
 from .automatic import LABELS
@@ -99,6 +102,21 @@ def by_rule(rows: list[dict]):
         rules |= {labelled(count): row["labels"][str(count)] for count in LABELS}
         found[row["seed"]] = rules
     return pd.DataFrame(found).T.sort_index()
+
+
+def record_cost(record: Callable, suite: Suite, size: int) -> None:
+    """Record how many times as long as one programme over single entries, its ridge cross-fitted,
+    the choice takes on this machine, on so many calibration examples per task."""
+    inputs = suite.calibration(size)
+
+    def seconds(method: Callable, **options) -> float:
+        started = time.perf_counter()
+        method(suite.base, suite.experts, inputs, **options)
+        return time.perf_counter() - started
+
+    one = seconds(qp, basis="elements")
+    ratio = seconds(auto, heads=suite.classifiers()) / one
+    record(f"auto.{suite.name}.cost", ratio, note="times as long as qp, timed once")
 
 
 def candidates(rows: list[dict]):
