@@ -9,8 +9,9 @@ from ...errors import MergeError
 from ..experiments.merge_specs import BAD
 from .units import RENEW
 
-# A chosen option may change where two were as good, without anything that it leads to changing.
-CHOSEN = ("options", "scores", "ridge", "chosen")
+# A chosen option may change where two were as good, without anything that it leads to changing; and
+# what it is chosen by may be a mean over a few inputs of which some weigh very much.
+CHOSEN = ("options", "scores", "ridge", "chosen", "divergence")
 # Where experts are trained in float32, another processor or another number of threads gives
 # slightly different ones. Of a number, or of one where that is larger than the number.
 TOLERANCE = 0.05
