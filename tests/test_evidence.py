@@ -66,6 +66,13 @@ def test_a_run_that_nothing_committed_covers_stands_alone(seeds, settings):
     assert "this run alone" in found.said()["measured"]
 
 
+def test_committed_rows_are_not_always_measured_again():
+    file((0, 1))
+    spared = evidence.gather(measured, "toy", [0], repeat=False)
+    assert spared.seeds == [0, 1] and (spared.live, spared.compared) == ([], 0)
+    assert evidence.gather(measured, "toy", [7], repeat=False).seeds == [7]
+
+
 def test_a_tier_without_evidence_stands_alone():
     file((0, 1))
     assert not evidence.gather(measured, "toy", [0], "standard").is_covered
