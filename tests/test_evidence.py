@@ -97,9 +97,16 @@ def test_rows_that_came_or_went_are_a_difference():
         compared(measured("toy", 0, "", "", words="c"), measured("toy", 0, "", "", words="a"), "x")
 
 
-def test_what_may_change_without_anything_that_follows_is_not_compared():
-    one, other = ({"options": {"scale": scale}, "accuracy": 0.5} for scale in (0.1, 0.9))
+def test_where_another_option_was_chosen_only_its_quality_has_to_agree():
+    one, other = (
+        {"method": "a", "options": {"scale": scale}, "accuracy": 0.5, "captured": scale}
+        for scale in (0.1, 0.9)
+    )
     assert compared([one], [other], "x") == [0.0]
+    with pytest.raises(evidence.ReplicationError, match="x, a, accuracy"):
+        compared([one], [other | {"accuracy": 0.6}], "x")
+    with pytest.raises(evidence.ReplicationError, match="x, a, captured"):
+        compared([one], [one | {"captured": 0.9}], "x")
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,8 @@ def auto(
     and Iso-C in a few ways (``BLENDS``), and judged on the inputs left out. The first blend is
     taken unless predictions say that another one is clearly better, by two standard errors paired
     over inputs; then its programme is solved on all inputs. Where soup, task arithmetic or the base
-    are better still, by predictions or, without heads, by the model's output, these are returned.
+    are ahead of that, by predictions or, without heads, by the model's output, the best of all
+    candidates is returned.
 
     Args:
         base, experts, calibration, blocks: as in :func:`merge_sequentially`; at least two inputs
@@ -200,29 +201,31 @@ class Candidates:
 
 
 def choose(judge: Criterion, errors: Mapping[str, dict[str, Tensor]]) -> str:
-    """The first blend, or where predictions say so clearly the best; or a bound that is ahead of
-    it.
+    """The first blend, or where predictions say so clearly the best; where a bound is ahead of it,
+    the best candidate of all.
 
     Args:
-        errors: name of a candidate, blends first -> errors as of ``judge``.
+        errors: name of a candidate -> task -> its errors (N,), as of ``judge``.
     """
-    captured = {name: judge.captured(found) for name, found in errors.items()}
+    captured = {name: judge.captured(of_one) for name, of_one in errors.items()}
     chosen = next(iter(BLENDS))
     if judge.name == DIVERGENCE:
         best = max(BLENDS, key=captured.__getitem__)
         lead = judge.lead(errors[best], errors[chosen])
         if lead.difference > CLEARLY * lead.error:
             chosen = best
-    return max([chosen, *BOUNDS], key=captured.__getitem__)
+    if max(captured[name] for name in BOUNDS) > captured[chosen]:
+        return max(NAMES, key=captured.__getitem__)
+    return chosen
 
 
 def candidate_rows(
     judge: Criterion, errors: Mapping[str, dict[str, Tensor]], chosen: str
 ) -> list[dict]:
-    """A row for every candidate, see :class:`AutoMerge`."""
+    """A row for every candidate, see :class:`AutoMerge`; arguments as of :func:`choose`."""
     rows = []
-    for name, found in errors.items():
-        lead = judge.lead(errors[chosen], found)
-        row = {"name": name, "captured": judge.captured(found)}
+    for name, of_one in errors.items():
+        lead = judge.lead(errors[chosen], of_one)
+        row = {"name": name, "captured": judge.captured(of_one)}
         rows.append(row | {"lead": lead.difference, "error": lead.error})
     return rows
