@@ -68,7 +68,7 @@ def test_chosen_numbers_at_the_end_of_their_grid_are_counted(records, tmp_path):
     found = read(tmp_path)
     assert found["vision.choices.at_edge"].value == 3
     assert found["vision.choices.numbers"].value == found["vision.choices.at_edge"].n == 4
-    assert list(table.columns) == ["seed 0", "seed 1"]
+    assert list(table.index) == ["ties"] and table.loc["ties"].item().count("(1)") == 2
 
 
 def test_layers_are_those_of_one_seed_and_of_the_first_targets(records, tmp_path):

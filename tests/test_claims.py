@@ -83,6 +83,8 @@ def test_an_id_inside_another_is_not_mistaken():
     ("a.low", "pct", "20.0%"),
     ("a.low", "ci pct", "20.0% [10.0%, 30.0%]"),
     ("a.low", ".0%", "20%"),
+    ("a.lambda", ".2f ci", "0.50 (no interval)"),
+    ("a.yes", "ci", "yes"),
     ("a.count", "", "1,234"),
     ("a.yes", "", "yes"),
     ("a.word", ".3f", "rows"),
@@ -102,9 +104,7 @@ def test_zero_has_no_sign():
     )
 
 
-@pytest.mark.parametrize(
-    ("id", "spec"), [("a.lambda", "ci"), ("a.low", ".3f .2f"), ("a.low", ".3q")]
-)
+@pytest.mark.parametrize(("id", "spec"), [("a.low", ".3f .2f"), ("a.low", ".3q")])
 def test_a_format_that_cannot_be_is_an_error(id, spec):
     with pytest.raises(ClaimError, match=id):
         format_record(RECORDS[id], spec)
@@ -229,6 +229,29 @@ def test_records_that_do_not_say_how_many_they_are_give_a_factor():
     records = {"s.x": Record("s.x", 0.1, interval=(-0.1, 0.3))}
     asked = claim(records=("s.x",), predicate="s.x > 0")
     assert judge(asked, records).needed.startswith("4.0 times as many samples behind `s.x`")
+
+
+@pytest.mark.parametrize(("predicate", "verdict"), [
+    ("s.point > 0", "holds"),
+    ("s.point > 0.5", "fails"),
+    ("s.point > 0.4", "fails"),  # on the threshold
+    ("s.point >= 0.4", "holds"),
+    ("s.near - s.point < 0", "undecided"),
+    ("s.point > 0 and s.near > 0", "undecided"),
+])  # fmt: skip
+def test_a_record_without_an_interval_is_judged_by_its_value(predicate, verdict):
+    """A reader's own run has one seed; ``samples`` may say nothing of its records."""
+    records = {"s.point": Record("s.point", 0.4, n=1), "s.near": sampled("s.near", 0.1, 0.4)}
+    measured = "{s.point .1f ci} and {s.near .1f ci}"
+    asked = claim(
+        records=tuple(records),
+        predicate=predicate,
+        measured=measured,
+        samples={"s.point": "seeds"},
+    )
+    row = judge(asked, records)
+    assert row.verdict == verdict and bool(row.needed) == (verdict == "undecided")
+    assert row.measured == "0.4 (no interval) and 0.1 [-0.3, 0.5]"
 
 
 def test_equal_within_a_margin_takes_both_sides():

@@ -182,7 +182,7 @@ def test_choices_at_an_end_of_their_grid_are_marked(name, options, edge):
         "accuracy": dict.fromkeys("abcdefgh", 1.0),
     }
     assert summary.at_grid_edge(found) == edge
-    assert summary.choices([found]).loc[name, "seed 0"].count("*") == len(edge)
+    assert summary.choices([found]).loc[name, summary.CHOSEN].count("*") == len(edge)
 
 
 def test_choices_are_named():
@@ -193,7 +193,24 @@ def test_choices_are_named():
         "options": {"normalise": False, "seed": 0},
         "accuracy": dict.fromkeys("ab", 1.0),
     }
-    assert summary.choices([found]).loc["Fisher", "seed 0"] == "not normalise"
+    chosen = summary.choices([found]).loc["Fisher", summary.CHOSEN]
+    assert chosen.replace("\N{NO-BREAK SPACE}", " ") == "not normalise (1)"
+    assert summary.choices([row | {"options": {}} for row in (found, found)]).empty
+
+
+def test_a_choice_says_on_how_many_seeds_it_was_made():
+    """The most frequent first, and a line breaks between choices only."""
+    grid = [{"density": 0.2, "scale": scale} for scale in (0.5, 0.35, 0.2, 0.35)]
+    plain = {"method": "ties", "label": "TIES", "accuracy": dict.fromkeys("abcdefgh", 1.0)}
+    rows = [plain | {"seed": seed, "options": options} for seed, options in enumerate(grid)]
+    table = summary.choices(rows)
+    chosen = table.loc["TIES", summary.CHOSEN].split(" ")
+    words = [part.replace("\N{NO-BREAK SPACE}", " ") for part in chosen]
+    assert list(table.columns) == [summary.CHOSEN] and words == [
+        "density 0.2, scale 0.35 (2);",
+        "density 0.2, scale 0.5 (1);",
+        "density 0.2, scale 0.2* (1)",
+    ]
 
 
 def test_seed_interval_is_students():

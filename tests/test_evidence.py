@@ -63,7 +63,7 @@ def test_a_run_that_nothing_committed_covers_stands_alone(seeds, settings):
     file((0, 1))
     found = evidence.gather(measured, "toy", seeds, **settings)
     assert not found.is_covered and found.seeds == seeds and found.rows == found.live
-    assert "this run alone" in found.said()["measured"]
+    assert evidence.said([found])["measured"] == "in this run alone"
 
 
 def test_committed_rows_are_not_always_measured_again():
@@ -154,7 +154,7 @@ def test_evidence_is_stale_when_code_that_it_hangs_on_has_changed(monkeypatch):
     monkeypatch.setattr(evidence, "code", lambda *args: "other")
     assert not units.is_current(measured, "toy", 0, "full", {})
     found = evidence.gather(measured, "toy", [0])
-    assert found.is_stale and found.said()["its code since"] == "changed"
+    assert found.is_stale and evidence.said([found])["its code since"] == "changed"
 
 
 def test_what_is_said_of_evidence_is_recorded():
@@ -170,7 +170,25 @@ def test_what_is_said_of_evidence_is_recorded():
         "toy.evidence.live": 1,
         "toy.evidence.difference": 0.0,
     }
-    assert table.loc["toy", "its code since"] == "unchanged" and table.loc["toy", "on"] == "cpu"
+    assert table.loc["its code since", "toy"] == "unchanged" and table.loc["on", "toy"] == "cpu"
+
+
+def test_all_experiments_on_a_suite_are_said_in_one_column():
+    """A chapter rests on the fewest seeds of any of them."""
+    file((0, 1), words=["a"])
+    file((0, 1, 2), suite="other")
+    found = [evidence.gather(measured, suite, [1]) for suite in ("toy", "other")]
+    found.append(evidence.gather(measured, "toy", [1], words=["a"]))
+    records = {}
+    table = evidence.report(
+        lambda id, value, **rest: records.update({id: (value, rest)}), "x", found
+    )
+    assert list(table.columns) == ["toy", "other"]
+    assert table.loc["experiments"].to_list() == [2, 1]
+    assert table.loc["seeds"].to_list() == [1, 3] and records["x.evidence.seeds"][0] == 1
+    assert table.loc["in this run alone"].to_list() == ["1 of 2", "—"]
+    compared = sum(part.compared for part in found)
+    assert records["x.evidence.difference"][1]["n"] == compared > 0
 
 
 # ----------------------------------------------------------------------------------- shards

@@ -67,6 +67,12 @@ def test_a_record_becomes_text_with_its_origin(pages):
     assert ">12.5%</abbr>" in html and ">0.50</abbr>" in html
 
 
+def test_a_number_of_one_seed_says_that_it_has_no_interval(pages):
+    status, problems, html = pages("{res}`standard:a.b .2f ci`")
+    assert (status, problems) == (0, "")
+    assert 'title="a.b · tier standard">0.50 (no interval)</abbr>' in html
+
+
 @pytest.mark.parametrize(("text", "problem"), [
     ("{res}`a.gone`", "no record 'a.gone'; recorded ids that look alike: a.b"),
     ("{res}`a.b .3q`", "'.3q' is no number format"),
@@ -111,6 +117,14 @@ def test_claims_of_a_chapter_are_judged_by_their_own_tier(claims):
     assert (status, problems) == (0, "") and "It is so." not in html
     assert 'title="a.b · tier standard"' in html and ">0.50</abbr>" in html
     assert "(tier standard, recorded)" in html and "<strong>Verdict: holds.</strong>" in html
+
+
+def test_a_claim_about_one_seed_is_judged_by_its_value(claims, tmp_path):
+    shown = CLAIMS.replace("'b {a.b .2f}', tier", "'b {a.b .2f ci}', tier")
+    (tmp_path / "claims.yml").write_text(shown)
+    status, problems, html = claims("```{claims}\n:chapter: y\n```")
+    assert (status, problems) == (0, "") and "<strong>Verdict: holds.</strong>" in html
+    assert ">0.50 (no interval)</abbr>" in html
 
 
 def test_claims_in_short_as_counts_and_as_rules(claims):

@@ -134,6 +134,28 @@ def test_no_measured_number_is_typed_in_its_prose(path):
         assert not re.findall(r"(?<![\w.{])(?:\d+\.\d{2,}|\d+(?:\.\d+)?\s?%)", prose)
 
 
+def recorded(root):
+    """Whether a record has an interval, by ``id`` for what the build is expected to record and by
+    ``tier:id`` for what other tiers recorded."""
+    found = {}
+    for path in (root / "tests" / "expected" / "smoke").glob("*.json"):
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        found |= {id: "interval" in entry for id, entry in entries.items()}
+    for path in (root / "book" / "recorded").glob("*/*.json"):
+        entries = json.loads(path.read_text(encoding="utf-8"))["records"]
+        found |= {f"{path.parent.name}:{id}": bool(r["interval"]) for id, r in entries.items()}
+    return found
+
+
+@every_notebook
+def test_a_number_with_an_interval_has_one(path):
+    """Only a run of one seed has to say that there is none."""
+    prose = "\n".join(source(cell) for cell in cells(path, "markdown"))
+    asked = re.findall(r"\{res\}`([^` ]+) [^`]*\bci`", prose)
+    has_interval = recorded(path.parents[1])
+    assert [id for id in asked if not has_interval[id]] == []
+
+
 @every_notebook
 def test_it_names_no_machine_and_installs_nothing(path):
     text = path.read_text(encoding="utf-8")

@@ -46,7 +46,7 @@ def explain(record, tier):
 
 class Result(SphinxRole):
     """``{res}`id` ``, ``{res}`id .3f ci` ``, ``{res}`standard:id pct` ``: a record of the built
-    tier, or of the named one."""
+    tier, or of the named one; see ``claims.format_record``."""
 
     def run(self):
         id, _, spec = re.sub(r"[|\s]+", " ", self.text.strip()).partition(" ")

@@ -18,6 +18,7 @@ from .predicates import outlook
 SOURCES = {"paper": "paper", "review": "its review", "ours": "this book"}
 ABOUT = ("programme", "bases", "accuracy", "energy", "calibration")  # the parts of the claims page
 VERDICTS = HOLDS, UNDECIDED, FAILS, NOT_RUN = ("holds", "undecided", "fails", "not run")
+NO_INTERVAL = " (no interval)"
 OF_TRUTH = {True: HOLDS, None: UNDECIDED, False: FAILS}
 
 
@@ -116,7 +117,8 @@ def _claim(entry: dict, number: int) -> Claim:
 def judge(claim: Claim, records: Mapping[str, Record]) -> Row:
     """The claim's row under the given records.
 
-    A claim of a recorded tier that has recorded nothing of it is *not run*.
+    A claim of a recorded tier that has recorded nothing of it is *not run*. A record without an
+    interval is judged by its value.
 
     Raises: RecordError for a record that is missing.
     """
@@ -164,7 +166,7 @@ def _needed(claim: Claim, records: Mapping[str, Record]) -> str:
             f"{times} times as many samples behind {ids}, if the estimates stay: it would {truth}"
         )
     record = min((r for r in found.records if r.n is not None), key=_count)
-    word = claim.samples if isinstance(claim.samples, str) else claim.samples[record.id]
+    word = claim.samples if isinstance(claim.samples, str) else claim.samples.get(record.id)
     return (
         f"about {found.samples:,} {word or 'samples'} instead of {record.n:,} behind {ids}, if the "
         f"estimates stay: it would {truth}"
@@ -212,7 +214,10 @@ def shown(claim: Claim) -> list[tuple[str, str]]:
 
 def format_record(record: Record, spec: str = "") -> str:
     """A record as text: ``spec`` holds, in any order, a Python format such as ``.3f``, ``pct``,
-    ``ci`` and ``unit``."""
+    ``ci`` and ``unit``.
+
+    A number of one seed has no interval, and ``ci`` says so in words.
+    """
     words = re.split(r"[\s|]+", spec.strip())
     known = {"pct", "ci", "unit", ""}
     formats = [word for word in words if word not in known]
@@ -222,13 +227,16 @@ def format_record(record: Record, spec: str = "") -> str:
     number = formats[0] if formats else default
     text = _number(record.id, record.value, number)
     if "ci" in words:
-        if record.interval is None:
-            raise ClaimError(
-                f"record {record.id}: `ci` asked for, but it was recorded without an interval"
-            )
-        low, high = (_number(record.id, end, number) for end in record.interval)
-        text += f" [{low}, {high}]"
+        text += _interval(record, number)
     return f"{text} {record.unit}" if "unit" in words and record.unit else text
+
+
+def _interval(record, spec):
+    """What stands behind a record's value; nothing behind a word."""
+    if record.interval is None:
+        return "" if isinstance(record.value, (bool, str)) else NO_INTERVAL
+    low, high = (_number(record.id, end, spec) for end in record.interval)
+    return f" [{low}, {high}]"
 
 
 def _number(id, value, spec):

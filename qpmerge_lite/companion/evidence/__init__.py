@@ -54,21 +54,37 @@ class Evidence:
         """Whether the rows are committed ones, of which this run repeated some."""
         return bool(self.units)
 
-    def said(self) -> dict:
-        """How many seeds, which of them were run here, and when, where and under which commit the
-        rest was measured, in words for a table."""
-        words = {"seeds": len(self.seeds), "run here": len(self.live_seeds)}
-        if not self.units:
-            return words | {"measured": "in this run alone: nothing committed has these parameters"}
-        facts = [unit["provenance"] for unit in self.units]
-        dates = sorted({fact["date"][:10] for fact in facts})
-        return words | {
-            "measured": " to ".join(dict.fromkeys((dates[0], dates[-1]))),
-            "on": ", ".join(sorted({fact["device"] for fact in facts})),
-            "commit": ", ".join(sorted({fact["commit"] for fact in facts})),
-            "its code since": "changed" if self.is_stale else "unchanged",
-            "largest difference": f"{self.largest:.2g} of {self.compared:,} numbers",
-        }
+
+def said(found: list[Evidence]) -> dict:
+    """How many experiments on one suite, on how many seeds at least, how many of these were run
+    here, and when, where and under which commit the rest was measured, in words for a table."""
+    words = {
+        "experiments": len(found),
+        "seeds": min(len(part.seeds) for part in found),
+        "run here": min(len(part.live_seeds) for part in found),
+    }
+    facts = [unit["provenance"] for part in found for unit in part.units]
+    if not facts:
+        return words | {"measured": "in this run alone"}
+    dates = sorted({fact["date"][:10] for fact in facts})
+    compared, largest = agreement(found)
+    words |= {
+        "measured": " to ".join(dict.fromkeys((dates[0], dates[-1]))),
+        "on": ", ".join(sorted({fact["device"] for fact in facts})),
+        "commit": ", ".join(sorted({fact["commit"] for fact in facts})),
+        "its code since": "changed" if any(part.is_stale for part in found) else "unchanged",
+        "largest difference": f"{largest:.2g} of {compared:,} numbers",
+    }
+    alone = sum(not part.is_covered for part in found)
+    return words | ({"in this run alone": f"{alone} of {len(found)}"} if alone else {})
+
+
+def agreement(found: Iterable[Evidence]) -> tuple[int, float]:
+    """How many numbers of this run were compared with committed ones, and the largest
+    difference."""
+    found = list(found)
+    largest = max(evidence.largest for evidence in found)
+    return sum(evidence.compared for evidence in found), largest
 
 
 def gather(
@@ -120,20 +136,22 @@ def gather(
 
 def report(record: Callable, id: str, found: Iterable[Evidence]):
     """Record under ``id`` how many seeds there are, how many this run measured, and how it agrees
-    with what is committed; a ``pandas.DataFrame`` says so of every suite.
+    with what is committed, over all experiments that a chapter rests on; a ``pandas.DataFrame``
+    with a column per suite says so of each.
 
     Args:
         record: ``Records.record``, or anything called like it.
     """
     import pandas as pd
 
-    found = list(found)
+    by_suite: dict[str, list[Evidence]] = {}
+    for evidence in (found := list(found)):
+        by_suite.setdefault(evidence.suite, []).append(evidence)
     seeds = min(len(evidence.seeds) for evidence in found)
     live = min(len(evidence.live_seeds) for evidence in found)
     record(f"{id}.evidence.seeds", seeds, note="that the numbers rest on")
     record(f"{id}.evidence.live", live, note="seeds that were measured in this run")
-    compared = sum(evidence.compared for evidence in found)
-    largest = max(evidence.largest for evidence in found)
+    compared, largest = agreement(found)
     note = "largest difference between this run and the committed rows of the same seeds"
     record(f"{id}.evidence.difference", largest, n=compared, note=note)
-    return pd.DataFrame({evidence.suite: evidence.said() for evidence in found}).T.fillna("—")
+    return pd.DataFrame({suite: said(parts) for suite, parts in by_suite.items()}).fillna("—")

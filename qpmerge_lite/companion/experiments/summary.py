@@ -3,9 +3,12 @@ was repeated, and paired differences."""
 
 from __future__ import annotations
 
+from collections import Counter
+
 from .baselines import BASELINES, ENTRIES, FAMILIES, HEURISTICS
 from .intervals import relative_spread, seed_interval
 
+CHOSEN = "chosen (on how many seeds)"
 CEILINGS = ("experts", "multitask")  # no merges: what merges are compared to
 
 
@@ -73,11 +76,14 @@ def at_grid_edge(result: dict) -> list[str]:
 
 
 def choices(results: list[dict]):
-    """What every tuned method chose, as a ``pandas.DataFrame``: one column per seed; * marks an end
-    of its grid."""
+    """What every tuned method chose, as a ``pandas.DataFrame`` with one row each: its distinct
+    choices, the most frequent first, in brackets on how many seeds; * marks an end of its grid.
+
+    Words of one choice are joined by spaces that no line breaks at.
+    """
     import pandas as pd
 
-    table: dict[str, dict] = {}
+    found: dict[str, Counter] = {}
     for result in results:
         edges = at_grid_edge(result)
         chosen = [
@@ -86,8 +92,14 @@ def choices(results: list[dict]):
             if name not in ("basis", "scope", "seed")
         ]
         if chosen:
-            table.setdefault(f"seed {result['seed']}", {})[result["label"]] = ", ".join(chosen)
-    return pd.DataFrame(table)
+            found.setdefault(result["label"], Counter())[", ".join(chosen)] += 1
+    return pd.Series({label: _counted(times) for label, times in found.items()}).to_frame(CHOSEN)
+
+
+def _counted(times: Counter) -> str:
+    """Words and how often each occurs, on one line."""
+    parts = (f"{words} ({count})" for words, count in times.most_common())
+    return "; ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
 
 
 def _choice(name: str, value, tasks: list[str]) -> str:
