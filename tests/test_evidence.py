@@ -109,6 +109,16 @@ def test_where_another_option_was_chosen_only_its_quality_has_to_agree():
         compared([one], [one | {"captured": 0.9}], "x")
 
 
+def test_which_examples_were_right_is_compared_as_a_share():
+    """An example at the edge of its decision may fall to the other side on another processor."""
+    right, almost, other = "1" * 40, "1" * 39 + "0", "1" * 30 + "0" * 10
+    assert compared([{"right": right}], [{"right": almost}], "x") == [1 / 40]
+    with pytest.raises(evidence.ReplicationError, match="x, 0, right: .* found 0.25"):
+        compared([{"right": right}], [{"right": other}], "x")
+    with pytest.raises(evidence.ReplicationError, match="'11', found '1'"):
+        compared([{"right": "1"}], [{"right": "11"}], "x")
+
+
 @pytest.mark.parametrize(
     "row", [{"method": "lot"}, {"options": {"ridge": 0.0}}, {"kind": "made to be bad"}]
 )

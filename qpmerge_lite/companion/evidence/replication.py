@@ -54,6 +54,11 @@ def _differences(live, stored, where: str) -> Iterator[float]:
         if not difference <= TOLERANCE * max(1.0, abs(stored)):
             raise _error(where, f"{stored:.6g} within {TOLERANCE:g}, found {live:.6g}")
         yield difference
+    elif _are_flags(live, stored):
+        share = sum(one != other for one, other in zip(live, stored, strict=True)) / len(live)
+        if not share <= TOLERANCE:
+            raise _error(where, f"the same examples right within {TOLERANCE:g}, found {share:.2g}")
+        yield share
     elif live != stored:
         raise _error(where, f"{stored!r}, found {live!r}")
 
@@ -81,6 +86,13 @@ def _name(row, number: int) -> str:
             if key in row:
                 return str(row[key])
     return str(number)
+
+
+def _are_flags(live, stored) -> bool:
+    """Whether both say of as many examples which were right, as a string of 0 and 1."""
+    if not (isinstance(live, str) and isinstance(stored, str)) or len(live) != len(stored):
+        return False
+    return bool(live) and set(live + stored) <= {"0", "1"}
 
 
 def _is_number(value) -> bool:
