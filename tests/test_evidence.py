@@ -109,6 +109,15 @@ def test_where_another_option_was_chosen_only_its_quality_has_to_agree():
         compared([one], [one | {"captured": 0.9}], "x")
 
 
+def test_steps_from_a_merge_that_was_chosen_have_to_be_of_one_quality():
+    step = {"ridge": "10.0", "validation": 0.9, "calibration": -0.1, "disjoint": 0.1}
+    other = step | {"calibration": 0.2, "disjoint": 0.3}
+    assert compared([{"start": "a", "points": [step]}], [{"start": "a", "points": [other]}], "x")
+    with pytest.raises(evidence.ReplicationError, match="points, 0, validation"):
+        changed = [{"start": "a", "points": [other | {"validation": 0.7}]}]
+        compared([{"start": "a", "points": [step]}], changed, "x")
+
+
 def test_which_examples_were_right_is_compared_as_a_share():
     """An example at the edge of its decision may fall to the other side on another processor."""
     right, almost, other = "1" * 40, "1" * 39 + "0", "1" * 30 + "0" * 10

@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 
@@ -150,7 +151,8 @@ def effects(rows: list[dict], record: Callable, name: str) -> dict[str, Shown]:
     for factor, level in table.columns:
         if factor == "nothing":
             continue
-        id = f"auto.{name}.factor.{factor}.{level}".replace(" ", "_").replace(",", "")
+        word = re.sub("[^a-z0-9]+", "_", level.lower())
+        id = f"auto.{name}.factor.{factor}.{word}"
         note = "over seeds, paired: test accuracy less that of the programme"
         effect = record_mean(record, id, table[factor, level] - start, note=note)
         shown[f"{factor}: {level}"] = {"effect": effect}
