@@ -80,6 +80,7 @@ def test_it_holds_the_module_only(wheel):
     folders = {str(Path(name).parent) for name in names}
     assert {name for name in folders if ".dist-info" not in name} == {
         "qpmerge_lite",
+        "qpmerge_lite/choice",
         "qpmerge_lite/engine",
         "qpmerge_lite/spectral",
     }
