@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -17,9 +18,17 @@ import pytest
 import torch
 
 import qpmerge_lite as q
-from qpmerge_lite.checkpoints import calibrated, commands, methods, tensors
+from qpmerge_lite.checkpoints import (
+    architectures,
+    calibrated,
+    commands,
+    methods,
+    tensors,
+    weights_only,
+)
 from qpmerge_lite.checkpoints.compatibility import check
 from qpmerge_lite.checkpoints.headers import read_header
+from qpmerge_lite.checkpoints.merging import Order, merge_folders
 from qpmerge_lite.checkpoints.methods import CALIBRATED, WEIGHTS_ONLY, literal
 from qpmerge_lite.companion import cli
 
@@ -233,27 +242,25 @@ def test_a_decoder_in_shards_and_half_precision_is_merged_too(families, tmp_path
     assert_same(out, expected.state_dict)
 
 
-def test_the_default_is_auto_with_calibration_and_soup_without(families, tmp_path, capsys):
+def test_the_default_without_calibration_is_soup(families, tmp_path, capsys):
     family = families["bert"]
-    _, without, _ = run(capsys, "merge", *family.folders, "--out", tmp_path / "a")
-    assert "method: soup (the default where no expert has calibration)" in without
-    _, with_some, _ = run(capsys, "merge", *family.folders, "--out", tmp_path / "b", *family.given)
-    assert "method: auto (the default where every expert has calibration)" in with_some
-    assert json.loads((tmp_path / "b" / "merge.json").read_text())["choice"]["chosen"] in with_some
+    _, told, _ = run(capsys, "merge", *family.folders, "--out", tmp_path / "a")
+    assert "method: soup (the default where no expert has calibration)" in told
     assert run(capsys, "merge", *family.folders, "--out", tmp_path / "c", "--quiet") == (0, "", "")
 
 
 LOADED = """
 import sys, torch, transformers
 transformers.utils.logging.disable_progress_bar()
-for kind, folder in (("AutoModel", sys.argv[1]), ("AutoModelForCausalLM", sys.argv[2])):
+for kind, folder in zip(("BertModel", "LlamaForCausalLM"), sys.argv[1:]):
     model, told = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
     print(sorted(name for name, found in told.items() if found), model.dtype)
-    print(model.get_output_embeddings() is None or model.get_output_embeddings().weight is
-          model.get_input_embeddings().weight)
+    head = model.get_output_embeddings()
+    print(head is None or head.weight is model.get_input_embeddings().weight)
     with torch.no_grad():
         print(bool(torch.isfinite(model(torch.tensor([[3, 4, 5]]))[0]).all()))
-print(transformers.AutoTokenizer.from_pretrained(folder)("w1 w2")["input_ids"])
+tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+print(tokenizer("w1 w2")["input_ids"])
 print("qpmerge_lite" in sys.modules)
 """
 
@@ -697,6 +704,77 @@ def test_native_models_with_code_of_their_own_are_merged_without_it(family, tmp_
     assert not (tmp_path / "out" / "evil.py").exists()
 
 
+def test_other_ties_are_a_warning(families, tmp_path, capsys):
+    shutil.copytree(families["llama"].root, tmp_path / "llama")
+    change(tmp_path / "llama" / "second", tie_word_embeddings=False)
+    folders = [tmp_path / "llama" / name for name in ("base", *EXPERTS)]
+    status, out, _ = run(capsys, "check", *folders)
+    assert status == 0 and "WARNING" in out
+    assert "tie_word_embeddings: expected True, found False; the merge is tied as the base" in out
+
+
+def test_random_methods_ask_for_the_names_of_tied_weights(families, tmp_path, capsys, monkeypatch):
+    words = ["merge", *families["llama"].folders, "--out", tmp_path / "out"]
+    monkeypatch.setattr(architectures, "find_spec", lambda name: None)
+    status, _, err = run(capsys, *words, "--method", "della")
+    assert status == 1 and "expected transformers" in err and "such as soup" in err
+    assert list(tmp_path.iterdir()) == []
+    assert run(capsys, *words)[0] == 0
+
+
+def test_an_encoder_with_a_decoder_is_merged_by_weights_alone(tmp_path, capsys):
+    torch.manual_seed(0)
+    size = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    family = Family(
+        tmp_path / "t5",
+        lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=40, decoder_start_token_id=0, **size)
+        ),
+    )
+    words = ["merge", *family.folders, "--out"]
+    for method in ("dare", "ties"):
+        assert run(capsys, *words, tmp_path / method, "--method", method)[0] == 0
+        expected = getattr(q, method)(family.model, family.states)
+        assert_same(tmp_path / method, expected.state_dict)
+    status, _, err = run(capsys, *words, tmp_path / "out", *family.given)
+    assert status == 1 and "config.json, is_encoder_decoder" in err
+
+
+def test_no_network_is_asked_and_random_numbers_are_left_alone(
+    families, tmp_path, capsys, monkeypatch
+):
+    def refused(*_):
+        raise AssertionError("a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    state = torch.get_rng_state()
+    words = ["merge", *families["bert"].folders, *families["bert"].given]
+    for method in ("regmean", "qp"):
+        assert run(capsys, *words, "--out", tmp_path / method, "--method", method)[0] == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_file_that_goes_while_it_is_read_is_named(family, tmp_path, capsys, monkeypatch):
+    read = tensors.read_tensors
+
+    def gone(checkpoint, names):
+        if checkpoint.name == "second":
+            cut(checkpoint.folder / "model.safetensors", 4000)
+        return read(checkpoint, names)
+
+    monkeypatch.setattr(weights_only, "read_tensors", gone)
+    status, _, err = run(capsys, "merge", *family.folders, "--out", tmp_path / "out")
+    assert status == 1 and "second/model.safetensors, tensor" in err and "damaged" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_is_shown_on_request(families, tmp_path, capsys):
+    family = families["bert"]
+    experts = {name: family.root / name for name in EXPERTS}
+    merge_folders(Order(family.base, experts, tmp_path / "out"), progress=True)
+    assert "soup: 100%" in capsys.readouterr().err
+
+
 def test_experts_are_named_by_their_folders_or_by_hand(tmp_path, capsys):
     (tmp_path / "a=b").mkdir()
     named = commands.named_folders([f"x={tmp_path}", str(tmp_path / "a=b"), str(tmp_path / "c")])
@@ -779,8 +857,11 @@ def test_the_commands_of_the_readme_run(families, tmp_path, capsys, monkeypatch)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     block = readme.partition("### From the command line")[2].partition("```sh\n")[2]
     lines = [shlex.split(line, comments=True) for line in block.partition("```")[0].splitlines()]
-    ran = [run(capsys, *words[1:])[0] for words in lines]
-    assert ran == [0, 0, 0]
+    ran = [run(capsys, *words[1:]) for words in lines]
+    assert [(status, err) for status, _, err in ran] == [(0, "")] * 3
+    assert "method: auto (the default where every expert has calibration)" in ran[2][1]
+    told = json.loads(Path("chosen", "merge.json").read_text(encoding="utf-8"))
+    assert f"chosen: {told['choice']['chosen']}\n" in ran[2][1]
     torch.testing.assert_close(
         state_of(tmp_path / "chosen"),
         q.auto(family.model, family.states, family.calibration()).state_dict,

@@ -20,8 +20,8 @@ TROUBLES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportErro
 def require_transformers() -> None:
     """Refused where transformers is not installed."""
     if find_spec("transformers") is None:
-        cure = "pip install 'qpmerge-lite[hub]', or choose a method that looks at weights only"
-        raise Refused("the environment", "transformers, which build and run models", "none", cure)
+        cure = "pip install 'qpmerge-lite[hub]', or choose a method that needs none of it, such as soup"
+        raise Refused("the environment", "transformers, which has the models", "none", cure)
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def class_of(base: Checkpoint):
     found = getattr(transformers, str(named[0]), None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         where = f"{base.folder / CONFIG}, architectures"
-        cure = "merge by a method that looks at weights only, or with another version"
+        cure = "choose a method that builds no model, such as soup, or another version"
         raise Refused(where, "a model of transformers", repr(named[0]), cure)
     return found
 

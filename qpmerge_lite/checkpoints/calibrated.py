@@ -69,10 +69,6 @@ def build(base: Checkpoint) -> nn.Module:
         those of the files.
     """
     require_transformers()
-    if base.config.get("is_encoder_decoder"):
-        cure = "merge by a method that looks at weights only, or call the method from Python"
-        where = f"{base.folder / CONFIG}, is_encoder_decoder"
-        raise Refused(where, "a model that reads one text", "an encoder with a decoder", cure)
     try:
         with quietly():
             model = class_of(base).from_pretrained(
@@ -81,6 +77,10 @@ def build(base: Checkpoint) -> nn.Module:
     except TROUBLES as error:
         where, cure = str(base.folder), "see that config.json belongs to these weights"
         raise Refused(where, "a model that transformers load", f"{error}", cure) from error
+    if model.config.is_encoder_decoder:
+        cure = "merge by a method that looks at weights only, or call the method from Python"
+        where = f"{base.folder / CONFIG}, is_encoder_decoder"
+        raise Refused(where, "a model that reads one text", "an encoder with a decoder", cure)
     _check_entries(base, model)
     return model.eval()
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 
 from .findings import ERROR, Finding, Refused
@@ -57,14 +58,14 @@ class Checkpoint:
     config: dict = field(default_factory=dict)
     headers: dict[str, Header] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def entries(self) -> dict[str, Entry]:
-        """Tensor -> its entry, over all files."""
+        """Tensor -> its entry, over all files; to be asked for when all headers are there."""
         return {name: e for header in self.headers.values() for name, e in header.entries.items()}
 
-    @property
+    @cached_property
     def files_of_tensors(self) -> dict[str, str]:
-        """Tensor -> the file that it is in."""
+        """Tensor -> the file that it is in; to be asked for when all headers are there."""
         return {name: file for file, header in self.headers.items() for name in header.entries}
 
     @property

@@ -42,7 +42,8 @@ def all_or_nothing(out: Path) -> Iterator[Path]:
 
     Raises: Refused where the folder cannot be written, as on a full disk.
     """
-    partial = out.absolute().with_name(f".{out.name}.{os.getpid()}.partial")
+    out = Path(os.path.abspath(out))
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         partial.mkdir()
         try:

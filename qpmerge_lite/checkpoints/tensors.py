@@ -40,14 +40,21 @@ def read_tensor(header: Header, name: str) -> Tensor:
     """One tensor of a file, of the shape and dtype that its header gives.
 
     Only its own bytes are read, into memory of its own.
+
+    Raises: Refused where the file cannot be read, or not so far.
     """
     entry = header.entries[name]
+    where = f"{header.path}, tensor {name!r}"
     memory = bytearray(entry.stop - entry.start)
-    with header.path.open("rb") as file:
-        file.seek(entry.start)
-        if file.readinto(memory) != len(memory):
-            where = f"{header.path}, tensor {name!r}"
-            raise Refused(where, f"{len(memory)} bytes", "fewer", DAMAGED)
+    try:
+        with header.path.open("rb") as file:
+            file.seek(entry.start)
+            count = file.readinto(memory)
+    except OSError as error:
+        cure = "see that the file is there and may be read"
+        raise Refused(where, "a file that can be read", f"{error.strerror}", cure) from error
+    if count != len(memory):
+        raise Refused(where, f"{len(memory)} bytes", f"{count}", DAMAGED)
     if not memory:
         return torch.empty(entry.shape, dtype=TYPES[entry.dtype])
     return torch.frombuffer(memory, dtype=TYPES[entry.dtype]).reshape(entry.shape)
