@@ -1,11 +1,14 @@
 """The command ``qpmerge``."""
 
+import argparse
 import sys
 from importlib.util import find_spec
 
 from . import __version__
+from .checkpoints.commands import add_verbs
+from .errors import MergeError
 
-MODULE = f"""qpmerge-lite {__version__}, the module. To be used from Python:
+MODULE = f"""qpmerge-lite {__version__}, the module. It merges checkpoints, or from Python:
 
     from qpmerge_lite import qp
     merge = qp(base, experts, calibration)
@@ -16,20 +19,41 @@ MODULE = f"""qpmerge-lite {__version__}, the module. To be used from Python:
 """
 REPOSITORY = "the commands for the book and its data come with the repository, not with the module"
 THERE = "in a clone of it, `make book` makes an environment that has them, as .venv/bin/qpmerge"
+OF_THE_REPOSITORY = ("book", "data")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; its verbs for the book and its data are those of the repository."""
+    """Run the command; its verbs for the book and its data are those of the repository. Returns the
+    exit status: 0 done, 1 refused, 2 wrong usage."""
     if find_spec("qpmerge_lite.companion") is not None:
         from .companion.cli import main as run
 
         return run(arguments)
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not set(arguments) - {"-h", "--help"}:
-        print(f"{MODULE}\n{REPOSITORY[0].upper()}{REPOSITORY[1:]}.")
+    if arguments and arguments[0] in OF_THE_REPOSITORY:
+        print(f"qpmerge: {REPOSITORY}; {THERE}", file=sys.stderr)
+        return 2
+    if not arguments:
+        parser().print_help()
         return 0
-    print(f"qpmerge: {REPOSITORY}; {THERE}", file=sys.stderr)
-    return 2
+    parsed = parser().parse_args(arguments)
+    try:
+        return parsed.command(parsed)
+    except MergeError as error:
+        print(f"qpmerge: {error}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of the module alone."""
+    top = argparse.ArgumentParser(
+        prog="qpmerge",
+        description=MODULE,
+        epilog=f"{REPOSITORY[0].upper()}{REPOSITORY[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_verbs(top.add_subparsers(required=True, metavar="{merge,check}"))
+    return top
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ def seconds_of_children():
     "words",
     [
         ["--help"],
+        ["merge", "--help"],
+        ["check", "nonesuch", "other"],
         ["data", "list"],
         ["book", "check", "--no-run"],
         ["book", "claims", "--quiet"],

@@ -12,8 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
+WEIGHTS = "model.safetensors"
 LARGEST = 400_000  # bytes: weights alone would be several times as many
 
 
@@ -80,6 +83,8 @@ def test_it_holds_the_module_only(wheel):
     folders = {str(Path(name).parent) for name in names}
     assert {name for name in folders if ".dist-info" not in name} == {
         "qpmerge_lite",
+        "qpmerge_lite/checkpoints",
+        "qpmerge_lite/choice",
         "qpmerge_lite/engine",
         "qpmerge_lite/spectral",
     }
@@ -118,7 +123,21 @@ def test_the_command_says_what_is_there(elsewhere, tmp_path, command):
         assert (done.returncode, done.stderr) == (0, "")
         assert "from qpmerge_lite import qp" in done.stdout
         assert "come with the repository, not with the module" in done.stdout
+        assert "merge checkpoints into one" in done.stdout
     done = run("book", "run")
     assert (done.returncode, done.stdout) == (2, "")
     assert "come with the repository, not with the module; in a clone of it" in done.stderr
     assert "make book" in done.stderr and ".venv/bin/qpmerge" in done.stderr
+
+
+def test_the_command_merges_checkpoints(elsewhere, tmp_path):
+    """By weights alone, which takes no more than the module needs."""
+    for number, name in enumerate(("base", "a", "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "any"}', encoding="utf-8")
+        save_file({"weight": torch.full((2, 2), float(number))}, tmp_path / name / WEIGHTS)
+    done = call(elsewhere / "qpmerge", "merge", "base", "a", "b", "--out", "out", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert torch.equal(load_file(tmp_path / "out" / WEIGHTS)["weight"], torch.full((2, 2), 1.5))
+    done = call(elsewhere / "qpmerge", "check", "base", "nonesuch", cwd=tmp_path)
+    assert done.returncode == 1 and "ERROR nonesuch" in done.stdout

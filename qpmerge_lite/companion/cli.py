@@ -1,4 +1,5 @@
-"""`qpmerge`: run, check and judge the book; list, fetch, verify and pin its data."""
+"""`qpmerge`: merge checkpoints; run, check and judge the book; list, fetch, verify and pin its
+data."""
 
 import argparse
 import ast
@@ -9,6 +10,7 @@ import time
 from dataclasses import asdict
 from functools import partial
 
+from ..checkpoints.commands import add_verbs
 from ..errors import MergeError
 from .book import claim_pages, claims, expected, run
 from .paths import repository
@@ -32,7 +34,8 @@ def main(argv=None):
 def parser():
     """The command line as an ``argparse`` parser."""
     top = argparse.ArgumentParser(prog="qpmerge", description=__doc__)
-    groups = top.add_subparsers(required=True, metavar="{book,data}")
+    groups = top.add_subparsers(required=True, metavar="{merge,check,book,data}")
+    add_verbs(groups)
     verbs = groups.add_parser("book", help="the executable book").add_subparsers(
         required=True, metavar="VERB"
     )

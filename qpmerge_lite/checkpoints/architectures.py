@@ -1,0 +1,82 @@
+"""What transformers knows of a checkpoint's model: its class, and the names of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+
+from .findings import Refused
+from .folders import CONFIG, Checkpoint
+
+# no network, and no code but that of transformers itself
+HERE_ALONE = {"local_files_only": True, "trust_remote_code": False}
+# what transformers raises for a folder that it cannot make a model or a tokenizer of
+TROUBLES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
+
+
+def require_transformers() -> None:
+    """Refused where transformers is not installed."""
+    if find_spec("transformers") is None:
+        cure = "pip install 'qpmerge-lite[hub]', or choose a method that needs none of it, such as soup"
+        raise Refused("the environment", "transformers, which has the models", "none", cure)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep transformers from writing to the terminal what is refused here anyway."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def class_of(base: Checkpoint):
+    """The class of transformers that config.json names first, or AutoModel where it names none."""
+    import transformers
+
+    named = base.config.get("architectures") or []
+    if not named:
+        return transformers.AutoModel
+    found = getattr(transformers, str(named[0]), None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        where = f"{base.folder / CONFIG}, architectures"
+        cure = "choose a method that builds no model, such as soup, or another version"
+        raise Refused(where, "a model of transformers", repr(named[0]), cure)
+    return found
+
+
+def names_in_model(base: Checkpoint) -> dict[str, str]:
+    """Name of every parameter and buffer that the model keeps -> the first name of the same tensor,
+    in the order of the model's state dict.
+
+    Files have a tied tensor once, the model under each of its names. No memory is taken for it.
+
+    Raises: Refused where transformers is not installed or does not have the class.
+    """
+    require_transformers()
+    from transformers import AutoConfig, AutoModel
+
+    made = class_of(base)
+    try:
+        with quietly(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(base.folder, **HERE_ALONE)
+            model = made.from_config(config) if made is AutoModel else made(config)
+            model.tie_weights()
+    except TROUBLES as error:
+        where, cure = str(base.folder), "see that config.json belongs to these weights"
+        raise Refused(where, "a model that transformers can make", f"{error}", cure) from error
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(value), name)
+        for name, value in model.state_dict(keep_vars=True).items()
+    }

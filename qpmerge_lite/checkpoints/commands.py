@@ -1,0 +1,237 @@
+"""The commands ``qpmerge merge`` and ``qpmerge check``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .compatibility import Report, check
+from .findings import Refused
+from .methods import CALIBRATED, WEIGHTS_ONLY, assignment, literal
+
+MERGE = """
+Merge fine-tuned models into one, without training.
+
+BASE is the folder of the model that all EXPERTs were tuned from, in the format of Hugging Face:
+config.json with model.safetensors, or with shards and their index. The merge is written to a
+folder of the same kind, with the base's shards, names, dtypes, tokenizer and configuration, so
+that from_pretrained loads it. merge.json in it says how it was made.
+"""
+MERGE_MORE = f"""
+methods:
+  that look at weights only:
+    {", ".join(WEIGHTS_ONLY[:7])},
+    {", ".join(WEIGHTS_ONLY[7:])}
+  that run the models on calibration texts (these need transformers):
+    {", ".join(CALIBRATED)}
+  Options of a method are those of the Python function of that name: help(qpmerge_lite.ties).
+
+calibration:
+  Unlabelled texts of an expert's task, some dozens to some hundreds. FILE is UTF-8: JSON lines
+  (.jsonl) with a field "text", other fields being ignored, or plain text with an input a line.
+  The expert's own tokenizer reads it, or the base's where the expert's folder has none.
+
+files:
+  Weights are read from safetensors alone: nothing is unpickled, no code of a checkpoint is run,
+  and no network is asked. Nothing is written but DIR; while it is made it is a hidden folder
+  beside it, .DIR.NUMBER.partial, which a killed process leaves there and which can be deleted.
+  The same command on the same machine writes the same bytes.
+
+exit status:
+  0  the merge is there
+  1  it was refused, with the reason on the error stream; there is no DIR then
+  2  the command was not understood
+
+examples:
+  qpmerge merge base french=tuned/fr german=tuned/de --out merged
+  qpmerge merge base tuned/fr tuned/de --out merged --method ties --option density=0.1
+  qpmerge merge base fr=tuned/fr de=tuned/de --out merged \\
+      --calibration fr=fr.jsonl --calibration de=de.txt
+"""
+CHECK = """
+Say whether checkpoints can be merged, before any weight is read.
+
+Configurations and headers of safetensors files are compared: architecture, names, shapes and
+dtypes of tensors, vocabulary, tokenizer, tied, quantised and pickled weights, missing and damaged
+files. Every finding has a place, what was expected, what was found, and what to do.
+"""
+CHECK_MORE = """
+levels:
+  ERROR    no merge is made of these
+  WARNING  one is made, but see whether it is what you mean
+  INFO     good to know
+
+exit status:
+  0  there is no ERROR
+  1  there is one
+  2  the command was not understood
+
+example:
+  qpmerge check base french=tuned/fr german=tuned/de
+"""
+
+
+def add_verbs(groups) -> None:
+    """Add ``merge`` and ``check`` to the subcommands of an ``argparse`` parser; what is parsed has
+    their function as ``command``."""
+    merge = _verb(groups, "merge", _merge, "merge checkpoints into one", MERGE, MERGE_MORE)
+    merge.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder to make; not there, or empty"
+    )
+    merge.add_argument(
+        "--method",
+        metavar="NAME",
+        help="how to merge; by default auto with --calibration, and soup without",
+    )
+    merge.add_argument(
+        "--calibration",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="texts of the task of the expert of that name; once for every expert",
+    )
+    merge.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="option of the method, such as density=0.1 or weights=[0.7,0.3]",
+    )
+    merge.add_argument(
+        "--max-length",
+        type=int,
+        default=128,
+        metavar="N",
+        help="tokens of a text at most; never more than the model has positions (default 128)",
+    )
+    merge.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="texts of a forward (default 8)"
+    )
+    _verb(groups, "check", _check, "say whether checkpoints can be merged", CHECK, CHECK_MORE)
+
+
+def _verb(groups, name: str, command, help: str, description: str, more: str):
+    """One subcommand with what both have in common."""
+    verb = groups.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=more,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("base", metavar="BASE", type=Path, help="folder of the base")
+    verb.add_argument(
+        "experts",
+        metavar="EXPERT",
+        nargs="+",
+        help="folder of an expert, which is called as its folder is, or NAME=FOLDER",
+    )
+    verb.add_argument("--quiet", action="store_true", help="print only what went wrong")
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+    verb.set_defaults(command=command)
+    return verb
+
+
+def named_folders(words: Sequence[str]) -> dict[str, Path]:
+    """Experts of the command line: name -> folder, in their order.
+
+    Args:
+        words: folders, which give their own name, or ``NAME=FOLDER``.
+    Raises: Refused for a name that is there twice.
+    """
+    experts: dict[str, Path] = {}
+    for word in words:
+        name, equals, place = word.partition("=")
+        if not (equals and name and place) or "/" in name or Path(word).exists():
+            name, place = Path(word).resolve().name, word
+        if name in experts:
+            expected = "experts with names of their own"
+            cure = "give names, such as first=FOLDER second=FOLDER"
+            raise Refused(f"expert {name!r}", expected, "two of that name", cure)
+        experts[name] = Path(place)
+    return experts
+
+
+def _pairs(words: Sequence[str], option: str, example: str) -> dict[str, str]:
+    """``NAME=VALUE`` of an option that may be there several times."""
+    pairs: dict[str, str] = {}
+    for word in words:
+        name, value = assignment(word, option, example)
+        if name in pairs:
+            raise Refused(option, f"{name!r} once", "it twice", "leave one of them out")
+        pairs[name] = value
+    return pairs
+
+
+def _check(arguments) -> int:
+    report = check(arguments.base, named_folders(arguments.experts))
+    if arguments.json:
+        print(json.dumps(report.as_json(), indent=1))
+    else:
+        _print_findings(report, arguments.quiet)
+    return int(bool(report.errors))
+
+
+def _print_findings(report: Report, only_errors: bool) -> None:
+    for finding in report.errors if only_errors else report.findings:
+        print(finding, file=sys.stderr if only_errors else sys.stdout)
+    if not only_errors:
+        counts = f"{len(report.errors)} errors, {len(report.at('WARNING'))} warnings"
+        print(
+            f"{counts}; {len(report.base.entries)} tensors, {report.parameters:,} numbers; "
+            f"a merge reads {size(report.bytes)} of weights"
+        )
+
+
+def size(count: int) -> str:
+    """A number of bytes in the unit that suits it."""
+    amount = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if amount < 1000 or unit == "GB":
+            break
+        amount /= 1000
+    return f"{amount:.3g} {unit}"
+
+
+def _merge(arguments) -> int:
+    from .merging import Order, merge_folders
+
+    calibration = _pairs(arguments.calibration, "--calibration", "french=french.jsonl")
+    options = _pairs(arguments.option, "--option", "density=0.1")
+    order = Order(
+        base=arguments.base,
+        experts=named_folders(arguments.experts),
+        out=arguments.out,
+        method=arguments.method,
+        calibration={name: Path(file) for name, file in calibration.items()},
+        options={name: literal(value) for name, value in options.items()},
+        max_length=arguments.max_length,
+        batch_size=arguments.batch_size,
+    )
+    talks = not (arguments.quiet or arguments.json)
+    manifest = merge_folders(order, progress=talks and sys.stderr.isatty())
+    if arguments.json:
+        from .output import plain
+
+        print(json.dumps({"out": str(order.out)} | plain(manifest), indent=1))
+    elif talks:
+        _tell(order.out, manifest)
+    return 0
+
+
+def _tell(out: Path, manifest: dict) -> None:
+    """What was made, in a few lines."""
+    print(f"method: {manifest['method']} ({manifest['why']})")
+    if manifest["choice"]:
+        print(f"chosen: {manifest['choice']['chosen']}")
+    for warning in manifest["warnings"]:
+        place = f"{warning['where']}: expected {warning['expected']}, found {warning['found']}"
+        print(f"warning: {place}; {warning['cure']}")
+    if manifest["table"]:
+        print(f"layers merged: {len(manifest['table'])}")
+    for reason, names in manifest["averaged"].items():
+        print(f"averaged: {len(names)} tensors, {reason}")
+    print(f"written: {out}")

@@ -1,0 +1,309 @@
+"""Whether checkpoints can be merged, from their configurations and headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+
+from ..errors import MergeError
+from .findings import ERROR, INFO, WARNING, Finding, Refused, shortened
+from .folders import INDEX, PICKLED, SINGLE, TOKENIZER, Checkpoint, read_folder, sha256
+from .headers import Entry
+
+# fields of config.json that decide what the weights mean, though their shapes may not show it
+STRUCTURE = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "position_embedding_type",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+)
+# fields that say nothing about the forward of a model that is only run
+BOOKKEEPING = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "quantization_config",
+    "tie_word_embeddings",
+    "use_cache",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "finetuning_task",
+    "task_specific_params",
+    "gradient_checkpointing",
+)
+ONE_ARCHITECTURE = "merge fine-tunings of one base, and name that base first"
+
+
+@dataclass
+class Report:
+    """What is known of checkpoints before a weight is read.
+
+    Attributes:
+        base, experts: as far as they could be read.
+        findings: errors first, then warnings, then what else is to be known.
+    """
+
+    base: Checkpoint
+    experts: list[Checkpoint]
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def errors(self) -> list[Finding]:
+        """Why these checkpoints are not merged."""
+        return self.at(ERROR)
+
+    def at(self, level: str) -> list[Finding]:
+        """Findings of one level."""
+        return [finding for finding in self.findings if finding.level == level]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of weights that a merge reads."""
+        return sum(checkpoint.bytes for checkpoint in (self.base, *self.experts))
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the base has."""
+        return sum(prod(entry.shape) for entry in self.base.entries.values())
+
+    def as_json(self) -> dict:
+        """The report in plain values."""
+        return {
+            "findings": [asdict(finding) for finding in self.findings],
+            "tensors": len(self.base.entries),
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+        }
+
+
+def check(base: Path, experts: dict[str, Path]) -> Report:
+    """Everything to be known about a merge of these folders; no weight is read.
+
+    Args:
+        base: folder of the model that the experts were tuned from.
+        experts: name -> folder.
+    """
+    origin, errors = read_folder("base", base)
+    report = Report(origin, [], [*errors, *_by_itself(origin)])
+    for name, folder in experts.items():
+        expert, found = read_folder(name, folder)
+        report.experts.append(expert)
+        report.findings += found + _by_itself(expert)
+        if not found and not errors:
+            report.findings += _compared(origin, expert)
+    report.findings.sort(key=_severity)
+    return report
+
+
+def _severity(finding: Finding) -> int:
+    return (ERROR, WARNING, INFO).index(finding.level)
+
+
+def _by_itself(checkpoint: Checkpoint) -> list[Finding]:
+    """What is to be known of one checkpoint that could be read, or was read in part."""
+    findings, where = [], checkpoint.folder / "config.json"
+    quantised = checkpoint.config.get("quantization_config")
+    if quantised is not None:
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        cure = "load the model dequantised, and save that"
+        found = f"codes of quantised ones ({kind})"
+        place = f"{where}, quantization_config"
+        findings.append(Finding(ERROR, place, "weights that are numbers", found, cure))
+    if checkpoint.config.get("auto_map"):
+        findings.append(_remote_code(checkpoint))
+    pickled = checkpoint.matching(PICKLED) if checkpoint.headers else []
+    if pickled:
+        cure = "nothing is to be done: they are never opened"
+        place = str(checkpoint.folder / pickled[0])
+        found = f"{len(pickled)} pickled file(s) beside them"
+        findings.append(Finding(INFO, place, "weights in safetensors alone", found, cure))
+    both = SINGLE in checkpoint.headers and (checkpoint.folder / INDEX).is_file()
+    if both:
+        cure = f"remove what is out of date; {SINGLE} is read, as transformers does"
+        place = str(checkpoint.folder / INDEX)
+        findings.append(Finding(WARNING, place, "one set of weights", "two", cure))
+    return findings
+
+
+def _remote_code(checkpoint: Checkpoint) -> Finding:
+    """A configuration that points to code: an error unless transformers has the model itself."""
+    where = f"{checkpoint.folder / 'config.json'}, auto_map"
+    expected = "a model of transformers itself"
+    names = checkpoint.config.get("architectures") or []
+    if find_spec("transformers") is not None and names:
+        import transformers
+
+        if all(hasattr(transformers, str(name)) for name in names):
+            cure = "nothing is to be done: transformers' own class is taken"
+            return Finding(INFO, where, expected, "one that has code of its own too", cure)
+    cure = (
+        "no code of a checkpoint is run; merge its state dicts from Python, with a class you trust"
+    )
+    return Finding(ERROR, where, expected, "one that needs code from its folder", cure)
+
+
+def _compared(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
+    """What is to be known of an expert beside its base."""
+    other = _architectures(base, expert)
+    if other:
+        return [*other, *_names(base, expert)]
+    return [
+        *_fields(base, expert),
+        *_names(base, expert),
+        *_tensors(base, expert),
+        *_tokenizers(base, expert),
+        *_layouts(base, expert),
+    ]
+
+
+def _architectures(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
+    """An error for each of the two fields that name an architecture and differ."""
+    findings = []
+    for name in ("architectures", "model_type"):
+        wanted, found = base.config.get(name), expert.config.get(name)
+        if wanted != found:
+            where = f"{expert.folder / 'config.json'}, {name}"
+            findings.append(Finding(ERROR, where, f"{wanted}", f"{found}", ONE_ARCHITECTURE))
+    return findings
+
+
+def _fields(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
+    """Fields of config.json, also those of parts such as ``text_config``, that differ.
+
+    A field that one of the two lacks says nothing: versions of transformers write other ones.
+    """
+    findings = []
+    wanted, found = _flat(base.config), _flat(expert.config)
+    for name in sorted(wanted.keys() & found.keys()):
+        last = name.rpartition(".")[2]
+        if wanted[name] == found[name] or last in BOOKKEEPING:
+            continue
+        decides = last in STRUCTURE or name.partition(".")[0] in STRUCTURE
+        level = ERROR if decides else WARNING
+        cure = ONE_ARCHITECTURE if decides else "the merge keeps the base's; see that it is meant"
+        where = f"{expert.folder / 'config.json'}, {name}"
+        values = repr(wanted[name]), repr(found[name])
+        findings.append(Finding(level, where, *values, cure))
+    tied = [model.config.get("tie_word_embeddings") for model in (base, expert)]
+    if None not in tied and tied[0] != tied[1]:
+        where = f"{expert.folder / 'config.json'}, tie_word_embeddings"
+        cure = "the merge is tied as the base is; see that the expert was trained so"
+        findings.append(Finding(WARNING, where, repr(tied[0]), repr(tied[1]), cure))
+    return findings
+
+
+def _flat(config: dict) -> dict[str, object]:
+    """Fields of a configuration, those of its parts as ``part.field``."""
+    flat: dict[str, object] = {}
+    for name, value in config.items():
+        if isinstance(value, dict) and name not in BOOKKEEPING:
+            flat |= {f"{name}.{inner}": v for inner, v in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _names(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
+    wanted, found = base.entries, expert.entries
+    missing = [name for name in wanted if name not in found]
+    unknown = [name for name in found if name not in wanted]
+    findings, where = [], str(expert.folder)
+    if missing:
+        absent = f"none for {shortened(missing)}"
+        findings.append(Finding(ERROR, where, "every tensor of the base", absent, ONE_ARCHITECTURE))
+    if unknown:
+        other = shortened(unknown)
+        expected = "tensors of the base alone"
+        findings.append(Finding(ERROR, where, expected, other, ONE_ARCHITECTURE))
+    return findings
+
+
+def _tensors(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
+    """Shapes and dtypes that differ; tensors that differ in one way are one finding."""
+    places: dict[tuple[str, str, str, str], list[str]] = {}
+    files, wanted = expert.files_of_tensors, base.entries
+    for name, entry in expert.entries.items():
+        way = _difference(base, wanted[name], entry) if name in wanted else None
+        if way is not None:
+            where = f"{expert.folder / files[name]}, tensor {name!r}"
+            places.setdefault(way, []).append(where)
+    findings = []
+    for (level, like, found, cure), same in places.items():
+        more = f", as in {len(same) - 1} more tensors" if len(same) > 1 else ""
+        findings.append(Finding(level, same[0], like, f"{found}{more}", cure))
+    return findings
+
+
+def _difference(base: Checkpoint, like: Entry, entry: Entry) -> tuple[str, str, str, str] | None:
+    """Level, what was expected and found, and cure, where an entry is not as the base's is."""
+    if entry.shape != like.shape:
+        cure = _cure_of_shape(base, like.shape)
+        return ERROR, f"shape {like.shape}", f"shape {entry.shape}", cure
+    if entry.dtype == like.dtype:
+        return None
+    dtypes = f"dtype {like.dtype}", f"dtype {entry.dtype}"
+    if entry.is_number and like.is_number:
+        cure = f"nothing is to be done: it is merged in float64 and stored in {like.dtype}"
+        return WARNING, *dtypes, cure
+    return ERROR, *dtypes, "load base and expert in the same way, and save them again"
+
+
+def _cure_of_shape(base: Checkpoint, shape: tuple[int, ...]) -> str:
+    if shape and shape[0] == base.config.get("vocab_size"):
+        return (
+            "the vocabulary is another one: experts have to keep the base's tokens and their number"
+        )
+    return ONE_ARCHITECTURE
+
+
+def _tokenizers(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
+    """Files of the tokenizer that differ from the base's, or are there in one folder alone."""
+    findings = []
+    wanted, found = base.matching(TOKENIZER), expert.matching(TOKENIZER)
+    if not found:
+        return []
+    for name in sorted({*wanted, *found}):
+        where = str(expert.folder / name)
+        if name not in found:
+            cure = "nothing is to be done: the merge gets the base's"
+            findings.append(Finding(INFO, where, "the base's file", "none", cure))
+        elif name not in wanted:
+            cure = "nothing is to be done: the merge has none, as the base has none"
+            findings.append(Finding(INFO, where, "only files that the base has", "one more", cure))
+        elif sha256(base.folder / name) != sha256(expert.folder / name):
+            cure = "the merge gets the base's; see that both number the same tokens alike"
+            findings.append(Finding(WARNING, where, "the base's file", "another one", cure))
+    return findings
+
+
+def _layouts(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
+    if base.files_of_tensors == expert.files_of_tensors:
+        return []
+    cure = "nothing is to be done: the merge is laid out as the base is"
+    counts = f"{len(base.headers)} file(s) as the base has", f"{len(expert.headers)} other(s)"
+    return [Finding(INFO, str(expert.folder), *counts, cure)]
+
+
+def refuse_errors(report: Report) -> None:
+    """A MergeError with every error of a report, where there is one."""
+    errors = report.errors
+    if len(errors) == 1:
+        only = errors[0]
+        raise Refused(only.where, only.expected, only.found, only.cure)
+    if errors:
+        lines = "\n".join(f"  {error.message}" for error in errors)
+        raise MergeError(f"{len(errors)} reasons not to merge these:\n{lines}")

@@ -1,0 +1,216 @@
+"""A merge from folders to a folder."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from .. import __version__
+from .compatibility import Report, check, refuse_errors
+from .findings import WARNING, Refused
+from .folders import CONFIG, INDEX, OTHERS, TOKENIZER, Checkpoint, sha256
+from .methods import CALIBRATED, WEIGHTS_ONLY, check_options, chosen
+from .output import CARD, MANIFEST, all_or_nothing, card, check_place, copy_files, write_json
+from .texts import read_texts
+
+
+@dataclass
+class Order:
+    """What is to be merged, how, and where to.
+
+    Attributes:
+        base: folder of the model that the experts were tuned from.
+        experts: name -> folder.
+        out: the folder to be made.
+        method: a name, None for the default.
+        calibration: expert's name -> file of texts.
+        options: of the method.
+        max_length: tokens of a calibration text at the most.
+        batch_size: texts of a forward.
+    """
+
+    base: Path
+    experts: dict[str, Path]
+    out: Path
+    method: str | None = None
+    calibration: dict[str, Path] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
+    max_length: int = 128
+    batch_size: int = 8
+
+
+def merge_folders(order: Order, *, progress: bool = False) -> dict:
+    """Merge checkpoints and write the result as one more; what its manifest says.
+
+    The result has the base's files, names, dtypes and layout, and loads with ``from_pretrained``.
+    The same order on the same machine gives the same bytes.
+
+    Raises: MergeError before any weight is read for whatever can be seen by then, and later for
+        weights that are not finite; nothing is left of the output then.
+    """
+    method, why = chosen(order.method, bool(order.calibration))
+    check_options(method, order.options)
+    check_calibration(order, method)
+    check_place(order.out, [order.base, *order.experts.values()])
+    report = check(order.base, order.experts)
+    refuse_errors(report)
+    texts = {name: read_texts(path) for name, path in order.calibration.items()}
+    if method in WEIGHTS_ONLY:
+        from .weights_only import rehearse
+
+        rehearse(method, list(order.experts), order.options)
+    with all_or_nothing(order.out) as folder:
+        told = _written(order, method, report, texts, folder, progress)
+        manifest = _manifest(order, method, why, report, texts) | told
+        copy_files(report.base, folder)
+        write_json(folder / MANIFEST, manifest)
+        (folder / CARD).write_text(card(manifest), encoding="utf-8")
+    return manifest
+
+
+def check_calibration(order: Order, method: str) -> None:
+    """Refused unless there is calibration for every expert where the method needs it, and none
+    where it does not."""
+    for name in order.calibration:
+        if name not in order.experts:
+            known = ", ".join(order.experts)
+            cure = "name an expert as it is called, NAME=FILE"
+            raise Refused("--calibration", f"one of the experts ({known})", repr(name), cure)
+    missing = [name for name in order.experts if name not in order.calibration]
+    if method in CALIBRATED and missing:
+        found = f"none for {', '.join(map(repr, missing))}"
+        cure = f"add --calibration {missing[0]}=FILE, or choose a method that needs none"
+        raise Refused("--calibration", f"a file for every expert, for {method}", found, cure)
+    if method in WEIGHTS_ONLY and order.calibration:
+        cure = f"leave it out, or choose one of {', '.join(CALIBRATED)}"
+        raise Refused("--calibration", f"none, as {method} looks at weights only", "some", cure)
+    for option, value in {
+        "--max-length": order.max_length,
+        "--batch-size": order.batch_size,
+    }.items():
+        if value < 1:
+            raise Refused(option, "a whole number from 1 on", str(value), "give one")
+
+
+def _written(
+    order: Order,
+    method: str,
+    report: Report,
+    texts: Mapping[str, Sequence[str]],
+    folder: Path,
+    progress: bool,
+) -> dict:
+    """Write the merged weights; entries of the manifest that only the merge knows."""
+    from tqdm import tqdm
+
+    from .tensors import Shards
+    from .weights_only import merged_groups
+
+    base, experts = report.base, report.experts
+    shards = Shards(folder, base.headers)
+    if method in WEIGHTS_ONLY:
+        merges = merged_groups(base, experts, method, order.options)
+    else:
+        merges = _one_merge(order, method, report, texts, progress)
+    averaged: dict[str, list[str]] = {}
+    told: dict = {"averaged": averaged, "table": [], "choice": None}
+    bar = tqdm(total=len(base.entries), desc=method, unit="tensor", disable=not progress)
+    for merge in merges:
+        for name, value in merge.state_dict.items():
+            if name in shards.missing:
+                shards.write(name, value)
+                bar.update()
+        for name, reason in merge.averaged.items():
+            averaged.setdefault(reason, []).append(name)
+        told["table"] += [without_time(row) for row in merge.table]
+        told["choice"] = choice_of(merge)
+    bar.close()
+    shards.finish()
+    return told
+
+
+def _one_merge(order: Order, method: str, report: Report, texts, progress: bool):
+    """The merge of whole models, as a sequence of one."""
+    from .calibrated import merged_model
+
+    yield merged_model(
+        report.base,
+        report.experts,
+        texts,
+        method,
+        order.options,
+        max_length=order.max_length,
+        batch_size=order.batch_size,
+        progress=progress,
+    )
+
+
+def without_time(row: Mapping) -> dict:
+    """A row of a merge's table but for how long its layer took, which is never the same."""
+    return {name: value for name, value in row.items() if name != "seconds"}
+
+
+def choice_of(merge) -> dict | None:
+    """How ``auto`` chose: name, criterion and candidates; None for other methods."""
+    if not hasattr(merge, "chosen"):
+        return None
+    named = {"chosen": merge.chosen, "criterion": merge.criterion}
+    return named | {"candidates": merge.candidates}
+
+
+def _manifest(order: Order, method: str, why: str, report: Report, texts) -> dict:
+    """What was merged and how, without a path or a date: the same order has the same manifest."""
+    needs_tokenizer = method in CALIBRATED
+    inputs = [_input(report.base, (*OTHERS, *TOKENIZER))]
+    for expert in report.experts:
+        inputs.append(_input(expert, (CONFIG, *(TOKENIZER if needs_tokenizer else ()))))
+    calibration = {}
+    for name, path in order.calibration.items():
+        said = {"file": path.name, "sha256": sha256(path), "texts": len(texts[name])}
+        said |= {"max_length": order.max_length, "batch_size": order.batch_size}
+        calibration[name] = said
+    return {
+        "manifest": 1,
+        "versions": _versions(method in CALIBRATED),
+        "method": method,
+        "why": why,
+        "options": order.options,
+        "inputs": inputs,
+        "calibration": calibration,
+        "warnings": _warnings(report),
+    }
+
+
+def _warnings(report: Report) -> list[dict]:
+    """Warnings of a report, with names of checkpoints in place of their paths."""
+    rows = []
+    for finding in report.at(WARNING):
+        row = asdict(finding)
+        for checkpoint in (report.base, *report.experts):
+            row["where"] = row["where"].replace(str(checkpoint.folder), checkpoint.name)
+        rows.append(row)
+    return rows
+
+
+def _input(checkpoint: Checkpoint, patterns: Sequence[str]) -> dict:
+    """Name, folder and hashes of one checkpoint; of its files besides weights, those that fit."""
+    names = [*checkpoint.headers, *checkpoint.matching(patterns)]
+    if checkpoint.is_sharded:
+        names.append(INDEX)
+    files = {name: sha256(checkpoint.folder / name) for name in sorted(names)}
+    folder = checkpoint.folder.resolve().name
+    return {"name": checkpoint.name, "folder": folder, "files": files}
+
+
+def _versions(with_transformers: bool) -> dict[str, str]:
+    """Versions of what computed the merge."""
+    import torch
+
+    found = {"qpmerge_lite": __version__, "torch": torch.__version__}
+    if with_transformers:
+        import transformers
+
+        found["transformers"] = transformers.__version__
+    return found | {"python": platform.python_version(), "threads": str(torch.get_num_threads())}

@@ -1,0 +1,132 @@
+"""The folder that a merge is written to: all of it, or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import MergeError
+from .findings import Refused
+from .folders import INDEX, OTHERS, TOKENIZER, Checkpoint
+
+MANIFEST, CARD = "merge.json", "README.md"
+
+
+def check_place(out: Path, inputs: Sequence[Path]) -> None:
+    """Refused for an output that is there and not empty, has no folder to be in, or lies in an
+    input."""
+    cure = "choose a folder that is not there yet"
+    if out.is_symlink() or out.exists() and not out.is_dir():
+        raise Refused(f"--out {out}", "a new folder", "a file or a link", cure)
+    if out.is_dir() and any(out.iterdir()):
+        raise Refused(f"--out {out}", "a new or an empty folder", "one with files in it", cure)
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        cure = "make that folder first"
+        raise Refused(f"--out {out}", f"a folder {parent} to be in", "none", cure)
+    for folder in inputs:
+        if out.resolve().is_relative_to(folder.resolve()):
+            found = f"one in {folder}, which is an input"
+            raise Refused(f"--out {out}", "a folder of its own", found, cure)
+
+
+@contextmanager
+def all_or_nothing(out: Path) -> Iterator[Path]:
+    """A folder beside ``out``, to be filled: it becomes ``out`` at the end, or goes at an error.
+
+    A process that is killed leaves the folder, whose name begins with a dot, but no ``out``.
+
+    Raises: Refused where the folder cannot be written, as on a full disk.
+    """
+    out = Path(os.path.abspath(out))
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir()
+        try:
+            yield partial
+            os.rename(partial, out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except MergeError:
+        raise
+    except OSError as error:
+        if not _concerns(error, partial):
+            raise
+        cure = "see that there is room, and that this folder may be written"
+        found = error.strerror or str(error)
+        raise Refused(f"--out {out}", "a place that can be written", found, cure) from error
+
+
+def _concerns(error: OSError, partial: Path) -> bool:
+    """Whether an error is about the output: it names it, or no file at all, as on a full disk."""
+    named = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return not named or any(name.startswith(str(partial)) for name in named)
+
+
+def copy_files(base: Checkpoint, folder: Path) -> list[str]:
+    """Copy what belongs to a model besides its weights (configuration, tokenizer, processor, chat
+    template, licence); names of the files, relative to the folder."""
+    names = base.matching((*OTHERS, *TOKENIZER))
+    if base.is_sharded:
+        names.append(INDEX)
+    for name in names:
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(base.folder / name, target)
+    return names
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write plain values as JSON; what JSON has no word for becomes a number, None or a string."""
+    text = json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def plain(value):
+    """A value of numbers, strings, lists and mappings as JSON has it; NaN and infinity are None."""
+    if isinstance(value, dict):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(inner) for inner in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return str(value)
+    return number if number - number == 0 else None
+
+
+def card(manifest: dict) -> str:
+    """A model card in Markdown: the recipe, the inputs with their hashes, and what was averaged."""
+    options = ", ".join(f"`{k}={v}`" for k, v in manifest["options"].items()) or "its defaults"
+    lines = [
+        "---",
+        "tags:",
+        "- merge",
+        "- qpmerge-lite",
+        "---",
+        "",
+        "# A merge",
+        "",
+        f"Made by qpmerge-lite {manifest['versions']['qpmerge_lite']} with the method "
+        f"`{manifest['method']}` and {options}. [{MANIFEST}]({MANIFEST}) has all that is needed to "
+        "make it again.",
+        "",
+        "| input | folder | weights (SHA-256) |",
+        "|---|---|---|",
+    ]
+    for source in manifest["inputs"]:
+        files = source["files"].items()
+        hashes = [f"`{file}` {digest}" for file, digest in files if file.endswith(".safetensors")]
+        lines.append(f"| {source['name']} | {source['folder']} | {'<br>'.join(hashes)} |")
+    for name, given in manifest["calibration"].items():
+        lines += ["", f"Calibration of {name}: {given['texts']} texts of `{given['file']}`."]
+    for reason, names in manifest["averaged"].items():
+        lines += ["", f"Averaged, {len(names)} tensors: {reason}."]
+    return "\n".join(lines) + "\n"
