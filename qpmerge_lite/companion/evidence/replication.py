@@ -24,7 +24,8 @@ class ReplicationError(MergeError):
 
 
 def compared(live, stored, where: str) -> list[float]:
-    """Differences between the numbers of rows and of the committed rows of the same problems.
+    """Differences between the numbers of rows and of the committed rows of the same problems, of
+    numbers above one relative to them.
 
     Raises: ReplicationError at the first that is out of tolerance, or where the two have not the
         same form.
@@ -48,8 +49,8 @@ def _differences(live, stored, where: str) -> Iterator[float]:
         for number, (one, other) in enumerate(zip(live, stored, strict=True)):
             yield from _differences(one, other, f"{where}, {_name(one, number)}")
     elif _is_number(live) and _is_number(stored):
-        difference = abs(live - stored)
-        if not difference <= TOLERANCE * max(1.0, abs(stored)):
+        difference = abs(live - stored) / max(1.0, abs(stored))
+        if not difference <= TOLERANCE:
             raise _error(where, f"{stored:.6g} within {TOLERANCE:g}, found {live:.6g}")
         yield difference
     elif _are_flags(live, stored):
