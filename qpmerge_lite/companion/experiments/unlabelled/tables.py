@@ -121,7 +121,7 @@ def record_cost(record: Callable, suite: Suite, size: int) -> None:
 
 
 def candidates(rows: list[dict]):
-    """Criteria and accuracies of every candidate, means over seeds, and on how many seeds it was
+    """Criteria and test accuracy of every candidate, means over seeds, and on how many seeds it was
     chosen: a ``pandas.DataFrame``."""
     import pandas as pd
 
@@ -129,7 +129,7 @@ def candidates(rows: list[dict]):
     table: dict[str, dict] = {name: {} for name in names}
     for name in names:
         facts = [row["candidates"][name] for row in rows]
-        for column in ("divergence", "energy", "validation", "test"):
+        for column in ("divergence", "energy", "test"):
             table[name][column] = sum(fact[column] for fact in facts) / len(facts)
         table[name]["chosen"] = sum(row["chosen"]["with heads"] == name for row in rows)
     return pd.DataFrame(table).T.astype({"chosen": int})
