@@ -157,7 +157,7 @@ def test_the_examples_of_the_readme_run():
     scope: dict = {"__name__": "readme"}
     exec(compile("\n".join(blocks), "README.md", "exec"), scope)
     assert (
-        len(blocks) == 3
+        len(blocks) == 4
         and scope["merge"].state_dict.keys()
         == scope["base"].state_dict().keys()
         == scope["liked"].keys()
