@@ -5,8 +5,7 @@ import sys
 from importlib.util import find_spec
 
 from . import __version__
-from .checkpoints.commands import add_verbs
-from .errors import MergeError
+from .checkpoints.commands import add_verbs, run_command
 
 MODULE = f"""qpmerge-lite {__version__}, the module. It merges checkpoints, or from Python:
 
@@ -36,12 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments:
         parser().print_help()
         return 0
-    parsed = parser().parse_args(arguments)
-    try:
-        return parsed.command(parsed)
-    except MergeError as error:
-        print(f"qpmerge: {error}", file=sys.stderr)
-        return 1
+    return run_command(parser(), arguments)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import MergeError
 from .compatibility import Report, check
-from .findings import Refused
+from .findings import WARNING, Finding, Refused
 from .methods import CALIBRATED, WEIGHTS_ONLY, assignment, literal
 
 MERGE = """
@@ -72,6 +73,18 @@ exit status:
 example:
   qpmerge check base french=tuned/fr german=tuned/de
 """
+
+
+def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
+    """Parse a command line, by default that of the process, and run the ``command`` that it sets.
+    Returns the exit status: 0 done, 1 refused or failed; ``argparse`` leaves with 2 at wrong
+    usage."""
+    parsed = parser.parse_args(arguments)
+    try:
+        return parsed.command(parsed)
+    except MergeError as error:
+        print(f"qpmerge: {error}", file=sys.stderr)
+        return 1
 
 
 def add_verbs(groups) -> None:
@@ -179,7 +192,7 @@ def _print_findings(report: Report, only_errors: bool) -> None:
     for finding in report.errors if only_errors else report.findings:
         print(finding, file=sys.stderr if only_errors else sys.stdout)
     if not only_errors:
-        counts = f"{len(report.errors)} errors, {len(report.at('WARNING'))} warnings"
+        counts = f"{len(report.errors)} errors, {len(report.at(WARNING))} warnings"
         print(
             f"{counts}; {len(report.base.entries)} tensors, {report.parameters:,} numbers; "
             f"a merge reads {size(report.bytes)} of weights"
@@ -228,8 +241,7 @@ def _tell(out: Path, manifest: dict) -> None:
     if manifest["choice"]:
         print(f"chosen: {manifest['choice']['chosen']}")
     for warning in manifest["warnings"]:
-        place = f"{warning['where']}: expected {warning['expected']}, found {warning['found']}"
-        print(f"warning: {place}; {warning['cure']}")
+        print(f"warning: {Finding(**warning).message}")
     if manifest["table"]:
         print(f"layers merged: {len(manifest['table'])}")
     for reason, names in manifest["averaged"].items():

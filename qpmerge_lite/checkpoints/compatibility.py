@@ -8,8 +8,8 @@ from math import prod
 from pathlib import Path
 
 from ..errors import MergeError
-from .findings import ERROR, INFO, WARNING, Finding, Refused, shortened
-from .folders import INDEX, PICKLED, SINGLE, TOKENIZER, Checkpoint, read_folder, sha256
+from .findings import ERROR, INFO, LEVELS, WARNING, Finding, Refused, shortened
+from .folders import CONFIG, INDEX, PICKLED, SINGLE, TOKENIZER, Checkpoint, read_folder, sha256
 from .headers import Entry
 
 # fields of config.json that decide what the weights mean, though their shapes may not show it
@@ -110,12 +110,12 @@ def check(base: Path, experts: dict[str, Path]) -> Report:
 
 
 def _severity(finding: Finding) -> int:
-    return (ERROR, WARNING, INFO).index(finding.level)
+    return LEVELS.index(finding.level)
 
 
 def _by_itself(checkpoint: Checkpoint) -> list[Finding]:
     """What is to be known of one checkpoint that could be read, or was read in part."""
-    findings, where = [], checkpoint.folder / "config.json"
+    findings, where = [], checkpoint.folder / CONFIG
     quantised = checkpoint.config.get("quantization_config")
     if quantised is not None:
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
@@ -141,7 +141,7 @@ def _by_itself(checkpoint: Checkpoint) -> list[Finding]:
 
 def _remote_code(checkpoint: Checkpoint) -> Finding:
     """A configuration that points to code: an error unless transformers has the model itself."""
-    where = f"{checkpoint.folder / 'config.json'}, auto_map"
+    where = f"{checkpoint.folder / CONFIG}, auto_map"
     expected = "a model of transformers itself"
     names = checkpoint.config.get("architectures") or []
     if find_spec("transformers") is not None and names:
@@ -176,7 +176,7 @@ def _architectures(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
     for name in ("architectures", "model_type"):
         wanted, found = base.config.get(name), expert.config.get(name)
         if wanted != found:
-            where = f"{expert.folder / 'config.json'}, {name}"
+            where = f"{expert.folder / CONFIG}, {name}"
             findings.append(Finding(ERROR, where, f"{wanted}", f"{found}", ONE_ARCHITECTURE))
     return findings
 
@@ -195,12 +195,12 @@ def _fields(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
         decides = last in STRUCTURE or name.partition(".")[0] in STRUCTURE
         level = ERROR if decides else WARNING
         cure = ONE_ARCHITECTURE if decides else "the merge keeps the base's; see that it is meant"
-        where = f"{expert.folder / 'config.json'}, {name}"
+        where = f"{expert.folder / CONFIG}, {name}"
         values = repr(wanted[name]), repr(found[name])
         findings.append(Finding(level, where, *values, cure))
     tied = [model.config.get("tie_word_embeddings") for model in (base, expert)]
     if None not in tied and tied[0] != tied[1]:
-        where = f"{expert.folder / 'config.json'}, tie_word_embeddings"
+        where = f"{expert.folder / CONFIG}, tie_word_embeddings"
         cure = "the merge is tied as the base is; see that the expert was trained so"
         findings.append(Finding(WARNING, where, repr(tied[0]), repr(tied[1]), cure))
     return findings

@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict
 from functools import partial
 
-from ..checkpoints.commands import add_verbs
+from ..checkpoints.commands import add_verbs, run_command
 from ..errors import MergeError
 from .book import claim_pages, claims, expected, run
 from .paths import repository
@@ -23,12 +23,7 @@ TIERS = tuple(PLANS)  # of runs, under whose names records are filed
 def main(argv=None):
     """Entry point of the console script. Returns the exit status: 0 done, 1 refused or failed, 2
     wrong usage."""
-    arguments = parser().parse_args(argv)
-    try:
-        return arguments.command(arguments)
-    except MergeError as error:
-        print(f"qpmerge: {error}", file=sys.stderr)
-        return 1
+    return run_command(parser(), argv)
 
 
 def parser():

@@ -79,10 +79,9 @@ def said(found: list[Evidence]) -> dict:
     return words | ({"in this run alone": f"{alone} of {len(found)}"} if alone else {})
 
 
-def agreement(found: Iterable[Evidence]) -> tuple[int, float]:
+def agreement(found: list[Evidence]) -> tuple[int, float]:
     """How many numbers of this run were compared with committed ones, and the largest
     difference."""
-    found = list(found)
     largest = max(evidence.largest for evidence in found)
     return sum(evidence.compared for evidence in found), largest
 
@@ -144,8 +143,8 @@ def report(record: Callable, id: str, found: Iterable[Evidence]):
     """
     import pandas as pd
 
-    by_suite: dict[str, list[Evidence]] = {}
-    for evidence in (found := list(found)):
+    found, by_suite = list(found), dict[str, list[Evidence]]()
+    for evidence in found:
         by_suite.setdefault(evidence.suite, []).append(evidence)
     seeds = min(len(evidence.seeds) for evidence in found)
     live = min(len(evidence.live_seeds) for evidence in found)

@@ -7,14 +7,13 @@ import re
 import time
 from collections.abc import Callable
 
-from ....choice.automatic import BLENDS, BOUNDS, auto
+from ....choice.automatic import BLENDS, NAMES, auto
 from ....methods import qp
 from ...suites import Suite
 from ..baselines import BASELINES, ENTRIES, HEURISTICS
 from ..intervals import Interval, record_mean
 from .automatic import LABELS
 
-AUTO = "chosen without labels"
 RIVALS = (*HEURISTICS, *BASELINES)
 FIRST = next(iter(BLENDS))
 
@@ -125,9 +124,8 @@ def candidates(rows: list[dict]):
     chosen: a ``pandas.DataFrame``."""
     import pandas as pd
 
-    names = (*BLENDS, *BOUNDS)
-    table: dict[str, dict] = {name: {} for name in names}
-    for name in names:
+    table: dict[str, dict] = {name: {} for name in NAMES}
+    for name in NAMES:
         facts = [row["candidates"][name] for row in rows]
         for column in ("divergence", "energy", "test"):
             table[name][column] = sum(fact[column] for fact in facts) / len(facts)
