@@ -115,7 +115,8 @@ class Handler(BaseHTTPRequestHandler):
         ):
             return self.resolve((match[1] or "models/")[:-1], *match.group(2, 3, 4))
         if match := re.fullmatch(
-            "/api/(models|datasets)/(.+?)(?:/(revision|tree|paths-info)/((?:refs/convert/|refs/pr/)?[^/]+)(/.*)?)?",
+            "/api/(models|datasets)/(.+?)"
+            "(?:/(revision|tree|paths-info)/((?:refs/convert/|refs/pr/)?[^/]+)(/.*)?)?",
             path,
         ):
             return self.api(*match.groups(), query, body)

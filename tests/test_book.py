@@ -111,7 +111,8 @@ def test_the_pages_show_no_markup():
     for name, html in pages().items():
         visible = re.sub(r"<(script|style|pre)\b.*?</\1>", "", html, flags=re.S)
         assert not re.search(
-            r"\{(res|cite\S*|doc|ref|eq|claims|questions|tiers)\}|class=\"system-message|np\.float64\(",
+            r"\{(res|cite\S*|doc|ref|eq|claims|questions|tiers)\}"
+            r"|class=\"system-message|np\.float64\(",
             visible,
         ), name
 

@@ -442,6 +442,7 @@ def index_of_other_tensors(folder):
 
 EMBEDDING = "embeddings.word_embeddings.weight"
 DENSE = "pooler.dense.weight"
+NO_JSON = struct.pack("<Q", 4) + b"\xff{}]"
 DAMAGES = {
     "shard cut short": (
         lambda folder: cut(folder / "model.safetensors", 3000),
@@ -452,7 +453,7 @@ DAMAGES = {
         ["model.safetensors: expected a whole safetensors header", "announces"],
     ),
     "header that is no JSON": (
-        lambda folder: (folder / "model.safetensors").write_bytes(struct.pack("<Q", 4) + b"\xff{}]"),
+        lambda folder: (folder / "model.safetensors").write_bytes(NO_JSON),
         ["model.safetensors: expected a safetensors header in JSON"],
     ),
     "empty file of weights": (

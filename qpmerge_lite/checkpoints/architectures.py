@@ -20,7 +20,7 @@ TROUBLES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportErro
 def require_transformers() -> None:
     """Refused where transformers is not installed."""
     if find_spec("transformers") is None:
-        cure = "pip install 'qpmerge-lite[hub]', or choose a method that needs none of it, such as soup"
+        cure = "pip install 'qpmerge-lite[hub]', or choose a method that needs none, such as soup"
         raise Refused("the environment", "transformers, which has the models", "none", cure)
 
 

@@ -75,7 +75,7 @@ def auto(
     blocks=None,
     progress: bool = False,
 ) -> AutoMerge:
-    """The merge to begin with: what is to be chosen is chosen on calibration inputs, without labels.
+    """The merge to begin with: choices are made on calibration inputs, without labels.
 
     Programmes over single entries are solved on every other calibration input, averaged with TSV-M
     and Iso-C in a few ways (``BLENDS``), and judged on the inputs left out. The first blend is

@@ -24,9 +24,10 @@ def automatic(name: str, seed: int, tier="smoke", device="cpu", *, size: int) ->
 
     Args:
         size: calibration examples per task, those of ``benchmark.comparison``.
-    Returns: the name of what is ``chosen`` with and without heads, ``accuracy`` and ``normalised`` of the merge by task on the
-        test split, ``labels`` as of :func:`by_labels`, and ``candidates``: by name the criterion with and without
-        heads, validation and test accuracy when solved on all inputs.
+    Returns: the name of what is ``chosen`` with and without heads, ``accuracy`` and ``normalised``
+        of the merge by task on the test split, ``labels`` as of :func:`by_labels`, and
+        ``candidates``: by name the criterion with and without heads, validation and test accuracy
+        when solved on all inputs.
     """
     suite = load(name, tier, seed, device, progress=False)
     return [kept(suite, "automatic", [size, LABELS, DRAWS], lambda: chosen(suite, size))]

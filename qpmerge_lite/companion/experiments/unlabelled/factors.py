@@ -1,5 +1,5 @@
-"""What each part of the merge that is chosen without labels matters: one of its choices changed at a
-time."""
+"""What each part of the merge that is chosen without labels matters: one of its choices changed at
+a time."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Tables and records of the merge that is chosen without labels, beside baselines that are tuned with
-them."""
+"""Tables and records of the merge that is chosen without labels, beside baselines that are tuned
+with them."""
 
 from __future__ import annotations
 
