@@ -181,10 +181,17 @@ def _is_shared(key: str, batches: list[Batch]) -> bool:
     """Whether an entry is one for all inputs: it keeps its length in batches of other sizes, or its
     values on other inputs.
 
-    Raises: MergeError for a vector of which neither can be seen, as all batches are the same.
+    Raises: MergeError for a vector of which neither can be seen, as all batches are the same, and
+        for an entry that has rows in some batches and is a single number in others.
     """
     holders = [batch for batch in batches if isinstance(batch.arguments.get(key), Tensor)]
     first, values = holders[0], [batch.arguments[key] for batch in holders]
+    for batch in holders:
+        if batch.arguments[key].dim() == 0:
+            raise MergeError(
+                f"task {batch.task!r}, batch {batch.number}, key {key!r}: expected a tensor with "
+                "rows, as in other batches, found a single number; give it one shape in all of them"
+            )
     lengths, sizes = {len(value) for value in values}, {batch.size for batch in holders}
     if len(lengths) > 1 or len(sizes) > 1:
         return len(lengths) == 1
@@ -241,11 +248,17 @@ def _argument(where: str, value, device):
 
 def _size(where: str, arguments: dict) -> int:
     """Number of sequences of a batch."""
+    for name in INPUTS:
+        if isinstance(arguments.get(name), Tensor) and arguments[name].dim() == 0:
+            raise MergeError(
+                f"{where}, key {name!r}: expected a row per input, found a single number; give it "
+                "shape (1, …) for one input"
+            )
     shapes = {k: v.shape for k, v in arguments.items() if isinstance(v, Tensor) and v.dim()}
     choices = shapes.get(TOKENS[0], ()) if len(shapes.get(TOKENS[0], ())) == 3 else None
     for name in MASKS:
         mask = arguments.get(name)
-        if mask is not None and len(shapes.get(name, ())) != 2 and shapes.get(name) != choices:
+        if mask is not None and len(shapes.get(name, ())) != 2 and shapes.get(name, ()) != choices:
             given = tuple(mask.shape) if isinstance(mask, Tensor) else repr(mask)
             raise MergeError(
                 f"{where}, key {name!r}: expected shape (B, S), or that of {TOKENS[0]!r} with "

@@ -114,6 +114,30 @@ def test_what_is_no_calibration_is_named(calibration, message):
         check_calibration(calibration, ["a"], "cpu")
 
 
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([{"input_ids": torch.tensor(3)}], "key 'input_ids': expected a row per input, found a"),
+        (
+            [{"input_ids": IDS, "attention_mask": torch.tensor(1)}],
+            r"key 'attention_mask': expected shape \(B, S\).*found \(\)",
+        ),
+        (
+            [{"inputs": X, "scale": torch.ones(8)}, {"inputs": X, "scale": torch.tensor(1.0)}],
+            "batch 1, key 'scale': expected a tensor with rows, as in other batches, found a",
+        ),
+    ],
+)
+def test_single_numbers_in_place_of_rows_are_named(batches, message):
+    with pytest.raises(MergeError, match=message):
+        checked(*batches)
+
+
+def test_a_number_for_all_inputs_is_no_question():
+    (batch,) = checked({"inputs": X, "scale": torch.tensor(2.0)})
+    assert batch.size == 8 and batch.one_per_input == ["inputs"]
+
+
 @pytest.mark.parametrize("batches", [[], None, iter(()), [{"inputs": X}, {}]])
 def test_tasks_without_inputs_are_named(batches):
     message = re.escape("no calibration batches for ['b']; give every expert at least one batch")
