@@ -2,11 +2,13 @@
 texts that fit."""
 
 import itertools
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from qpmerge_lite.companion.suites import language
+from qpmerge_lite.companion.suites import esm, language
 
 pytest.importorskip("wordfreq", reason="the suites extra is not installed on bare GPU hosts")
 
@@ -112,3 +114,45 @@ def test_a_pretraining_batch_asks_for_masked_characters_and_languages():
         and targets[:-16].max() < characters
         and targets.min() > language.MASK
     )
+
+
+def test_the_public_format_has_the_same_outputs_and_tokens(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    encoder, _ = language.base()
+    esm.save(tmp_path / "base", encoder.state_dict())
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModel.from_pretrained(tmp_path / "base").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
+    texts = ["nup le euq", "ab c"]
+    rows = language.collate({"text": texts})
+    read = tokenizer(texts, padding="max_length", max_length=language.LENGTH, return_tensors="pt")
+    assert torch.equal(read["input_ids"], rows["input_ids"])
+    assert torch.equal(read["attention_mask"], rows["attention_mask"])
+    with torch.no_grad():
+        states = model(**rows).last_hidden_state
+        wanted = encoder(**rows)
+    torch.testing.assert_close(encoder.pool(states, rows["attention_mask"]), wanted)
+
+
+def test_names_of_the_public_format_lead_back():
+    state = language.build().state_dict()
+    back = esm.suite_state(esm.esm_state(state))
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+def test_an_adapter_of_full_rank_is_the_expert_but_for_gains_and_tables(tmp_path):
+    torch.manual_seed(0)
+    base, expert = language.build().state_dict(), language.build().state_dict()
+    esm.save_adapter(tmp_path / "adapter", base, expert, rank=64)
+    entries = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    wanted, origin = esm.esm_state(expert), esm.esm_state(base)
+    for layer in said["target_modules"]:
+        place = f"base_model.model.{layer}"
+        update = entries[f"{place}.lora_B.weight"] @ entries[f"{place}.lora_A.weight"]
+        name = f"{layer}.weight"
+        torch.testing.assert_close(update, wanted[name] - origin[name], atol=1e-5, rtol=0)
+    assert len(said["target_modules"]) == 6 * len(language.build().blocks)
+    biases = {name for name in wanted if name.endswith(".bias")}
+    assert {f"base_model.model.{name}" for name in biases} <= entries.keys()
