@@ -419,7 +419,7 @@ def pickles_only(folder):
 
 def adapter_only(folder):
     (folder / "model.safetensors").unlink()
-    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
 
 
 def index_without_its_shard(folder):
@@ -465,7 +465,7 @@ DAMAGES = {
         ["model.safetensors: expected safetensors, found a pickled file", "save_pretrained"],
     ),
     "pickles only": (pickles_only, ["pytorch_model.bin", "weights in safetensors"]),
-    "adapter": (adapter_only, ["an adapter alone", "merge_and_unload()"]),
+    "adapter without its weights": (adapter_only, ["adapter_model.safetensors: expected the weights"]),
     "missing shard": (
         index_without_its_shard,
         ["weight_map: expected a file 'model-00002-of-00002.safetensors'", "fetch the missing"],

@@ -8,7 +8,9 @@ from math import prod
 from pathlib import Path
 
 from ..errors import MergeError
+from .adapters import Adapter, is_adapter, read_adapter
 from .findings import ERROR, INFO, LEVELS, WARNING, Finding, Refused, shortened
+from .fitting import fit
 from .folders import CONFIG, INDEX, PICKLED, SINGLE, TOKENIZER, Checkpoint, read_folder, sha256
 from .headers import Entry
 
@@ -95,18 +97,22 @@ def check(base: Path, experts: dict[str, Path]) -> Report:
 
     Args:
         base: folder of the model that the experts were tuned from.
-        experts: name -> folder.
+        experts: name -> folder, of a whole model or of an adapter of the base.
     """
     origin, errors = read_folder("base", base)
     report = Report(origin, [], [*errors, *_by_itself(origin)])
     for name, folder in experts.items():
-        expert, found = read_folder(name, folder)
+        expert, found = _read_expert(name, folder, origin)
         report.experts.append(expert)
         report.findings += found + _by_itself(expert)
         if not found and not errors:
             report.findings += _compared(origin, expert)
     report.findings.sort(key=_severity)
     return report
+
+
+def _read_expert(name: str, folder: Path, base: Checkpoint) -> tuple[Checkpoint, list[Finding]]:
+    return read_adapter(name, folder, base) if is_adapter(folder) else read_folder(name, folder)
 
 
 def _severity(finding: Finding) -> int:
@@ -158,6 +164,8 @@ def _remote_code(checkpoint: Checkpoint) -> Finding:
 
 def _compared(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
     """What is to be known of an expert beside its base."""
+    if isinstance(expert, Adapter):
+        return [*fit(expert), *_tokenizers(base, expert)]
     other = _architectures(base, expert)
     if other:
         return [*other, *_names(base, expert)]

@@ -58,6 +58,8 @@ class Checkpoint:
     config: dict = field(default_factory=dict)
     headers: dict[str, Header] = field(default_factory=dict)
 
+    config_file = CONFIG
+
     @cached_property
     def entries(self) -> dict[str, Entry]:
         """Tensor -> its entry, over all files; to be asked for when all headers are there."""
@@ -166,7 +168,7 @@ def weight_files(folder: Path) -> list[str]:
         found = f"pickled ones only ({shortlist(pickled)}), which can run any code when read"
         raise Refused(folder, "weights in safetensors", found, SAVE_AGAIN)
     if (folder / ADAPTER).is_file():
-        cure = "fold it into its model with peft's merge_and_unload(), and save that"
+        cure = "name its base first and the adapter as an expert, or use peft's merge_and_unload()"
         raise Refused(folder, "the weights of a whole model", "an adapter alone", cure)
     raise Refused(folder, f"{SINGLE} or {INDEX}", "neither", "pass the folder of a saved model")
 

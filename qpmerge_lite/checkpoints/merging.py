@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import __version__
 from .compatibility import Report, check, refuse_errors
 from .findings import WARNING, Refused
-from .folders import CONFIG, INDEX, OTHERS, TOKENIZER, Checkpoint, sha256
+from .folders import INDEX, OTHERS, TOKENIZER, Checkpoint, sha256
 from .methods import CALIBRATED, WEIGHTS_ONLY, check_options, chosen
 from .output import CARD, MANIFEST, all_or_nothing, card, check_place, copy_files, write_json
 from .texts import read_texts
@@ -165,7 +165,7 @@ def _manifest(order: Order, method: str, why: str, report: Report, texts) -> dic
     needs_tokenizer = method in CALIBRATED
     inputs = [_input(report.base, (*OTHERS, *TOKENIZER))]
     for expert in report.experts:
-        inputs.append(_input(expert, (CONFIG, *(TOKENIZER if needs_tokenizer else ()))))
+        inputs.append(_input(expert, (expert.config_file, *(TOKENIZER if needs_tokenizer else ()))))
     calibration = {}
     for name, path in order.calibration.items():
         said = {"file": path.name, "sha256": sha256(path), "texts": len(texts[name])}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ..errors import MergeError
 from ..experts import is_number, stored
+from .adapters import Adapter
 from .findings import Refused
 from .folders import Checkpoint
+from .folding import folded
 from .headers import DAMAGED, Entry, Header
 
 TYPES = {
@@ -61,9 +63,22 @@ def read_tensor(header: Header, name: str) -> Tensor:
 
 
 def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
-    """Some tensors of a checkpoint, by name."""
+    """Some tensors of a checkpoint, by name; those of an adapter are folded into its base's."""
+    if isinstance(checkpoint, Adapter):
+        return _folded_tensors(checkpoint, list(names))
     files = checkpoint.files_of_tensors
     return {name: read_tensor(checkpoint.headers[files[name]], name) for name in names}
+
+
+def _folded_tensors(adapter: Adapter, names: Sequence[str]) -> dict[str, Tensor]:
+    """Tensors of the base, those that the adapter changes with their change."""
+    tensors = read_tensors(adapter.base, names)
+    for name in names:
+        if name in adapter.folds:
+            fold = adapter.folds[name]
+            parts = {part: read_tensor(adapter.header, key) for part, key in fold.parts.items()}
+            tensors[name] = folded(tensors[name], fold, parts)
+    return tensors
 
 
 class Entries(nn.Module):
