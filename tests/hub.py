@@ -148,10 +148,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def content(self, path, content, headers):
         content = self.hub.wrong.get(path, content)
-        first = re.fullmatch(r"bytes=(\d+)-.*", self.headers.get("Range") or "")
-        part, status = content[int(first[1]) if first else 0 :], 206 if first else 200
-        if first:
-            headers["Content-Range"] = f"bytes {first[1]}-{len(content) - 1}/{len(content)}"
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        part, status = content, 206 if span else 200
+        if span:
+            last = min(int(span[2] or len(content)), len(content) - 1)
+            part = content[int(span[1]) : last + 1]
+            headers["Content-Range"] = f"bytes {span[1]}-{last}/{len(content)}"
         if path in self.hub.short and self.command == "GET":
             part = part[: len(part) // 2]
         broken = self.command == "GET" and self.hub.cut.get(path, 0) > 0

@@ -61,6 +61,7 @@ CHECKPOINTS = [
     "settings",
     "adapters",
     "fitting",
+    "hub",
     "compatibility",
     "texts",
     "methods",
@@ -89,8 +90,8 @@ COMPANION = [
 FOLDERS = ("companion", "engine", "spectral", "choice", "checkpoints")
 ORDER = [*CORE, *(f"companion.{name}" for name in COMPANION), "__main__"]
 ALLOWED = {"torch", "numpy", "safetensors", "tqdm", "greenlet", "clarabel", "scipy"}
-# what builds models of checkpoints may be used by the modules that read these
-BUILDERS = {"transformers"}
+# what fetches checkpoints and builds their models may be used by the modules that read these
+BUILDERS = {"transformers", "huggingface_hub"}
 HEAVY = [
     "datasets",
     "transformers",

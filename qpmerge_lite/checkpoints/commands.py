@@ -6,18 +6,22 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import MergeError
 from .compatibility import Report, check
 from .findings import WARNING, Finding, Refused
+from .hub import outlined, reference_of
 from .methods import CALIBRATED, WEIGHTS_ONLY, assignment, literal
 
 MERGE = """
 Merge fine-tuned models into one, without training.
 
 BASE is the folder of the model that all EXPERTs were tuned from, in the format of Hugging Face:
-config.json with model.safetensors, or with shards and their index. The merge is written to a
+config.json with model.safetensors, or with shards and their index. An EXPERT is such a folder, or
+one with an adapter of peft for BASE: adapter_config.json with adapter_model.safetensors. Each may
+be at the Hub instead, as hf:owner/name or hf:owner/name@revision. The merge is written to a
 folder of the same kind, with the base's shards, names, dtypes, tokenizer and configuration, so
 that from_pretrained loads it. merge.json in it says how it was made.
 """
@@ -35,9 +39,18 @@ calibration:
   (.jsonl) with a field "text", other fields being ignored, or plain text with an input a line.
   The expert's own tokenizer reads it, or the base's where the expert's folder has none.
 
+adapters:
+  LoRA and DoRA are folded into the base tensor by tensor, as peft's merge_and_unload does it, with
+  whole layers, biases, embeddings and rows of these that are trained beside them. What is not
+  folded is refused by name.
+
+hub:
+  Configuration, tokenizer and safetensors are downloaded to where huggingface_hub keeps its files;
+  HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are heeded. merge.json has the commit.
+
 files:
   Weights are read from safetensors alone: nothing is unpickled, no code of a checkpoint is run,
-  and no network is asked. Nothing is written but DIR; while it is made it is a hidden folder
+  and no network is asked but for hf: names. Nothing is written but DIR; while it is made it is a hidden folder
   beside it, .DIR.NUMBER.partial, which a killed process leaves there and which can be deleted.
   The same command on the same machine writes the same bytes.
 
@@ -57,7 +70,8 @@ Say whether checkpoints can be merged, before any weight is read.
 
 Configurations and headers of safetensors files are compared: architecture, names, shapes and
 dtypes of tensors, vocabulary, tokenizer, tied, quantised and pickled weights, missing and damaged
-files. Every finding has a place, what was expected, what was found, and what to do.
+files. Every finding has a place, what was expected, what was found, and what to do. Of checkpoints
+at the Hub, small files and headers are fetched; what a merge would download is said.
 """
 CHECK_MORE = """
 levels:
@@ -135,12 +149,15 @@ def _verb(groups, name: str, command, help: str, description: str, more: str):
         epilog=more,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verb.add_argument("base", metavar="BASE", type=Path, help="folder of the base")
+    verb.add_argument(
+        "base", metavar="BASE", type=Path, help="folder of the base, or hf:owner/name"
+    )
     verb.add_argument(
         "experts",
         metavar="EXPERT",
         nargs="+",
-        help="folder of an expert, which is called as its folder is, or NAME=FOLDER",
+        help="folder of an expert or an adapter, which is called as its folder is, or NAME=FOLDER; "
+        "hf:owner/name in place of a folder",
     )
     verb.add_argument("--quiet", action="store_true", help="print only what went wrong")
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -152,20 +169,26 @@ def named_folders(words: Sequence[str]) -> dict[str, Path]:
     """Experts of the command line: name -> folder, in their order.
 
     Args:
-        words: folders, which give their own name, or ``NAME=FOLDER``.
+        words: folders or references, which give their own name, or ``NAME=FOLDER``.
     Raises: Refused for a name that is there twice.
     """
     experts: dict[str, Path] = {}
     for word in words:
         name, equals, place = word.partition("=")
         if not (equals and name and place) or "/" in name or Path(word).exists():
-            name, place = Path(word).resolve().name, word
+            name, place = _own_name(word), word
         if name in experts:
             expected = "experts with names of their own"
             cure = "give names, such as first=FOLDER second=FOLDER"
             raise Refused(f"expert {name!r}", expected, "two of that name", cure)
         experts[name] = Path(place)
     return experts
+
+
+def _own_name(word: str) -> str:
+    """What an expert is called that was not given a name."""
+    reference = reference_of(word)
+    return reference.name if reference else Path(word).resolve().name
 
 
 def _pairs(words: Sequence[str], option: str, example: str) -> dict[str, str]:
@@ -180,15 +203,19 @@ def _pairs(words: Sequence[str], option: str, example: str) -> dict[str, str]:
 
 
 def _check(arguments) -> int:
-    report = check(arguments.base, named_folders(arguments.experts))
+    with outlined(arguments.base, named_folders(arguments.experts)) as outlines:
+        report = check(outlines.base, outlines.experts)
+    report.findings = [
+        replace(finding, where=outlines.named(finding.where)) for finding in report.findings
+    ]
     if arguments.json:
-        print(json.dumps(report.as_json(), indent=1))
+        print(json.dumps(report.as_json() | {"downloads": outlines.missing}, indent=1))
     else:
-        _print_findings(report, arguments.quiet)
+        _print_findings(report, arguments.quiet, outlines.missing)
     return int(bool(report.errors))
 
 
-def _print_findings(report: Report, only_errors: bool) -> None:
+def _print_findings(report: Report, only_errors: bool, missing: int) -> None:
     for finding in report.errors if only_errors else report.findings:
         print(finding, file=sys.stderr if only_errors else sys.stdout)
     if not only_errors:
@@ -196,6 +223,7 @@ def _print_findings(report: Report, only_errors: bool) -> None:
         print(
             f"{counts}; {len(report.base.entries)} tensors, {report.parameters:,} numbers; "
             f"a merge reads {size(report.bytes)} of weights"
+            + (f" and downloads {size(missing)} of them first" if missing else "")
         )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from .. import __version__
 from .compatibility import Report, check, refuse_errors
 from .findings import WARNING, Refused
 from .folders import INDEX, OTHERS, TOKENIZER, Checkpoint, sha256
+from .hub import local, origin_of
 from .methods import CALIBRATED, WEIGHTS_ONLY, check_options, chosen
 from .output import CARD, MANIFEST, all_or_nothing, card, check_place, copy_files, write_json
 from .texts import read_texts
@@ -21,8 +22,8 @@ class Order:
     """What is to be merged, how, and where to.
 
     Attributes:
-        base: folder of the model that the experts were tuned from.
-        experts: name -> folder.
+        base: folder of the model that the experts were tuned from, or its reference at the Hub.
+        experts: name -> folder, or reference.
         out: the folder to be made.
         method: a name, None for the default.
         calibration: expert's name -> file of texts.
@@ -54,6 +55,7 @@ def merge_folders(order: Order, *, progress: bool = False) -> dict:
     check_options(method, order.options)
     check_calibration(order, method)
     check_place(order.out, [order.base, *order.experts.values()])
+    order = downloaded(order, progress)
     report = check(order.base, order.experts)
     refuse_errors(report)
     texts = {name: read_texts(path) for name, path in order.calibration.items()}
@@ -68,6 +70,13 @@ def merge_folders(order: Order, *, progress: bool = False) -> dict:
         write_json(folder / MANIFEST, manifest)
         (folder / CARD).write_text(card(manifest), encoding="utf-8")
     return manifest
+
+
+def downloaded(order: Order, progress: bool = False) -> Order:
+    """The order with folders in place of references to the Hub."""
+    base = local(order.base, progress=progress)
+    experts = {name: local(place, progress=progress) for name, place in order.experts.items()}
+    return replace(order, base=base, experts=experts)
 
 
 def check_calibration(order: Order, method: str) -> None:
@@ -195,13 +204,12 @@ def _warnings(report: Report) -> list[dict]:
 
 
 def _input(checkpoint: Checkpoint, patterns: Sequence[str]) -> dict:
-    """Name, folder and hashes of one checkpoint; of its files besides weights, those that fit."""
+    """Name, origin and hashes of one checkpoint; of its files besides weights, those that fit."""
     names = [*checkpoint.headers, *checkpoint.matching(patterns)]
     if checkpoint.is_sharded:
         names.append(INDEX)
     files = {name: sha256(checkpoint.folder / name) for name in sorted(names)}
-    folder = checkpoint.folder.resolve().name
-    return {"name": checkpoint.name, "folder": folder, "files": files}
+    return {"name": checkpoint.name, **origin_of(checkpoint.folder), "files": files}
 
 
 def _versions(with_transformers: bool) -> dict[str, str]:

@@ -7,15 +7,9 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ...checkpoints.hub import endpoint, trouble
 from . import readers
 from .manifests import Absent, File, ManifestError, Source, check, load_manifest, parse, sha256
-
-
-def endpoint() -> str:
-    """Address of the Hub: ``HF_ENDPOINT``, or the client's own default."""
-    from huggingface_hub import constants
-
-    return os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
 
 
 def download(manifest, source: Source, file: File, network=True, revision=None) -> Path:
@@ -57,23 +51,8 @@ def _type(manifest):
 
 def reason(source: Source, kind: str, error: Exception) -> str:
     """Why the Hub does not serve, and what to do."""
-    from huggingface_hub import errors
-
     page = f"{endpoint()}/{'datasets/' if kind == 'dataset' else ''}{source.extra['repo']}"
-    if isinstance(error, errors.GatedRepoError):
-        return f"gated; accept its terms at {page} and set HF_TOKEN"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return (
-            f"not in the cache, and {endpoint()} was not reached; "
-            "check the network, HF_HUB_OFFLINE and HF_ENDPOINT"
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"no such repository at {page}, or a private one; correct the manifest, or set HF_TOKEN"
-        )
-    if isinstance(error, (errors.RevisionNotFoundError, errors.EntryNotFoundError)):
-        return f"no such file or revision at {page}; correct the manifest"
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}; try again"
+    return "; ".join(trouble(error, page, "correct the manifest"))
 
 
 def lock(name: str) -> dict[str, str]:

@@ -1,0 +1,298 @@
+"""Checkpoints of the Hugging Face Hub, through its own client: ``hf:owner/name@revision``.
+
+They are kept where that client keeps its files, in a folder with the name of the commit.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from glob import escape
+from importlib.util import find_spec
+from pathlib import Path
+
+from .adapters import WEIGHTS
+from .findings import Refused
+from .folders import ADAPTER, INDEX, OTHERS, SINGLE, TOKENIZER, read_json
+from .headers import LARGEST, LENGTH
+
+PREFIX = "hf:"
+SMALL = (*OTHERS, *TOKENIZER, INDEX, ADAPTER)  # never code, never a pickle
+FIRST = 100_000  # bytes of a file that are asked for at first: nearly every header is shorter
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A repository of models.
+
+    Attributes:
+        repo: ``owner/name``.
+        revision: branch, tag or commit; None for the main branch.
+    """
+
+    repo: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return PREFIX + self.repo + (f"@{self.revision}" if self.revision else "")
+
+    @property
+    def name(self) -> str:
+        """The repository's name without its owner."""
+        return self.repo.rpartition("/")[2]
+
+    @property
+    def page(self) -> str:
+        """Address of the repository."""
+        return f"{endpoint()}/{self.repo}"
+
+
+def endpoint() -> str:
+    """Address of the Hub: ``HF_ENDPOINT``, or the client's own default."""
+    from huggingface_hub import constants
+
+    return os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
+
+
+def reference_of(place: Path | str) -> Reference | None:
+    """What a word of the command line refers to at the Hub; None for a folder.
+
+    Raises: Refused for a word that begins like a reference and is none.
+    """
+    word = place.as_posix() if isinstance(place, Path) else place
+    if not word.startswith(PREFIX):
+        return None
+    repo, at, revision = word.removeprefix(PREFIX).partition("@")
+    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", repo) or (at and not revision):
+        cure = "write it as the page of the model has it; a folder of such a name is ./hf:…"
+        raise Refused(word, "hf:owner/name or hf:owner/name@revision", "another form", cure)
+    return Reference(repo, revision or None)
+
+
+def origin_of(folder: Path) -> dict[str, str]:
+    """What a manifest says of where a folder came from: its name, or repository and commit where it
+    is one of the client's."""
+    folder = folder.resolve()
+    kept = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and kept.startswith("models--"):
+        repo = kept.removeprefix("models--").replace("--", "/", 1)
+        return {"folder": repo, "revision": folder.name}
+    return {"folder": folder.name}
+
+
+def local(place: Path, *, progress: bool = False) -> Path:
+    """A folder as it is; of a reference, the folder with its files, which are downloaded unless they
+    are there already: configuration, tokenizer and safetensors.
+
+    Raises: Refused saying why the Hub does not give them.
+    """
+    reference = reference_of(place)
+    if reference is None:
+        return place
+    folder = _snapshot(reference, SMALL, progress)
+    pinned = Reference(reference.repo, folder.name)
+    names = _weights(folder)
+    _snapshot(pinned, [escape(name) for name in names], progress)
+    if names and not any((folder / name).is_file() for name in names):
+        _refuse_without_weights(pinned)
+    return folder
+
+
+def _refuse_without_weights(reference: Reference) -> None:
+    expected = f"{SINGLE}, {INDEX} or an adapter's {WEIGHTS}"
+    cure = f"see {reference.page}; pickled weights are never fetched"
+    raise Refused(reference, expected, "none of them", cure)
+
+
+def _weights(folder: Path) -> list[str]:
+    """Files that the weights may be in, by what the small files say; names that are paths are left
+    out, which are refused when the folder is read."""
+    if not (folder / INDEX).is_file():
+        return [SINGLE, WEIGHTS]
+    places = read_json(folder / INDEX).get("weight_map")
+    names = {str(file) for file in places.values()} if isinstance(places, dict) else set()
+    return sorted(name for name in names if Path(name).suffix and Path(name).name == name)
+
+
+def _snapshot(reference: Reference, patterns, progress: bool = False) -> Path:
+    """The client's folder of a revision, with the files that fit these patterns."""
+    require_client()
+    from huggingface_hub import snapshot_download
+
+    with troubles(reference), _bars(progress):
+        folder = snapshot_download(
+            reference.repo,
+            revision=reference.revision,
+            allow_patterns=list(patterns),
+            endpoint=endpoint(),
+        )
+    return Path(folder)
+
+
+def require_client() -> None:
+    """Refused where the Hub's client is not installed."""
+    if find_spec("huggingface_hub") is None:
+        cure = "pip install 'qpmerge-lite[hub]', or download the files and pass their folder"
+        raise Refused("the environment", "huggingface_hub, which asks the Hub", "none", cure)
+
+
+@contextmanager
+def troubles(reference: Reference) -> Iterator[None]:
+    """Refused in place of what the client raises where the Hub gives nothing."""
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    try:
+        yield
+    except (OSError, HTTPError, HFValidationError) as error:
+        found, cure = trouble(error, reference.page, "correct owner, name and revision")
+        raise Refused(reference, "files of the Hub", found, cure) from error
+
+
+def trouble(error: Exception, page: str, amend: str) -> tuple[str, str]:
+    """Why the Hub does not serve, and what to do.
+
+    Args:
+        page: address of the repository.
+        amend: what to do where the request is wrong.
+    """
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "gated", f"accept its terms at {page} and set HF_TOKEN"
+    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+        cure = "check the network, HF_HUB_OFFLINE and HF_ENDPOINT"
+        return f"not in the cache, and {endpoint()} was not reached", cure
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no such repository at {page}, or a private one", f"{amend}, or set HF_TOKEN"
+    if isinstance(error, (errors.RevisionNotFoundError, errors.EntryNotFoundError)):
+        return f"no such file or revision at {page}", amend
+    first_line = (str(error).strip() or repr(error)).splitlines()[0]
+    is_name = isinstance(error, errors.HFValidationError)
+    return f"{type(error).__name__}: {first_line}", amend if is_name else "try again"
+
+
+@contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """Whether the client shows the progress of downloads."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+@dataclass
+class Outlines:
+    """Folders in place of those of references, with headers and holes where their weights are.
+
+    Attributes:
+        base, experts: folders, as of ``check``.
+        missing: bytes of weights that a merge would download.
+        names: such a folder -> the reference that it stands for.
+    """
+
+    base: Path
+    experts: dict[str, Path]
+    missing: int = 0
+    names: dict[str, str] = field(default_factory=dict)
+
+    def named(self, text: str) -> str:
+        """A text with references in place of these folders."""
+        for folder, name in self.names.items():
+            text = text.replace(folder, name)
+        return text
+
+
+@contextmanager
+def outlined(base: Path, experts: Mapping[str, Path]) -> Iterator[Outlines]:
+    """Folders to check what is at the Hub by: small files as they are, and of every file of weights
+    its header, at its size. They are gone afterwards.
+
+    Raises: Refused saying why the Hub does not give them.
+    """
+    with tempfile.TemporaryDirectory(prefix="qpmerge-") as root:
+        outlines = Outlines(base, dict(experts))
+        outlines.base = _outline(base, Path(root), outlines)
+        for name, place in experts.items():
+            outlines.experts[name] = _outline(place, Path(root), outlines)
+        yield outlines
+
+
+def _outline(place: Path, root: Path, outlines: Outlines) -> Path:
+    """The folder to check one place by."""
+    reference = reference_of(place)
+    if reference is None:
+        return place
+    kept = _snapshot(reference, SMALL)
+    pinned = Reference(reference.repo, kept.name)
+    folder = root / f"{len(outlines.names)}" / kept.parent.parent.name / "snapshots" / kept.name
+    folder.mkdir(parents=True)
+    outlines.names[str(folder)] = str(pinned)
+    _copy_small(kept, folder)
+    names = _weights(kept)
+    sizes = _sizes(pinned, names) if names else {}
+    if names and not sizes:
+        _refuse_without_weights(pinned)
+    for name, size in sizes.items():
+        with (folder / name).open("wb") as file:
+            file.write(first_bytes(pinned, name, size))
+            file.truncate(size)
+        outlines.missing += 0 if (kept / name).is_file() else size
+    return folder
+
+
+def _copy_small(kept: Path, folder: Path) -> None:
+    for path in kept.rglob("*"):
+        name = path.relative_to(kept).as_posix()
+        if path.is_file() and any(fnmatchcase(name, pattern) for pattern in SMALL):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
+
+
+def _sizes(reference: Reference, names: list[str]) -> dict[str, int]:
+    """Bytes of those of the files that the repository has."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    with troubles(reference):
+        found = HfApi(endpoint()).get_paths_info(reference.repo, names, revision=reference.revision)
+    return {entry.path: entry.size for entry in found if isinstance(entry, RepoFile)}
+
+
+def first_bytes(reference: Reference, name: str, size: int) -> bytes:
+    """The beginning of a file of weights, its whole header at least where it has one."""
+    start = _range(reference, name, min(FIRST, size))
+    length = LENGTH + int.from_bytes(start[:LENGTH], "little")
+    if len(start) < length <= min(size, LENGTH + LARGEST):
+        start = _range(reference, name, length)
+    return start[:length]
+
+
+def _range(reference: Reference, name: str, count: int) -> bytes:
+    """The first bytes of a file, this many of them."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    if not count:
+        return b""
+    url = hf_hub_url(reference.repo, name, revision=reference.revision, endpoint=endpoint())
+    headers = {**build_hf_headers(), "Range": f"bytes=0-{count - 1}"}
+    with troubles(reference):
+        answer = get_session().get(url, headers=headers)
+        hf_raise_for_status(answer)
+    return answer.content[:count]
