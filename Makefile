@@ -62,6 +62,7 @@ bench: $(STAMP)
 
 oracles: $(VENV)-oracles/.installed
 	$(VENV)-oracles/bin/python tests/oracles.py
+	$(VENV)-oracles/bin/python tests/oracles_adapters.py
 
 peers: $(VENV)-oracles/.installed
 	$(VENV)-oracles/bin/python tests/peers.py $(BENCH)

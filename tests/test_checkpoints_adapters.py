@@ -385,6 +385,8 @@ REFUSED = {
     "no rank": ({"r": 0}, {}, ["config.json, r: expected a whole number from 1 on, found 0"]),
     "no alpha": ({"lora_alpha": "3"}, {}, ["lora_alpha: expected a finite number, found '3'"]),
     "endless alpha": ({"lora_alpha": float("inf")}, {}, ["lora_alpha: expected a finite number"]),
+    "an alpha beyond all numbers": ({"lora_alpha": 10**400}, {}, ["lora_alpha: expected a finite"]),
+    "a rank beyond all sizes": ({"r": 10**400}, {}, ["r: expected a whole number from 1 on"]),
     "no pattern": ({"rank_pattern": {"(": 3}}, {}, ["rank_pattern: expected patterns of names"]),
     "other biases": ({"bias": "some"}, {}, ["bias: expected 'none', 'all' or 'lora_only'"]),
     "a row twice": ({"trainable_token_indices": [1, 1]}, {}, ["trainable_token_indices"]),
@@ -430,6 +432,15 @@ REFUSED = {
     "no numbers": (
         {}, {"lm_head.weight": torch.zeros(40, 8, dtype=torch.int64)},
         ["expected numbers, as of 'lm_head.weight' (F32), found I64"],
+    ),
+    "factors that are no numbers": (
+        {}, {name: value.to(torch.int64) for name, value in LORA.items()}, ["(F32), found I64"],
+    ),
+    "factors without axes": (
+        {}, {name: torch.tensor(1.0) for name in LORA}, ["expected shape (2,)", "(0, 2)"],
+    ),
+    "a factor of no layer": (
+        {}, {"lora_A.weight": noise(2, 8)}, ["which it has not: 'base_model.model.lora_A.weight'"],
     ),
     "nothing": ({}, {}, ["adapter_model.safetensors: expected tensors, found none"]),
     "one thing twice": (
@@ -534,6 +545,22 @@ def test_what_may_not_be_meant_is_said(bases, tmp_path, capsys):
     }
     named = write_adapter(tmp_path / "named", LORA, base_model_name_or_path="hub/llama")
     assert check(bases / "llama", {"named": named}).findings == []
+
+
+def test_odd_places_and_files_are_read_and_left_alone(bases, tmp_path, capsys):
+    settings = {"modules_to_save": "", "base_model_name_or_path": 5, "revision": None}
+    adapter = write_adapter(tmp_path / "añ ₂=b" / "ünï adapter", LORA, **settings)
+    for path in adapter.iterdir():
+        path.chmod(0o400)
+    adapter.chmod(0o500)
+    before = contents(adapter)
+    (tmp_path / "link").symlink_to(adapter)
+    outs = tmp_path / "a", tmp_path / "b"
+    for place, out in zip((adapter, tmp_path / "link"), outs):
+        assert run(capsys, "merge", bases / "llama", place, "--out", out)[0] == 0
+    adapter.chmod(0o700)
+    assert_same(outs[0], state_of(outs[1]))
+    assert contents(adapter) == before
 
 
 @pytest.mark.parametrize("method", ["soup", "ties"])

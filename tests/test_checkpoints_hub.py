@@ -3,15 +3,13 @@
 what is written down, and what is refused."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from hub import Hub
-from test_checkpoints import ROOT, Family, bert, contents, llama, run, safetensors, state_of, torch
+from test_checkpoints import Family, bert, contents, llama, run, safetensors, state_of, torch
 from test_checkpoints_adapters import factors, product, write_adapter
 
 import qpmerge_lite as q
@@ -134,6 +132,8 @@ def test_a_check_fetches_headers_alone_and_says_what_a_merge_downloads(
     family, hub, commits, tmp_path, capsys, monkeypatch
 ):
     sizes = [Path(folder, "model.safetensors").stat().st_size for folder in family.folders]
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(client, "FIRST", 64)  # so that no header fits into the first answer
     status, out, err = run(capsys, "check", *HUB_WORDS, "--json")
     report = json.loads(out)
@@ -143,13 +143,13 @@ def test_a_check_fetches_headers_alone_and_says_what_a_merge_downloads(
     assert spans == {"bytes=0-63", f"bytes=0-{header - 1}"}
     for finding in report["findings"]:
         assert finding["where"].startswith(("hf:ours/first@", "hf:ours/second@"))
-    assert list(Path(os.environ.get("TMPDIR", "/tmp")).glob("qpmerge-*/0")) == []
 
     told = run(capsys, "check", *HUB_WORDS)[1]
     assert f"and downloads {commands.size(sum(sizes))} of them first" in told
     run(capsys, "merge", family.base, "hf:ours/first", "--out", tmp_path / "out")
     report = json.loads(run(capsys, "check", *HUB_WORDS, "--json")[1])
     assert report["downloads"] == sizes[0] + sizes[2]
+    assert list((tmp_path / "temporary").iterdir()) == []
     assert "downloads" not in run(capsys, "check", *family.folders)[1]
 
 
@@ -166,6 +166,9 @@ def test_a_check_finds_at_the_hub_what_it_finds_here(family, hub, commits, tmp_p
     assert there[1].splitlines()[:-1] == expected.splitlines()[:-1]
     refused = run(capsys, "merge", family.base, "hf:ours/second", "--out", tmp_path / "out")
     assert refused[0] == 1 and "found shape (8, 9)" in refused[2]
+    assert f"hf:ours/second@{commit}/model.safetensors" in refused[2]
+    spans = {span for verb, path, span in hub.requests if "/large/" in path and verb == "GET"}
+    assert None not in spans  # whole files
 
 
 def gated(hub):
@@ -259,28 +262,18 @@ def test_a_lost_connection_leaves_nothing(family, hub, commits, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_works_on_without_a_network(family, hub, commits, tmp_path):
-    """In processes of their own, as the client reads its variables when it is imported."""
-
-    def qpmerge(*words, **variables):
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        place = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-        command = [sys.executable, "-W", "error", "-m", "qpmerge_lite", *map(str, words)]
-        done = subprocess.run(
-            command, env=kept | place | variables, cwd=ROOT, capture_output=True, text=True
-        )
-        return done.returncode, done.stdout, done.stderr
-
-    offline = {"HF_HUB_OFFLINE": "1"}
+def test_a_merge_works_on_without_a_network(family, hub, commits, tmp_path, capsys, monkeypatch):
     words = ["merge", family.base, "hf:ours/first", "--out"]
-    status, _, err = qpmerge(*words, tmp_path / "none", **offline)
-    assert status == 1 and "not in the cache, and" in err and "HF_HUB_OFFLINE" in err
-    assert qpmerge(*words, tmp_path / "a", "--quiet") == (0, "", "")
+    assert run(capsys, *words, tmp_path / "a", "--quiet") == (0, "", "")
     hub.requests.clear()
-    assert qpmerge(*words, tmp_path / "b", "--quiet", **offline) == (0, "", "")
-    assert hub.requests == [] and contents(tmp_path / "a") == contents(tmp_path / "b")
-    status, _, err = qpmerge("check", family.base, "hf:ours/second", **offline)
-    assert status == 1 and "not in the cache" in err
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert run(capsys, *words, tmp_path / "b", "--quiet") == (0, "", "")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    for command in (["merge", "--out", tmp_path / "none"], ["check"]):
+        status, _, err = run(capsys, *command, family.base, "hf:ours/second")
+        assert status == 1 and "not in the cache, and" in err and "HF_HUB_OFFLINE" in err
+    assert run(capsys, "check", family.base, "hf:ours/first")[0] == 0
+    assert hub.requests == []
 
 
 def test_words_are_told_from_folders(tmp_path, monkeypatch):

@@ -74,12 +74,12 @@ class Adapter(Checkpoint):
     is_sharded = False
 
     @property
-    def entries(self) -> dict[str, Entry]:  # type: ignore[override]
+    def entries(self) -> dict[str, Entry]:
         """The base's entries, which all values are those of when they are stored."""
         return self.base.entries
 
     @property
-    def files_of_tensors(self) -> dict[str, str]:  # type: ignore[override]
+    def files_of_tensors(self) -> dict[str, str]:
         """Tensor that the adapter changes -> the adapter's file."""
         return dict.fromkeys(self.folds, WEIGHTS)
 

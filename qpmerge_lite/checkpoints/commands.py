@@ -6,13 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ..errors import MergeError
-from .compatibility import Report, check
+from .compatibility import Report
 from .findings import WARNING, Finding, Refused
-from .hub import outlined, reference_of
+from .hub import check_places, reference_of
 from .methods import CALIBRATED, WEIGHTS_ONLY, assignment, literal
 
 MERGE = """
@@ -203,15 +202,11 @@ def _pairs(words: Sequence[str], option: str, example: str) -> dict[str, str]:
 
 
 def _check(arguments) -> int:
-    with outlined(arguments.base, named_folders(arguments.experts)) as outlines:
-        report = check(outlines.base, outlines.experts)
-    report.findings = [
-        replace(finding, where=outlines.named(finding.where)) for finding in report.findings
-    ]
+    report, missing = check_places(arguments.base, named_folders(arguments.experts))
     if arguments.json:
-        print(json.dumps(report.as_json() | {"downloads": outlines.missing}, indent=1))
+        print(json.dumps(report.as_json() | {"downloads": missing}, indent=1))
     else:
-        _print_findings(report, arguments.quiet, outlines.missing)
+        _print_findings(report, arguments.quiet, missing)
     return int(bool(report.errors))
 
 

@@ -14,7 +14,7 @@ from .settings import FOLD, rank_of
 
 # parts that may change one tensor together
 LINEAR, TABLE = {"down", "up"}, {"table_down", "table_up"}
-TOGETHER = (
+TOGETHER: tuple[set[str], ...] = (
     set(),
     LINEAR,
     TABLE,
@@ -64,7 +64,8 @@ def _errors_of(adapter: Adapter, name: str, fold: Fold) -> list[Finding]:
     for part, key in fold.parts.items():
         own = adapter.tensors[key]
         place = f"{adapter.folder / WEIGHTS}, tensor {key!r}"
-        if not (own.is_number and entry.is_number or own.dtype == entry.dtype):
+        is_as_it_was = part == REPLACEMENT and own.dtype == entry.dtype
+        if not (is_as_it_was or _is_real(own) and _is_real(entry)):
             like = f"numbers, as of {name!r} ({entry.dtype})"
             errors.append(Finding(ERROR, place, like, own.dtype, OTHER_BASE))
         wanted = _shape_of(part, fold, entry, adapter)
@@ -72,6 +73,10 @@ def _errors_of(adapter: Adapter, name: str, fold: Fold) -> list[Finding]:
             expected = f"shape {wanted} for {name!r}"
             errors.append(Finding(ERROR, place, expected, f"shape {own.shape}", OTHER_BASE))
     return errors + ([] if errors else _product_errors(adapter, name, fold))
+
+
+def _is_real(entry: Entry) -> bool:
+    return entry.dtype.startswith(("F", "BF"))
 
 
 def _shape_of(part: str, fold: Fold, entry: Entry, adapter: Adapter) -> tuple[int, ...] | None:
@@ -172,8 +177,14 @@ def _tied_tables(adapter: Adapter) -> list[Finding]:
 
 def _is_replaced(adapter: Adapter, fold: Fold) -> bool:
     """Whether a tensor is that of a layer which peft replaces as a whole."""
-    whole = adapter.settings.get("modules_to_save") or []
+    whole = _listed(adapter, "modules_to_save")
     return any(f".{fold.module}".endswith(f".{name}") for name in whole)
+
+
+def _listed(adapter: Adapter, option: str) -> list:
+    """The names that a field of the configuration lists; none where it is a pattern."""
+    names = adapter.settings.get(option)
+    return names if isinstance(names, list) else []
 
 
 def ties_words(config: Mapping) -> bool:
@@ -193,8 +204,7 @@ def _left_out(adapter: Adapter) -> list[Finding]:
     """A word on layers that the configuration names and the base has, but that stay as they are."""
     findings = []
     for option in ("target_modules", "modules_to_save"):
-        names = adapter.settings.get(option) or []
-        for name in names if isinstance(names, list) else []:
+        for name in _listed(adapter, option):
             within = f".{name}."
             is_there = any(within in f".{tensor}" for tensor in adapter.entries)
             if is_there and not any(within in f".{tensor}" for tensor in adapter.folds):
@@ -210,7 +220,7 @@ def _other_base(adapter: Adapter) -> list[Finding]:
     named, base = adapter.settings.get("base_model_name_or_path"), adapter.base
     if not named:
         return []
-    names = {base.folder.resolve().name, Path(base.config.get("_name_or_path") or "").name}
+    names = {base.folder.resolve().name, Path(str(base.config.get("_name_or_path"))).name}
     if Path(str(named)).name in names:
         return []
     where = f"{adapter.folder / ADAPTER}, base_model_name_or_path"

@@ -11,13 +11,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from glob import escape
 from importlib.util import find_spec
 from pathlib import Path
 
 from .adapters import WEIGHTS
+from .compatibility import Report, check
 from .findings import Refused
 from .folders import ADAPTER, INDEX, OTHERS, SINGLE, TOKENIZER, read_json
 from .headers import LARGEST, LENGTH
@@ -218,6 +219,22 @@ class Outlines:
         return text
 
 
+def check_places(base: Path, experts: Mapping[str, Path]) -> tuple[Report, int]:
+    """What ``check`` finds about folders and references, of which headers alone are fetched, and how
+    many bytes of weights a merge would download.
+
+    Args:
+        base: folder or reference of the model that the experts were tuned from.
+        experts: name -> folder or reference.
+    """
+    with outlined(base, experts) as outlines:
+        report = check(outlines.base, outlines.experts)
+    report.findings = [
+        replace(finding, where=outlines.named(finding.where)) for finding in report.findings
+    ]
+    return report, outlines.missing
+
+
 @contextmanager
 def outlined(base: Path, experts: Mapping[str, Path]) -> Iterator[Outlines]:
     """Folders to check what is at the Hub by: small files as they are, and of every file of weights
@@ -240,11 +257,14 @@ def _outline(place: Path, root: Path, outlines: Outlines) -> Path:
         return place
     kept = _snapshot(reference, SMALL)
     pinned = Reference(reference.repo, kept.name)
-    folder = root / f"{len(outlines.names)}" / kept.parent.parent.name / "snapshots" / kept.name
-    folder.mkdir(parents=True)
+    names = _weights(kept)
+    if _has_weights(kept, names):
+        outlines.names[str(kept)] = str(pinned)
+        return kept
+    folder = root / str(len(outlines.names))
+    folder.mkdir()
     outlines.names[str(folder)] = str(pinned)
     _copy_small(kept, folder)
-    names = _weights(kept)
     sizes = _sizes(pinned, names) if names else {}
     if names and not sizes:
         _refuse_without_weights(pinned)
@@ -254,6 +274,12 @@ def _outline(place: Path, root: Path, outlines: Outlines) -> Path:
             file.truncate(size)
         outlines.missing += 0 if (kept / name).is_file() else size
     return folder
+
+
+def _has_weights(kept: Path, names: list[str]) -> bool:
+    """Whether all weights of a repository have been downloaded: all shards, or the one file."""
+    there = [(kept / name).is_file() for name in names]
+    return any(there) if names == [SINGLE, WEIGHTS] else bool(there) and all(there)
 
 
 def _copy_small(kept: Path, folder: Path) -> None:

@@ -11,7 +11,7 @@ from .. import __version__
 from .compatibility import Report, check, refuse_errors
 from .findings import WARNING, Refused
 from .folders import INDEX, OTHERS, TOKENIZER, Checkpoint, sha256
-from .hub import local, origin_of
+from .hub import check_places, local, origin_of, reference_of
 from .methods import CALIBRATED, WEIGHTS_ONLY, check_options, chosen
 from .output import CARD, MANIFEST, all_or_nothing, card, check_place, copy_files, write_json
 from .texts import read_texts
@@ -73,7 +73,12 @@ def merge_folders(order: Order, *, progress: bool = False) -> dict:
 
 
 def downloaded(order: Order, progress: bool = False) -> Order:
-    """The order with folders in place of references to the Hub."""
+    """The order with folders in place of references to the Hub; nothing is downloaded but headers
+    where these show that no merge is made."""
+    if not any(reference_of(place) for place in (order.base, *order.experts.values())):
+        return order
+    report, _ = check_places(order.base, order.experts)
+    refuse_errors(report)
     base = local(order.base, progress=progress)
     experts = {name: local(place, progress=progress) for name, place in order.experts.items()}
     return replace(order, base=base, experts=experts)
