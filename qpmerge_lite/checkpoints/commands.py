@@ -49,9 +49,9 @@ hub:
 
 files:
   Weights are read from safetensors alone: nothing is unpickled, no code of a checkpoint is run,
-  and no network is asked but for hf: names. Nothing is written but DIR; while it is made it is a hidden folder
-  beside it, .DIR.NUMBER.partial, which a killed process leaves there and which can be deleted.
-  The same command on the same machine writes the same bytes.
+  and no network is asked but for hf: names. Nothing is written but DIR, and what is downloaded;
+  while it is made it is a hidden folder beside it, .DIR.NUMBER.partial, which a killed process
+  leaves there and which can be deleted. The same command on the same machine writes the same bytes.
 
 exit status:
   0  the merge is there
