@@ -24,12 +24,14 @@ from qpmerge_lite.checkpoints import (
     commands,
     methods,
     tensors,
+    tokens,
     weights_only,
 )
 from qpmerge_lite.checkpoints.compatibility import check
 from qpmerge_lite.checkpoints.headers import read_header
 from qpmerge_lite.checkpoints.merging import Order, merge_folders
 from qpmerge_lite.checkpoints.methods import CALIBRATED, WEIGHTS_ONLY, literal
+from qpmerge_lite.checkpoints.sources import Row
 from qpmerge_lite.companion import cli
 
 transformers = pytest.importorskip(
@@ -605,7 +607,7 @@ USAGE = {
     ),
     "a table": (
         ["--calibration", "first=FILES/no.csv", "--calibration", "second=FILES/second.jsonl"],
-        ["no.csv: expected JSON lines or plain text, found a .csv file"],
+        ["no.csv: expected JSON lines, Parquet or plain text, found a .csv file"],
     ),
     "calibration without a name": (
         ["--calibration", "FILES"],
@@ -738,7 +740,7 @@ def test_an_encoder_with_a_decoder_is_merged_by_weights_alone(tmp_path, capsys):
         expected = getattr(q, method)(family.model, family.states)
         assert_same(tmp_path / method, expected.state_dict)
     status, _, err = run(capsys, *words, tmp_path / "out", *family.given)
-    assert status == 1 and "config.json, is_encoder_decoder" in err
+    assert status == 1 and "first.jsonl, line 1: expected a field 'target'" in err
 
 
 def test_no_network_is_asked_and_random_numbers_are_left_alone(
@@ -788,17 +790,18 @@ def test_texts_are_cut_to_what_is_asked_and_what_the_model_has_positions_for(fam
     family = families["bert"]
     report = check(family.base, {name: family.root / name for name in EXPERTS})
     model = calibrated.build(report.base)
-    assert calibrated.positions(model) == 16
-    rows = calibrated.token_rows(["w1 " * 30, "w2"], tokenizer(), 16)
-    assert [len(row) for row in rows] == [16, 1]
-    first, second = calibrated.batches([[4, 5], [6], [7]], 2, 9)
+    assert tokens.positions(model) == 16
+    long, short = (Row(f"row {text}", (text,)) for text in ("w1 " * 30, "w2"))
+    rows, cut = tokens.token_rows([long, short], tokenizer(), 16)
+    assert [len(row["input_ids"]) for row in rows] == [16, 1] and cut == 1
+    first, second = tokens.batches([{"input_ids": ids} for ids in ([4, 5], [6], [7])], 2, 9)
     assert first["input_ids"].tolist() == [[4, 5], [6, 9]]
     assert first["attention_mask"].tolist() == [[1, 1], [1, 0]]
     assert second["input_ids"].tolist() == [[7]]
     roberta = transformers.RobertaConfig(max_position_embeddings=16, pad_token_id=1, **SIZE)
-    assert calibrated.positions(transformers.RobertaModel(roberta)) == 14
+    assert tokens.positions(transformers.RobertaModel(roberta)) == 14
     with pytest.raises(q.errors.MergeError, match="token ids below 40"):
-        calibrated.check_tokens("first", [[3], [40]], model)
+        tokens.check_tokens([long, short], [{"input_ids": [3]}, {"input_ids": [40]}], model)
 
 
 def test_tensors_are_read_and_written_as_the_library_of_the_format_does(tmp_path):

@@ -62,14 +62,21 @@ CHECKPOINTS = [
     "adapters",
     "fitting",
     "compatibility",
+    "records",
     "hub",
+    "data_sets",
     "texts",
+    "parquet",
+    "pictures",
+    "sources",
     "methods",
     "folding",
     "tensors",
     "architectures",
     "weights_only",
     "calibrated",
+    "tokens",
+    "feeds",
     "output",
     "merging",
     "commands",
@@ -90,8 +97,9 @@ COMPANION = [
 FOLDERS = ("companion", "engine", "spectral", "choice", "checkpoints")
 ORDER = [*CORE, *(f"companion.{name}" for name in COMPANION), "__main__"]
 ALLOWED = {"torch", "numpy", "safetensors", "tqdm", "greenlet", "clarabel", "scipy"}
-# what fetches checkpoints and builds their models may be used by the modules that read these
-BUILDERS = {"transformers", "huggingface_hub"}
+# what fetches checkpoints, builds their models and reads their inputs may be used by the modules
+# that do so
+BUILDERS = {"transformers", "huggingface_hub", "pyarrow", "PIL", "jinja2"}
 HEAVY = [
     "datasets",
     "transformers",

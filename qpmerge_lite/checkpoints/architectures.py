@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from inspect import signature
+from typing import TYPE_CHECKING
 
 import torch
 
 from .findings import Refused
 from .folders import CONFIG, Checkpoint
+from .records import IMAGE, TARGET, TEXT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # no network, and no code but that of transformers itself
 HERE_ALONE = {"local_files_only": True, "trust_remote_code": False}
@@ -55,11 +61,8 @@ def class_of(base: Checkpoint):
     return found
 
 
-def names_in_model(base: Checkpoint) -> dict[str, str]:
-    """Name of every parameter and buffer that the model keeps -> the first name of the same tensor,
-    in the order of the model's state dict.
-
-    Files have a tied tensor once, the model under each of its names. No memory is taken for it.
+def empty_model(base: Checkpoint) -> PreTrainedModel:
+    """The model of a checkpoint without its numbers, on the meta device: no memory is taken for it.
 
     Raises: Refused where transformers is not installed or does not have the class.
     """
@@ -75,8 +78,45 @@ def names_in_model(base: Checkpoint) -> dict[str, str]:
     except TROUBLES as error:
         where, cure = str(base.folder), "see that config.json belongs to these weights"
         raise Refused(where, "a model that transformers can make", f"{error}", cure) from error
+    return model
+
+
+def names_in_model(base: Checkpoint) -> dict[str, str]:
+    """Name of every parameter and buffer that the model keeps -> the first name of the same tensor,
+    in the order of the model's state dict.
+
+    Files have a tied tensor once, the model under each of its names.
+
+    Raises: what :func:`empty_model` raises.
+    """
     first: dict[int, str] = {}
     return {
         name: first.setdefault(id(value), name)
-        for name, value in model.state_dict(keep_vars=True).items()
+        for name, value in empty_model(base).state_dict(keep_vars=True).items()
     }
+
+
+def fields_of(model: PreTrainedModel, where: str) -> tuple[str, ...]:
+    """Names of what a model reads of a calibration row: ``text``, ``text`` and ``target`` where it
+    answers one text with another, or ``image``.
+
+    Args:
+        where: its folder, for messages.
+    Raises: Refused for models that read anything else.
+    """
+    reads = signature(model.forward).parameters
+    decodes = "decoder_input_ids" in reads
+    kind, expected = type(model).__name__, "a model that reads texts, or one that reads pictures"
+    cure = "merge by a method that looks at weights only, or call the method from Python"
+    if {"input_ids", "pixel_values"} <= reads.keys() and not model.can_generate():
+        cure += ", or save its parts as models of their own and merge these"
+        raise Refused(where, expected, f"{kind}, which reads both at once", cure)
+    if model.main_input_name == "pixel_values" and not decodes:
+        return (IMAGE,)
+    if model.main_input_name != "input_ids":
+        found = f"{kind}, which reads {model.main_input_name}"
+        raise Refused(where, expected, found, cure)
+    if decodes and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        expected = "a model that reads a text, or answers one text with another"
+        raise Refused(where, expected, f"{kind}, an encoder with a decoder and no words", cure)
+    return (TEXT, TARGET) if decodes else (TEXT,)

@@ -13,6 +13,7 @@ from .compatibility import Report
 from .findings import WARNING, Finding, Refused
 from .hub import check_places, reference_of
 from .methods import CALIBRATED, WEIGHTS_ONLY, assignment, literal
+from .sources import SAMPLES
 
 MERGE = """
 Merge fine-tuned models into one, without training.
@@ -29,14 +30,22 @@ methods:
   that look at weights only:
     {", ".join(WEIGHTS_ONLY[:7])},
     {", ".join(WEIGHTS_ONLY[7:])}
-  that run the models on calibration texts (these need transformers):
+  that run the models on calibration inputs (these need transformers):
     {", ".join(CALIBRATED)}
   Options of a method are those of the Python function of that name: help(qpmerge_lite.ties).
 
 calibration:
-  Unlabelled texts of an expert's task, some dozens to some hundreds. FILE is UTF-8: JSON lines
-  (.jsonl) with a field "text", other fields being ignored, or plain text with an input a line.
-  The expert's own tokenizer reads it, or the base's where the expert's folder has none.
+  Unlabelled inputs of an expert's task, some dozens to some hundreds. SOURCE is one of
+    JSON lines (.jsonl), a field "text"; Parquet, a column "text"; plain text, an input a line;
+    a folder of pictures, or of folders of them, for models that read pictures; Parquet with a
+    column "image" does too;
+    a file of a data set at the Hugging Face Hub, hf://datasets/OWNER/NAME@COMMIT/PATH, which is
+    the only thing that a network is asked for.
+  --column names another field, or two: a pair of texts, as premise,hypothesis. Models with an
+  encoder and a decoder read a text and its target: "text" and "target", or --column NAME=A,B.
+  Rows with "messages" in place of "text" are chats, written out by the tokenizer's chat template.
+  Labels are not read. Of a source with more than N inputs (--samples), N are taken, evenly apart.
+  The expert's own tokenizer or processor reads them, or the base's where its folder has none.
 
 adapters:
   LoRA and DoRA are folded into the base tensor by tensor, as peft's merge_and_unload does it, with
@@ -49,9 +58,10 @@ hub:
 
 files:
   Weights are read from safetensors alone: nothing is unpickled, no code of a checkpoint is run,
-  and no network is asked but for hf: names. Nothing is written but DIR, and what is downloaded;
-  while it is made it is a hidden folder beside it, .DIR.NUMBER.partial, which a killed process
-  leaves there and which can be deleted. The same command on the same machine writes the same bytes.
+  and no network is asked but for hf: names and hf:// sources. Chat templates run in the sandbox
+  of transformers. Nothing is written but DIR, and what is downloaded; while DIR is made it is a
+  hidden folder beside it, .DIR.NUMBER.partial, which a killed process leaves there and which can
+  be deleted. The same command on the same machine writes the same bytes.
 
 exit status:
   0  the merge is there
@@ -116,8 +126,22 @@ def add_verbs(groups) -> None:
         "--calibration",
         action="append",
         default=[],
-        metavar="NAME=FILE",
-        help="texts of the task of the expert of that name; once for every expert",
+        metavar="NAME=SOURCE",
+        help="inputs of the task of the expert of that name; once for every expert",
+    )
+    merge.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="NAME=FIELD",
+        help="field to read for that expert, or FIELD,FIELD; by default text, for pictures image",
+    )
+    merge.add_argument(
+        "--samples",
+        type=int,
+        default=SAMPLES,
+        metavar="N",
+        help=f"inputs of an expert at most, evenly spread over its source (default {SAMPLES})",
     )
     merge.add_argument(
         "--option",
@@ -134,7 +158,7 @@ def add_verbs(groups) -> None:
         help="tokens of a text at most; never more than the model has positions (default 128)",
     )
     merge.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="texts of a forward (default 8)"
+        "--batch-size", type=int, default=8, metavar="N", help="inputs of a forward (default 8)"
     )
     _verb(groups, "check", _check, "say whether checkpoints can be merged", CHECK, CHECK_MORE)
 
@@ -236,14 +260,17 @@ def _merge(arguments) -> int:
     from .merging import Order, merge_folders
 
     calibration = _pairs(arguments.calibration, "--calibration", "french=french.jsonl")
+    columns = _pairs(arguments.column, "--column", "french=sentence")
     options = _pairs(arguments.option, "--option", "density=0.1")
     order = Order(
         base=arguments.base,
         experts=named_folders(arguments.experts),
         out=arguments.out,
         method=arguments.method,
-        calibration={name: Path(file) for name, file in calibration.items()},
+        calibration=dict(calibration),
+        columns={name: fields.split(",") for name, fields in columns.items()},
         options={name: literal(value) for name, value in options.items()},
+        samples=arguments.samples,
         max_length=arguments.max_length,
         batch_size=arguments.batch_size,
     )
@@ -263,6 +290,10 @@ def _tell(out: Path, manifest: dict) -> None:
     print(f"method: {manifest['method']} ({manifest['why']})")
     if manifest["choice"]:
         print(f"chosen: {manifest['choice']['chosen']}")
+    for name, given in manifest["calibration"].items():
+        print(f"calibration of {name}: {given['inputs']} of {given['of']:,} inputs")
+    for note in manifest["notes"]:
+        print(f"note: {note}")
     for warning in manifest["warnings"]:
         print(f"warning: {Finding(**warning).message}")
     if manifest["table"]:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from glob import escape
-from importlib.util import find_spec
 from pathlib import Path
 
 from .adapters import WEIGHTS
@@ -22,6 +21,7 @@ from .compatibility import Report, check
 from .findings import Refused
 from .folders import ADAPTER, INDEX, OTHERS, SINGLE, TOKENIZER, read_json
 from .headers import LARGEST, LENGTH
+from .records import require
 
 PREFIX = "hf:"
 SMALL = (*OTHERS, *TOKENIZER, INDEX, ADAPTER)  # never code, never a pickle
@@ -136,11 +136,9 @@ def _snapshot(reference: Reference, patterns, progress: bool = False) -> Path:
     return Path(folder)
 
 
-def require_client() -> None:
-    """Refused where the Hub's client is not installed."""
-    if find_spec("huggingface_hub") is None:
-        cure = "pip install 'qpmerge-lite[hub]', or download the files and pass their folder"
-        raise Refused("the environment", "huggingface_hub, which asks the Hub", "none", cure)
+def require_client(otherwise: str = "download the files and pass their folder") -> None:
+    """Refused where the Hub's client is not installed; ``otherwise`` says what to do without."""
+    require("huggingface_hub", "which asks the Hub", otherwise)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import __version__
 from .compatibility import Report, check, refuse_errors
@@ -14,7 +15,12 @@ from .folders import INDEX, OTHERS, TOKENIZER, Checkpoint, sha256
 from .hub import check_places, local, origin_of, reference_of
 from .methods import CALIBRATED, WEIGHTS_ONLY, check_options, chosen
 from .output import CARD, MANIFEST, all_or_nothing, card, check_place, copy_files, write_json
-from .texts import read_texts
+from .sources import SAMPLES
+
+if TYPE_CHECKING:
+    from .feeds import Feed
+
+READERS = (*TOKENIZER, "preprocessor_config.json", "processor_config.json")
 
 
 @dataclass
@@ -26,18 +32,22 @@ class Order:
         experts: name -> folder, or reference.
         out: the folder to be made.
         method: a name, None for the default.
-        calibration: expert's name -> file of texts.
+        calibration: expert's name -> file, folder, or address at the Hub, see ``sources``.
+        columns: expert's name -> fields to read, where they are not called as is usual.
         options: of the method.
+        samples: calibration inputs of an expert at the most.
         max_length: tokens of a calibration text at the most.
-        batch_size: texts of a forward.
+        batch_size: inputs of a forward.
     """
 
     base: Path
     experts: dict[str, Path]
     out: Path
     method: str | None = None
-    calibration: dict[str, Path] = field(default_factory=dict)
+    calibration: dict[str, str | Path] = field(default_factory=dict)
+    columns: dict[str, list[str]] = field(default_factory=dict)
     options: dict[str, object] = field(default_factory=dict)
+    samples: int = SAMPLES
     max_length: int = 128
     batch_size: int = 8
 
@@ -58,14 +68,16 @@ def merge_folders(order: Order, *, progress: bool = False) -> dict:
     order = downloaded(order, progress)
     report = check(order.base, order.experts)
     refuse_errors(report)
-    texts = {name: read_texts(path) for name, path in order.calibration.items()}
+    inputs = None
     if method in WEIGHTS_ONLY:
         from .weights_only import rehearse
 
         rehearse(method, list(order.experts), order.options)
+    else:
+        inputs = _feed(order, report)
     with all_or_nothing(order.out) as folder:
-        told = _written(order, method, report, texts, folder, progress)
-        manifest = _manifest(order, method, why, report, texts) | told
+        told = _written(order, method, report, inputs, folder, progress)
+        manifest = _manifest(order, method, why, report, inputs) | told
         copy_files(report.base, folder)
         write_json(folder / MANIFEST, manifest)
         (folder / CARD).write_text(card(manifest), encoding="utf-8")
@@ -87,11 +99,12 @@ def downloaded(order: Order, progress: bool = False) -> Order:
 def check_calibration(order: Order, method: str) -> None:
     """Refused unless there is calibration for every expert where the method needs it, and none
     where it does not."""
-    for name in order.calibration:
-        if name not in order.experts:
-            known = ", ".join(order.experts)
-            cure = "name an expert as it is called, NAME=FILE"
-            raise Refused("--calibration", f"one of the experts ({known})", repr(name), cure)
+    for option, named in {"--calibration": order.calibration, "--column": order.columns}.items():
+        for name in named:
+            if name not in order.experts:
+                known = ", ".join(order.experts)
+                cure = "name an expert as it is called, NAME=…"
+                raise Refused(option, f"one of the experts ({known})", repr(name), cure)
     missing = [name for name in order.experts if name not in order.calibration]
     if method in CALIBRATED and missing:
         found = f"none for {', '.join(map(repr, missing))}"
@@ -101,6 +114,7 @@ def check_calibration(order: Order, method: str) -> None:
         cure = f"leave it out, or choose one of {', '.join(CALIBRATED)}"
         raise Refused("--calibration", f"none, as {method} looks at weights only", "some", cure)
     for option, value in {
+        "--samples": order.samples,
         "--max-length": order.max_length,
         "--batch-size": order.batch_size,
     }.items():
@@ -112,7 +126,7 @@ def _written(
     order: Order,
     method: str,
     report: Report,
-    texts: Mapping[str, Sequence[str]],
+    inputs: Feed | None,
     folder: Path,
     progress: bool,
 ) -> dict:
@@ -124,10 +138,10 @@ def _written(
 
     base, experts = report.base, report.experts
     shards = Shards(folder, base.headers)
-    if method in WEIGHTS_ONLY:
+    if inputs is None:
         merges = merged_groups(base, experts, method, order.options)
     else:
-        merges = _one_merge(order, method, report, texts, progress)
+        merges = _one_merge(order, method, report, inputs, progress)
     averaged: dict[str, list[str]] = {}
     told: dict = {"averaged": averaged, "table": [], "choice": None}
     bar = tqdm(total=len(base.entries), desc=method, unit="tensor", disable=not progress)
@@ -145,20 +159,28 @@ def _written(
     return told
 
 
-def _one_merge(order: Order, method: str, report: Report, texts, progress: bool):
+def _feed(order: Order, report: Report) -> Feed:
+    """The calibration of an order; what may be a mistake in it is added to the report."""
+    from .feeds import feed
+
+    inputs = feed(
+        report,
+        order.calibration,
+        order.columns,
+        samples=order.samples,
+        max_length=order.max_length,
+        batch_size=order.batch_size,
+    )
+    report.findings += inputs.warnings
+    return inputs
+
+
+def _one_merge(order: Order, method: str, report: Report, inputs: Feed, progress: bool):
     """The merge of whole models, as a sequence of one."""
     from .calibrated import merged_model
 
-    yield merged_model(
-        report.base,
-        report.experts,
-        texts,
-        method,
-        order.options,
-        max_length=order.max_length,
-        batch_size=order.batch_size,
-        progress=progress,
-    )
+    base, experts = report.base, report.experts
+    yield merged_model(base, experts, inputs.batches, method, order.options, progress=progress)
 
 
 def without_time(row: Mapping) -> dict:
@@ -174,27 +196,39 @@ def choice_of(merge) -> dict | None:
     return named | {"candidates": merge.candidates}
 
 
-def _manifest(order: Order, method: str, why: str, report: Report, texts) -> dict:
+def _manifest(order: Order, method: str, why: str, report: Report, inputs: Feed | None) -> dict:
     """What was merged and how, without a path or a date: the same order has the same manifest."""
-    needs_tokenizer = method in CALIBRATED
-    inputs = [_input(report.base, (*OTHERS, *TOKENIZER))]
+    runs = inputs is not None
+    models = [_input(report.base, (*OTHERS, *TOKENIZER))]
     for expert in report.experts:
-        inputs.append(_input(expert, (expert.config_file, *(TOKENIZER if needs_tokenizer else ()))))
-    calibration = {}
-    for name, path in order.calibration.items():
-        said = {"file": path.name, "sha256": sha256(path), "texts": len(texts[name])}
-        said |= {"max_length": order.max_length, "batch_size": order.batch_size}
-        calibration[name] = said
+        models.append(_input(expert, (expert.config_file, *(READERS if runs else ()))))
     return {
         "manifest": 1,
-        "versions": _versions(method in CALIBRATED),
+        "versions": _versions(runs),
         "method": method,
         "why": why,
         "options": order.options,
-        "inputs": inputs,
-        "calibration": calibration,
+        "inputs": models,
+        "calibration": {} if inputs is None else _calibration(order, inputs),
         "warnings": _warnings(report),
+        "notes": [] if inputs is None else inputs.notes,
     }
+
+
+def _calibration(order: Order, inputs: Feed) -> dict[str, dict]:
+    """What every expert was calibrated on, by its name."""
+    said = {}
+    for name, source in inputs.sources.items():
+        said[name] = {
+            "file": source.name,
+            "sha256": source.digest,
+            "inputs": len(source.rows),
+            "of": source.total,
+            "fields": list(source.fields),
+            "max_length": order.max_length,
+            "batch_size": order.batch_size,
+        }
+    return said
 
 
 def _warnings(report: Report) -> list[dict]:

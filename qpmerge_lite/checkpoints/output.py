@@ -126,7 +126,8 @@ def card(manifest: dict) -> str:
         hashes = [f"`{file}` {digest}" for file, digest in files if file.endswith(".safetensors")]
         lines.append(f"| {source['name']} | {source['folder']} | {'<br>'.join(hashes)} |")
     for name, given in manifest["calibration"].items():
-        lines += ["", f"Calibration of {name}: {given['texts']} texts of `{given['file']}`."]
+        count = f"{given['inputs']} of {given['of']} inputs"
+        lines += ["", f"Calibration of {name}: {count} of `{given['file']}`."]
     for reason, names in manifest["averaged"].items():
         lines += ["", f"Averaged, {len(names)} tensors: {reason}."]
     return "\n".join(lines) + "\n"
