@@ -99,10 +99,13 @@ def downloaded(order: Order, progress: bool = False) -> Order:
 def check_calibration(order: Order, method: str) -> None:
     """Refused unless there is calibration for every expert where the method needs it, and none
     where it does not."""
-    for option, named in {"--calibration": order.calibration, "--column": order.columns}.items():
-        for name in named:
+    known = ", ".join(order.experts)
+    for option, names in {
+        "--calibration": list(order.calibration),
+        "--column": list(order.columns),
+    }.items():
+        for name in names:
             if name not in order.experts:
-                known = ", ".join(order.experts)
                 cure = "name an expert as it is called, NAME=…"
                 raise Refused(option, f"one of the experts ({known})", repr(name), cure)
     missing = [name for name in order.experts if name not in order.calibration]

@@ -66,15 +66,15 @@ def token_rows(
     made, cut = [], 0
     with quietly():
         for row in rows:
-            texts, options = row.content, {}
-            if isinstance(texts, list):
-                texts, options = (rendered(row, tokenizer),), {"add_special_tokens": False}
-            own = texts[:1] if has_targets else texts
-            tokens, is_cut = _tokens(tokenizer, limit, *own, **options)
+            is_text = isinstance(row.content, tuple)
+            texts = row.content if isinstance(row.content, tuple) else (rendered(row, tokenizer),)
+            read = texts[:1] if has_targets else texts
+            # a template writes the special tokens itself
+            found, is_cut = _tokens(tokenizer, limit, *read, add_special_tokens=is_text)
             if has_targets:
                 target, target_is_cut = _tokens(tokenizer, limit, text_target=texts[1])
-                tokens["labels"], is_cut = target["input_ids"], is_cut or target_is_cut
-            made.append(tokens)
+                found["labels"], is_cut = target["input_ids"], is_cut or target_is_cut
+            made.append(found)
             cut += is_cut
     return made, cut
 
