@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..aliases import tied
 from ..errors import MergeError
@@ -22,7 +22,11 @@ from .weights_only import located
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONVERT = "load the model with this version of transformers and save it again"
+Value = TypeVar("Value")
+CONVERT = (
+    "load the model with this version of transformers and save it again, or merge by a method that "
+    "looks at weights only"
+)
 
 
 def merged_model(
@@ -48,12 +52,36 @@ def merged_model(
         name: [cast(batch, model.dtype) for batch in batches]
         for name, batches in calibration.items()
     }
-    names = list(base.entries)
-    states = {expert.name: read_tensors(expert, names) for expert in experts}
+    names, in_model = list(base.entries), names_of(model)
+    states = {expert.name: renamed(read_tensors(expert, names), in_model) for expert in experts}
     try:
-        return function_of(method)(model, states, inputs, progress=progress, **options)
+        merge = function_of(method)(model, states, inputs, progress=progress, **options)
     except MergeError as error:
         raise located(error, [base, *experts], names) from error
+    in_files = {name: file for file, name in in_model.items()}
+    merge.state_dict = renamed(merge.state_dict, in_files)
+    merge.averaged = renamed(merge.averaged, in_files)
+    return merge
+
+
+def names_of(model: PreTrainedModel) -> dict[str, str]:
+    """Name in a file -> name in the model, for the tensors that the files hold as they are: some,
+    as those of vision transformers, are only called otherwise.
+
+    Args:
+        model: as ``from_pretrained`` made it, which notes how it renamed what it read.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = model.state_dict()
+    places = {id(value): name for name, value in state.items()}
+    stored = revert_weight_conversion(model, state)
+    return {file: places[id(value)] for file, value in stored.items() if id(value) in places}
+
+
+def renamed(values: Mapping[str, Value], names: Mapping[str, str]) -> dict[str, Value]:
+    """A mapping under other names; what has none keeps its own."""
+    return {names.get(name, name): value for name, value in values.items()}
 
 
 def cast(batch: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -94,10 +122,10 @@ def _dtype(base: Checkpoint) -> torch.dtype:
     return TYPES[counts.most_common(1)[0][0]] if counts else torch.float32
 
 
-def _check_entries(base: Checkpoint, model: nn.Module) -> None:
+def _check_entries(base: Checkpoint, model: PreTrainedModel) -> None:
     """Refused unless the model has the tensors of the files, others only tied to these, and their
     values."""
-    files, state, ties = base.entries, model.state_dict(), tied(model)
+    files, state, ties = renamed(base.entries, names_of(model)), model.state_dict(), tied(model)
     unknown = [name for name in files if name not in state]
     absent = [name for name in state if files.keys().isdisjoint(ties[name])]
     if unknown or absent:
