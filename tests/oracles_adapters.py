@@ -91,7 +91,9 @@ CASES = [
         torch.bfloat16, 1,
     ),
     Case("all biases", llama_with_biases, {"target_modules": ["q_proj"], "bias": "all"}),
-    Case("biases of layers", llama_with_biases, {"target_modules": ["q_proj"], "bias": "lora_only"}),
+    Case(
+        "biases of layers", llama_with_biases, {"target_modules": ["q_proj"], "bias": "lora_only"}
+    ),
     Case("LoRA's biases", llama_with_biases, {"target_modules": ["q_proj"], "lora_bias": True}),
     Case(
         "both biases", llama_with_biases,

@@ -467,7 +467,10 @@ DAMAGES = {
         ["model.safetensors: expected safetensors, found a pickled file", "save_pretrained"],
     ),
     "pickles only": (pickles_only, ["pytorch_model.bin", "weights in safetensors"]),
-    "adapter without its weights": (adapter_only, ["adapter_model.safetensors: expected the weights"]),
+    "adapter without its weights": (
+        adapter_only,
+        ["adapter_model.safetensors: expected the weights"],
+    ),
     "missing shard": (
         index_without_its_shard,
         ["weight_map: expected a file 'model-00002-of-00002.safetensors'", "fetch the missing"],

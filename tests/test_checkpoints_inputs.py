@@ -1,5 +1,6 @@
-"""What `qpmerge merge --calibration` accepts: every source gives the same inputs, every kind of model
-is given what its own processor or tokenizer makes of them, and what cannot be read is refused."""
+"""What `qpmerge merge --calibration` accepts: every source gives the same inputs, every kind of
+model is given what its own processor or tokenizer makes of them, and what cannot be read is
+refused."""
 
 import copy
 import hashlib

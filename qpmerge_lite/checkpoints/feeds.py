@@ -125,8 +125,8 @@ def widest(model: nn.Module) -> int:
 
 
 def processor_of(expert: Checkpoint, report: Report):
-    """The expert's processor of pictures, or the base's where the expert's folder has none. It works
-    with Pillow, whatever else is installed.
+    """The expert's processor of pictures, or the base's where the expert's folder has none. It
+    works with Pillow, whatever else is installed.
 
     Raises: Refused where there is none, or one that transformers cannot load without remote code.
     """
@@ -147,7 +147,7 @@ def processor_of(expert: Checkpoint, report: Report):
 
 
 def _other_processor(expert: Checkpoint, report: Report) -> list[Finding]:
-    """A warning where an expert's pictures are prepared otherwise than those of the merge will be."""
+    """A warning where an expert's pictures are prepared otherwise than those of the merge."""
     if not (expert.matching(PROCESSOR) and report.base.matching(PROCESSOR)):
         return []
     own, other = (processor_of(c, report).to_dict() for c in (expert, report.base))

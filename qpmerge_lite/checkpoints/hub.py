@@ -88,8 +88,8 @@ def origin_of(folder: Path) -> dict[str, str]:
 
 
 def local(place: Path, *, progress: bool = False) -> Path:
-    """A folder as it is; of a reference, the folder with its files, which are downloaded unless they
-    are there already: configuration, tokenizer and safetensors.
+    """A folder as it is; of a reference, the folder with its files, which are downloaded unless
+    they are there already: configuration, tokenizer and safetensors.
 
     Raises: Refused saying why the Hub does not give them.
     """
@@ -218,8 +218,8 @@ class Outlines:
 
 
 def check_places(base: Path, experts: Mapping[str, Path]) -> tuple[Report, int]:
-    """What ``check`` finds about folders and references, of which headers alone are fetched, and how
-    many bytes of weights a merge would download.
+    """What ``check`` finds about folders and references, of which headers alone are fetched, and
+    how many bytes of weights a merge would download.
 
     Args:
         base: folder or reference of the model that the experts were tuned from.

@@ -1,4 +1,4 @@
-"""Calibration inputs of an expert: where they are, which of them are taken, what is told of them."""
+"""Calibration inputs of an expert: where they are, which are taken, what is told of them."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class Source:
 
 
 def spread(total: int, count: int) -> list[int]:
-    """``count`` numbers below ``total``, evenly apart, as a file may be sorted by its labels; all of
-    them where there are no more."""
+    """``count`` numbers below ``total``, evenly apart, as a file may be sorted by its labels; all
+    of them where there are no more."""
     count = min(total, count)
     return [place * total // count for place in range(count)]
 
