@@ -70,7 +70,11 @@ class Pass:
         experts: task -> state dict. calibration: task -> batches.
         recipes: name -> how that merge is made.
         options: what holds for all of them.
+    Attributes:
+        doing: what a progress bar calls it.
     """
+
+    doing = "merging"
 
     def __init__(
         self,
@@ -178,7 +182,7 @@ class Pass:
                 self.groups[layers[0]] = layers
         tables = {layer for layer in wanted if isinstance(self.known.views[layer], Table)}
         left, everything = len(self.groups), all(r.layers is None for r in self.recipes.values())
-        bar = tqdm(total=left, desc="merging", unit="layer", disable=not progress)
+        bar = tqdm(total=left, desc=self.doing, unit="layer", disable=not progress)
 
         def visit(point, arrived):
             nonlocal left

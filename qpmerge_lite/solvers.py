@@ -17,7 +17,7 @@ from torch import Tensor
 from .bases import FAMILIES, build
 from .cholesky import solve_definite
 from .diagnostic import RIDGES, choose, cross_fitted
-from .engine.products import output_products
+from .engine.products import propagated
 from .engine.recipes import looks_at, plain
 from .errors import MergeError
 from .held_out import unchecked
@@ -161,9 +161,8 @@ def shrink(moments: Moments, updates: Tensor, alpha: float) -> Moments:
     """Moments with RegMean's ``C' = α C + (1 - α) diag C`` per task, and the propagated targets
     ``A' = Δ_t C'_t``, ``M' = A' Δ_tᵀ`` of updates (T, g, m, n)."""
     C = alpha * moments.C + (1 - alpha) * torch.diag_embed(diagonal(moments.C))
-    D = updates.to(C).unsqueeze(1)
-    A = D @ C
-    return replace(moments, C=C, A=A, M=output_products(A, D, moments.full_energy))
+    A, M = propagated(C, updates.to(C).unsqueeze(1), moments.full_energy)
+    return replace(moments, C=C, A=A, M=M)
 
 
 @dataclass(frozen=True)

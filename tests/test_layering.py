@@ -51,7 +51,15 @@ ENGINE = [
     "sums",
     "gather",
 ]
-METHODS = ["sequential", "solvers", "spectral.essential", "assess", "heads", "gradient", "methods"]
+METHODS = [
+    "sequential",
+    "solvers",
+    "spectral.essential",
+    "assess",
+    "heads",
+    "gradient",
+    "methods",
+]
 METHODS += ["choice.criteria", "choice.automatic"]
 CORE = ["errors", *MATHEMATICS, *WEIGHTS, *(f"engine.{name}" for name in ENGINE), *METHODS]
 CHECKPOINTS = [
@@ -65,6 +73,8 @@ CHECKPOINTS = [
     "records",
     "hub",
     "data_sets",
+    "fingerprints",
+    "moments_files",
     "texts",
     "parquet",
     "pictures",
@@ -72,12 +82,15 @@ CHECKPOINTS = [
     "methods",
     "folding",
     "tensors",
+    "grams",
     "architectures",
     "weights_only",
     "calibrated",
     "tokens",
     "feeds",
     "output",
+    "measuring",
+    "by_moments",
     "merging",
     "commands",
 ]

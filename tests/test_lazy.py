@@ -38,6 +38,7 @@ def seconds_of_children():
     [
         ["--help"],
         ["merge", "--help"],
+        ["moments", "--help"],
         ["check", "nonesuch", "other"],
         ["data", "list"],
         ["book", "check", "--no-run"],

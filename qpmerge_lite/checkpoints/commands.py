@@ -1,4 +1,4 @@
-"""The commands ``qpmerge merge`` and ``qpmerge check``."""
+"""The commands ``qpmerge merge``, ``qpmerge check`` and ``qpmerge moments``."""
 
 from __future__ import annotations
 
@@ -56,6 +56,11 @@ hub:
   Configuration, tokenizer and safetensors are downloaded to where huggingface_hub keeps its files;
   HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are heeded. merge.json has the commit.
 
+moments:
+  With qp and regmean on the experts' own inputs, sums over what each expert's layers read stand in
+  for its texts: qpmerge moments writes them, once, and no data are needed here, nor transformers.
+  They are of one expert alone, and fit any base, other experts, basis and ridge.
+
 files:
   Weights are read from safetensors alone: nothing is unpickled, no code of a checkpoint is run,
   and no network is asked but for hf: names and hf:// sources. Chat templates run in the sandbox
@@ -73,6 +78,34 @@ examples:
   qpmerge merge base tuned/fr tuned/de --out merged --method ties --option density=0.1
   qpmerge merge base fr=tuned/fr de=tuned/de --out merged \\
       --calibration fr=fr.jsonl --calibration de=de.txt
+  qpmerge moments tuned/fr --calibration fr.jsonl --out fr.moments.safetensors
+  qpmerge merge base fr=tuned/fr de=tuned/de --out merged \\
+      --moments fr=fr.moments.safetensors --moments de=de.moments.safetensors
+"""
+MOMENTS = """
+Measure what a model's layers read of its own data, so that others can merge it without them.
+
+The model is run once, alone, over its calibration texts. For every layer the file has the sums of
+products of what it reads, by fold of the texts, and says which model, tokenizer and texts they are
+of, by SHA-256.
+"""
+MOMENTS_MORE = """
+what a file reveals:
+  It is not anonymous. It has how often each token occurs, wherever the table of tokens is solved,
+  and otherwise the layers behind it have what such counts can be worked out from; with few texts,
+  whole inputs may be. Publish it as you would publish the texts, or word counts of them.
+
+size:
+  In float32, two bytes times the square of the width of what a layer reads, for each fold and each
+  group of layers that read the same. --folds 1 is smallest, and leaves no ridge to be chosen.
+
+exit status:
+  0  the file is there
+  1  it was refused, with the reason on the error stream; there is no file then
+  2  the command was not understood
+
+example:
+  qpmerge moments tuned/fr --calibration fr.jsonl --out fr.moments.safetensors
 """
 CHECK = """
 Say whether checkpoints can be merged, before any weight is read.
@@ -111,8 +144,8 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
 
 
 def add_verbs(groups) -> None:
-    """Add ``merge`` and ``check`` to the subcommands of an ``argparse`` parser; what is parsed has
-    their function as ``command``."""
+    """Add ``merge``, ``check`` and ``moments`` to the subcommands of an ``argparse`` parser; what
+    is parsed has their function as ``command``."""
     merge = _verb(groups, "merge", _merge, "merge checkpoints into one", MERGE, MERGE_MORE)
     merge.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="folder to make; not there, or empty"
@@ -120,7 +153,8 @@ def add_verbs(groups) -> None:
     merge.add_argument(
         "--method",
         metavar="NAME",
-        help="how to merge; by default auto with --calibration, and soup without",
+        help="how to merge; by default auto with --calibration, qp over single entries with "
+        "--moments, and soup without",
     )
     merge.add_argument(
         "--calibration",
@@ -137,11 +171,12 @@ def add_verbs(groups) -> None:
         help="field to read for that expert, or FIELD,FIELD; by default text, for pictures image",
     )
     merge.add_argument(
-        "--samples",
-        type=int,
-        default=SAMPLES,
-        metavar="N",
-        help=f"inputs of an expert at most, evenly spread over its source (default {SAMPLES})",
+        "--moments",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="what qpmerge moments has measured of the expert of that name, in place of its texts; "
+        "once for every expert, or several times to add files up",
     )
     merge.add_argument(
         "--option",
@@ -150,17 +185,69 @@ def add_verbs(groups) -> None:
         metavar="KEY=VALUE",
         help="option of the method, such as density=0.1 or weights=[0.7,0.3]",
     )
-    merge.add_argument(
+    _add_sizes(merge)
+    _add_moments(groups)
+    _verb(groups, "check", _check, "say whether checkpoints can be merged", CHECK, CHECK_MORE)
+
+
+def _add_moments(groups) -> None:
+    """Add ``moments`` to the subcommands of an ``argparse`` parser."""
+    verb = groups.add_parser(
+        "moments",
+        help="measure what a merge needs of a model's data",
+        description=MOMENTS,
+        epilog=MOMENTS_MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("model", metavar="MODEL", type=Path, help="folder of the model")
+    verb.add_argument(
+        "--calibration", required=True, metavar="SOURCE", help="inputs of its task, as of merge"
+    )
+    verb.add_argument(
+        "--column",
+        metavar="FIELD",
+        help="field to read, or FIELD,FIELD; by default text, for pictures image",
+    )
+    verb.add_argument(
+        "--out", required=True, type=Path, metavar="FILE", help="file to make, .safetensors"
+    )
+    verb.add_argument(
+        "--folds",
+        type=int,
+        default=4,
+        metavar="N",
+        help="parts of the inputs, each held out in turn to choose a ridge by (default 4)",
+    )
+    _add_sizes(verb)
+    _add_talk(verb)
+    verb.set_defaults(command=_moments)
+
+
+def _add_talk(verb) -> None:
+    """How much a verb says."""
+    verb.add_argument("--quiet", action="store_true", help="print only what went wrong")
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _add_sizes(verb) -> None:
+    """How many inputs are taken, cut and put together, by verbs that run models on them."""
+    verb.add_argument(
+        "--samples",
+        type=int,
+        default=SAMPLES,
+        metavar="N",
+        help=f"inputs of a source at most, evenly spread over it (default {SAMPLES})",
+    )
+    verb.add_argument(
         "--max-length",
         type=int,
         default=128,
         metavar="N",
         help="tokens of a text at most; never more than the model has positions (default 128)",
     )
-    merge.add_argument(
+    verb.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="inputs of a forward (default 8)"
     )
-    _verb(groups, "check", _check, "say whether checkpoints can be merged", CHECK, CHECK_MORE)
 
 
 def _verb(groups, name: str, command, help: str, description: str, more: str):
@@ -182,8 +269,7 @@ def _verb(groups, name: str, command, help: str, description: str, more: str):
         help="folder of an expert or an adapter, which is called as its folder is, or NAME=FOLDER; "
         "hf:owner/name in place of a folder",
     )
-    verb.add_argument("--quiet", action="store_true", help="print only what went wrong")
-    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+    _add_talk(verb)
     verb.set_defaults(command=command)
     return verb
 
@@ -262,6 +348,10 @@ def _merge(arguments) -> int:
     calibration = _pairs(arguments.calibration, "--calibration", "french=french.jsonl")
     columns = _pairs(arguments.column, "--column", "french=sentence")
     options = _pairs(arguments.option, "--option", "density=0.1")
+    moments: dict[str, list[Path]] = {}
+    for word in arguments.moments:
+        name, file = assignment(word, "--moments", "french=french.safetensors")
+        moments.setdefault(name, []).append(Path(file))
     order = Order(
         base=arguments.base,
         experts=named_folders(arguments.experts),
@@ -269,6 +359,7 @@ def _merge(arguments) -> int:
         method=arguments.method,
         calibration=dict(calibration),
         columns={name: fields.split(",") for name, fields in columns.items()},
+        moments=moments,
         options={name: literal(value) for name, value in options.items()},
         samples=arguments.samples,
         max_length=arguments.max_length,
@@ -282,6 +373,30 @@ def _merge(arguments) -> int:
         print(json.dumps({"out": str(order.out)} | plain(manifest), indent=1))
     elif talks:
         _tell(order.out, manifest)
+    return 0
+
+
+def _moments(arguments) -> int:
+    from .measuring import Measurement, measure
+
+    order = Measurement(
+        model=arguments.model,
+        calibration=arguments.calibration,
+        out=arguments.out,
+        fields=arguments.column.split(",") if arguments.column else [],
+        folds=arguments.folds,
+        samples=arguments.samples,
+        max_length=arguments.max_length,
+        batch_size=arguments.batch_size,
+    )
+    talks = not (arguments.quiet or arguments.json)
+    about = measure(order, progress=talks and sys.stderr.isatty())
+    if arguments.json:
+        print(json.dumps({"out": str(order.out)} | about, indent=1))
+    elif talks:
+        count, folds = about["calibration"]["inputs"], about["folds"]
+        print(f"measured: {about['layers']} layers on {count} inputs in {folds} folds")
+        print(f"written: {order.out}, {size(order.out.stat().st_size)}")
     return 0
 
 

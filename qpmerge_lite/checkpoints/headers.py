@@ -7,6 +7,7 @@ and place), and the tensors one after the other. Nothing in it is ever executed.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -34,6 +35,7 @@ SIZES = {
 }
 LENGTH = 8  # bytes that say how long the header is
 LARGEST = 100_000_000  # bytes of a header, as the library of the format has it
+PIECE = 1 << 24  # bytes that are read at a time, where not all of a tensor is
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 DAMAGED = "fetch the file again; it is cut short or damaged"
 SAVE_AGAIN = (
@@ -174,3 +176,23 @@ def _check_places(path: Path, entries: list[Entry], first: int, size: int) -> No
         end = entry.stop
     if end != size:
         raise Refused(path, f"a file of {end} bytes, as its header says", f"{size}", DAMAGED)
+
+
+def pieces(path: Path, entry: Entry) -> Iterator[bytes]:
+    """The bytes of one tensor of a file, piece by piece.
+
+    Raises: Refused where the file cannot be read, or not so far.
+    """
+    where, left = f"{path}, tensor {entry.name!r}", entry.stop - entry.start
+    try:
+        with path.open("rb") as file:
+            file.seek(entry.start)
+            while left:
+                piece = file.read(min(left, PIECE))
+                if not piece:
+                    raise Refused(where, f"{left} more bytes", "the end of the file", DAMAGED)
+                left -= len(piece)
+                yield piece
+    except OSError as error:
+        cure = "see that the file is there and may be read"
+        raise Refused(path, "a file that can be read", str(error.strerror), cure) from error

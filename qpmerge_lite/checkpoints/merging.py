@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import __version__
 from .compatibility import Report, check, refuse_errors
 from .findings import WARNING, Refused
 from .folders import INDEX, OTHERS, TOKENIZER, Checkpoint, sha256
 from .hub import check_places, local, origin_of, reference_of
-from .methods import CALIBRATED, WEIGHTS_ONLY, check_options, chosen
-from .output import CARD, MANIFEST, all_or_nothing, card, check_place, copy_files, write_json
+from .methods import (
+    BY_MOMENTS,
+    CALIBRATED,
+    FROM_MOMENTS,
+    SETTLED,
+    WEIGHTS_ONLY,
+    check_options,
+    chosen,
+)
+from .moments_files import MomentsFile, read_all
+from .output import (
+    CARD,
+    MANIFEST,
+    all_or_nothing,
+    card,
+    check_place,
+    copy_files,
+    versions,
+    write_json,
+)
 from .sources import SAMPLES
 
 if TYPE_CHECKING:
+    from ..merge import Merge
     from .feeds import Feed
 
 READERS = (*TOKENIZER, "preprocessor_config.json", "processor_config.json")
@@ -34,6 +51,7 @@ class Order:
         method: a name, None for the default.
         calibration: expert's name -> file, folder, or address at the Hub, see ``sources``.
         columns: expert's name -> fields to read, where they are not called as is usual.
+        moments: expert's name -> files of moments, in place of calibration; several are added.
         options: of the method.
         samples: calibration inputs of an expert at the most.
         max_length: tokens of a calibration text at the most.
@@ -46,6 +64,7 @@ class Order:
     method: str | None = None
     calibration: dict[str, str | Path] = field(default_factory=dict)
     columns: dict[str, list[str]] = field(default_factory=dict)
+    moments: dict[str, list[Path]] = field(default_factory=dict)
     options: dict[str, object] = field(default_factory=dict)
     samples: int = SAMPLES
     max_length: int = 128
@@ -61,23 +80,30 @@ def merge_folders(order: Order, *, progress: bool = False) -> dict:
     Raises: MergeError before any weight is read for whatever can be seen by then, and later for
         weights that are not finite; nothing is left of the output then.
     """
-    method, why = chosen(order.method, bool(order.calibration))
+    method, why = chosen(order.method, bool(order.calibration), bool(order.moments))
+    if order.moments and order.method is None:
+        order = replace(order, options=BY_MOMENTS | order.options)
     check_options(method, order.options)
-    check_calibration(order, method)
+    if order.moments:
+        check_moments(order, method)
+    else:
+        check_calibration(order, method)
     check_place(order.out, [order.base, *order.experts.values()])
     order = downloaded(order, progress)
     report = check(order.base, order.experts)
     refuse_errors(report)
+    moments = read_all(order.moments, report.base, report.experts) if order.moments else {}
     inputs = None
     if method in WEIGHTS_ONLY:
         from .weights_only import rehearse
 
         rehearse(method, list(order.experts), order.options)
-    else:
+    elif not moments:
         inputs = _feed(order, report)
     with all_or_nothing(order.out) as folder:
-        told = _written(order, method, report, inputs, folder, progress)
-        manifest = _manifest(order, method, why, report, inputs) | told
+        merges = _merges(order, method, report, inputs, moments, progress)
+        told = _written(method, report, merges, folder, progress)
+        manifest = _manifest(order, method, why, report, inputs, moments) | told
         copy_files(report.base, folder)
         write_json(folder / MANIFEST, manifest)
         (folder / CARD).write_text(card(manifest), encoding="utf-8")
@@ -99,15 +125,8 @@ def downloaded(order: Order, progress: bool = False) -> Order:
 def check_calibration(order: Order, method: str) -> None:
     """Refused unless there is calibration for every expert where the method needs it, and none
     where it does not."""
-    known = ", ".join(order.experts)
-    for option, names in {
-        "--calibration": list(order.calibration),
-        "--column": list(order.columns),
-    }.items():
-        for name in names:
-            if name not in order.experts:
-                cure = "name an expert as it is called, NAME=…"
-                raise Refused(option, f"one of the experts ({known})", repr(name), cure)
+    _check_names("--calibration", order.calibration, order.experts)
+    _check_names("--column", order.columns, order.experts)
     missing = [name for name in order.experts if name not in order.calibration]
     if method in CALIBRATED and missing:
         found = f"none for {', '.join(map(repr, missing))}"
@@ -125,26 +144,74 @@ def check_calibration(order: Order, method: str) -> None:
             raise Refused(option, "a whole number from 1 on", str(value), "give one")
 
 
-def _written(
+def check_moments(order: Order, method: str) -> None:
+    """Refused unless there are moments for every expert, nothing beside them, and a method that
+    needs no more."""
+    if order.calibration:
+        cure = "leave one of them out: moments stand in for the data"
+        raise Refused("--moments", "no --calibration beside them", "both", cure)
+    _check_names("--moments", order.moments, order.experts)
+    missing = [name for name in order.experts if name not in order.moments]
+    if missing:
+        found = f"none for {', '.join(map(repr, missing))}"
+        cure = f"add --moments {missing[0]}=FILE, which qpmerge moments writes"
+        raise Refused("--moments", "a file for every expert", found, cure)
+    if method not in FROM_MOMENTS:
+        expected = f"one of {', '.join(FROM_MOMENTS)}, which moments are enough for"
+        cure = "choose one of them, or leave --moments out"
+        raise Refused("--method", expected, repr(method), cure)
+    for name in order.options:
+        if name in SETTLED:
+            expected = f"none of {', '.join(SETTLED)}, which moments have settled"
+            cure = "leave it out: inputs are the experts' own"
+            raise Refused("--option", expected, repr(name), cure)
+
+
+def _check_names(option: str, names: Iterable[str], experts: Mapping[str, Path]) -> None:
+    """Refused for a name that no expert has."""
+    for name in names:
+        if name not in experts:
+            known = ", ".join(experts)
+            cure = "name an expert as it is called, NAME=FILE"
+            raise Refused(option, f"one of the experts ({known})", repr(name), cure)
+
+
+def _merges(
     order: Order,
     method: str,
     report: Report,
     inputs: Feed | None,
-    folder: Path,
+    moments: Mapping[str, Sequence[MomentsFile]],
     progress: bool,
+) -> Iterable[Merge]:
+    """Merges of parts of the model, which together have all of its tensors.
+
+    Args:
+        inputs: calibration of the experts, None where the method needs none.
+        moments: expert's name -> its files of moments.
+    """
+    base, experts = report.base, report.experts
+    if moments:
+        from .by_moments import merged_layers
+
+        return merged_layers(base, experts, moments, method, order.options)
+    if inputs is None:
+        from .weights_only import merged_groups
+
+        return merged_groups(base, experts, method, order.options)
+    return _one_merge(order, method, report, inputs, progress)
+
+
+def _written(
+    method: str, report: Report, merges: Iterable[Merge], folder: Path, progress: bool
 ) -> dict:
     """Write the merged weights; entries of the manifest that only the merge knows."""
     from tqdm import tqdm
 
     from .tensors import Shards
-    from .weights_only import merged_groups
 
-    base, experts = report.base, report.experts
+    base = report.base
     shards = Shards(folder, base.headers)
-    if inputs is None:
-        merges = merged_groups(base, experts, method, order.options)
-    else:
-        merges = _one_merge(order, method, report, inputs, progress)
     averaged: dict[str, list[str]] = {}
     told: dict = {"averaged": averaged, "table": [], "choice": None}
     bar = tqdm(total=len(base.entries), desc=method, unit="tensor", disable=not progress)
@@ -199,7 +266,14 @@ def choice_of(merge) -> dict | None:
     return named | {"candidates": merge.candidates}
 
 
-def _manifest(order: Order, method: str, why: str, report: Report, inputs: Feed | None) -> dict:
+def _manifest(
+    order: Order,
+    method: str,
+    why: str,
+    report: Report,
+    inputs: Feed | None,
+    moments: Mapping[str, Sequence[MomentsFile]],
+) -> dict:
     """What was merged and how, without a path or a date: the same order has the same manifest."""
     runs = inputs is not None
     models = [_input(report.base, (*OTHERS, *TOKENIZER))]
@@ -207,12 +281,13 @@ def _manifest(order: Order, method: str, why: str, report: Report, inputs: Feed 
         models.append(_input(expert, (expert.config_file, *(READERS if runs else ()))))
     return {
         "manifest": 1,
-        "versions": _versions(runs),
+        "versions": versions(runs),
         "method": method,
         "why": why,
         "options": order.options,
         "inputs": models,
         "calibration": {} if inputs is None else _calibration(order, inputs),
+        "moments": {name: _measured(files) for name, files in moments.items()},
         "warnings": _warnings(report),
         "notes": [] if inputs is None else inputs.notes,
     }
@@ -222,16 +297,14 @@ def _calibration(order: Order, inputs: Feed) -> dict[str, dict]:
     """What every expert was calibrated on, by its name."""
     said = {}
     for name, source in inputs.sources.items():
-        said[name] = {
-            "file": source.name,
-            "sha256": source.digest,
-            "inputs": len(source.rows),
-            "of": source.total,
-            "fields": list(source.fields),
-            "max_length": order.max_length,
-            "batch_size": order.batch_size,
-        }
+        said[name] = source.as_json()
+        said[name] |= {"max_length": order.max_length, "batch_size": order.batch_size}
     return said
+
+
+def _measured(files: Sequence[MomentsFile]) -> list[dict]:
+    """Name and hash of an expert's files of moments, and what they say of themselves."""
+    return [{"file": f.path.name, "sha256": sha256(f.path)} | f.about for f in files]
 
 
 def _warnings(report: Report) -> list[dict]:
@@ -252,15 +325,3 @@ def _input(checkpoint: Checkpoint, patterns: Sequence[str]) -> dict:
         names.append(INDEX)
     files = {name: sha256(checkpoint.folder / name) for name in sorted(names)}
     return {"name": checkpoint.name, **origin_of(checkpoint.folder), "files": files}
-
-
-def _versions(with_transformers: bool) -> dict[str, str]:
-    """Versions of what computed the merge."""
-    import torch
-
-    found = {"qpmerge_lite": __version__, "torch": torch.__version__}
-    if with_transformers:
-        import transformers
-
-        found["transformers"] = transformers.__version__
-    return found | {"python": platform.python_version(), "threads": str(torch.get_num_threads())}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from .. import __version__
 from ..errors import MergeError
 from .findings import Refused
 from .folders import INDEX, OTHERS, TOKENIZER, Checkpoint
@@ -24,22 +26,40 @@ def check_place(out: Path, inputs: Sequence[Path]) -> None:
         raise Refused(f"--out {out}", "a new folder", "a file or a link", cure)
     if out.is_dir() and any(out.iterdir()):
         raise Refused(f"--out {out}", "a new or an empty folder", "one with files in it", cure)
-    parent = out.absolute().parent
-    if not parent.is_dir():
-        cure = "make that folder first"
-        raise Refused(f"--out {out}", f"a folder {parent} to be in", "none", cure)
+    _check_parent(out)
     for folder in inputs:
         if out.resolve().is_relative_to(folder.resolve()):
             found = f"one in {folder}, which is an input"
             raise Refused(f"--out {out}", "a folder of its own", found, cure)
 
 
+def check_new_file(out: Path, suffix: str) -> None:
+    """Refused for an output file that is there, has another suffix, or has no folder to be in."""
+    if out.exists() or out.is_symlink():
+        cure = "choose another name, or remove what is there"
+        raise Refused(f"--out {out}", "a new file", "something of that name", cure)
+    if out.suffix != suffix:
+        cure = f"call it {out.stem}{suffix}"
+        raise Refused(f"--out {out}", f"a name that ends in {suffix}", repr(out.name), cure)
+    _check_parent(out)
+
+
+def _check_parent(out: Path) -> None:
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        cure = "make that folder first"
+        raise Refused(f"--out {out}", f"a folder {parent} to be in", "none", cure)
+
+
 @contextmanager
-def all_or_nothing(out: Path) -> Iterator[Path]:
+def all_or_nothing(out: Path, part: str = "") -> Iterator[Path]:
     """A folder beside ``out``, to be filled: it becomes ``out`` at the end, or goes at an error.
 
     A process that is killed leaves the folder, whose name begins with a dot, but no ``out``.
 
+    Args:
+        part: name of the file in the folder that becomes ``out``, the others going; the whole
+            folder by default.
     Raises: Refused where the folder cannot be written, as on a full disk.
     """
     out = Path(os.path.abspath(out))
@@ -48,10 +68,9 @@ def all_or_nothing(out: Path) -> Iterator[Path]:
         partial.mkdir()
         try:
             yield partial
-            os.rename(partial, out)
-        except BaseException:
+            os.rename(partial / part, out)
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
-            raise
     except MergeError:
         raise
     except OSError as error:
@@ -85,6 +104,18 @@ def write_json(path: Path, value: dict) -> None:
     """Write plain values as JSON; what JSON has no word for becomes a number, None or a string."""
     text = json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def versions(with_transformers: bool) -> dict[str, str]:
+    """Versions of what computed the output."""
+    import torch
+
+    found = {"qpmerge_lite": __version__, "torch": torch.__version__}
+    if with_transformers:
+        import transformers
+
+        found["transformers"] = transformers.__version__
+    return found | {"python": platform.python_version(), "threads": str(torch.get_num_threads())}
 
 
 def plain(value):
@@ -128,6 +159,10 @@ def card(manifest: dict) -> str:
     for name, given in manifest["calibration"].items():
         count = f"{given['inputs']} of {given['of']} inputs"
         lines += ["", f"Calibration of {name}: {count} of `{given['file']}`."]
+    for name, files in manifest["moments"].items():
+        for file in files:
+            count = file["calibration"].get("inputs")
+            lines += ["", f"Moments of {name}: `{file['file']}`, measured on {count} inputs."]
     for reason, names in manifest["averaged"].items():
         lines += ["", f"Averaged, {len(names)} tensors: {reason}."]
     return "\n".join(lines) + "\n"

@@ -57,6 +57,16 @@ class Source:
     others: list[str] = field(default_factory=list)
     blank: int = 0
 
+    def as_json(self) -> dict:
+        """What a manifest says of it."""
+        return {
+            "file": self.name,
+            "sha256": self.digest,
+            "inputs": len(self.rows),
+            "of": self.total,
+            "fields": list(self.fields),
+        }
+
 
 def spread(total: int, count: int) -> list[int]:
     """``count`` numbers below ``total``, evenly apart, as a file may be sorted by its labels; all

@@ -42,6 +42,22 @@ class Tokens(NamedTuple):
     fold: Tensor
 
 
+class Inputs(NamedTuple):
+    """What layers that read alike read, added up; valid until the next are asked for.
+
+    Attributes:
+        views: the layers; that of a table names the tokens that occur.
+        C: ``Σ x xᵀ`` (T, F, g, n, n) float64, to be read on and below the diagonal.
+        counts: samples (T, F) of every task and fold.
+        rtol: rounding noise of C, relative to its largest eigenvalue.
+    """
+
+    views: list[View]
+    C: Tensor
+    counts: Tensor
+    rtol: float
+
+
 class Unreached(Exception):
     """Some task or fold has no rows of a layer: it is averaged, for the reason given."""
 
@@ -96,6 +112,18 @@ class Gatherer:
             row = rows.stop
             moments = sums.moments(v.name, updates, making.recipe.own_weight, rows)
             yield LayerMoments(v, moments, updates)
+
+    def inputs(self, views: list[View], reads: Reads, making: Making) -> Inputs:
+        """Sums over what layers that read alike read, and over nothing else.
+
+        Raises: what :meth:`moments` raises.
+        """
+        if isinstance(views[0], Table):
+            table = self._counted(views[0], reads, making)
+            moments = table.moments
+            return Inputs([table.view], moments.C, moments.count, moments.rtol)
+        sums = self._summed(views, reads, making, None)
+        return Inputs(views, sums.C, torch.tensor(sums.counts), sums.rtol)
 
     def check(self) -> None:
         """Where values were not looked at on the way, because that waits for the device: NonFinite

@@ -34,7 +34,7 @@ def view(name: str, module: nn.Module, scope: str = "all") -> View | None:
     if scope not in SCOPES:
         raise MergeError(f"scope: expected one of {SCOPES}, found {scope!r}")
     kind = _kind(module)
-    if kind is None or _obstacle(module, kind) or not _covered(kind, scope):
+    if kind is None or _obstacle(module, kind) or not covers(kind, scope):
         return None
     bias = scope != "weights" and getattr(module, "bias", None) is not None
     if kind is Norm:
@@ -66,7 +66,8 @@ def _kind(module: nn.Module) -> type[View] | None:
     return Norm if is_norm else None
 
 
-def _covered(kind: type[View], scope: str) -> bool:
+def covers(kind: type[View], scope: str) -> bool:
+    """Whether a scope of ``SCOPES`` has layers of a kind."""
     if scope == "all":
         return True
     dense = issubclass(kind, Dense) and kind is not Convolution

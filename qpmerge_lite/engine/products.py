@@ -31,6 +31,13 @@ def output_products(A: Tensor, D: Tensor, full_energy: bool) -> Tensor:
     return A @ D.mT if full_energy else (A * D).sum(-1)
 
 
+def propagated(C: Tensor, D: Tensor, full_energy: bool) -> tuple[Tensor, Tensor]:
+    """``A = Δ C`` (…, m, n) and ``M = A Δᵀ`` (…, m, m), or its diagonal (…, m): what updates D
+    (…, m, n) answer to inputs with second moments C (…, n, n)."""
+    A = D @ C
+    return A, output_products(A, D, full_energy)
+
+
 def accumulate(total: Tensor, part: Tensor, fresh: bool) -> None:
     """Add a part (…) to a total (…) of its shape, in place and in the precision of the total;
     ``fresh`` writes over what is there."""

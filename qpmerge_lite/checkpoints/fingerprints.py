@@ -1,0 +1,38 @@
+"""Digests of what a checkpoint is, whatever files it lies in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from .compatibility import BOOKKEEPING
+from .folders import TOKENIZER, Checkpoint, sha256
+from .headers import pieces
+
+
+def of_weights(checkpoint: Checkpoint) -> str:
+    """SHA-256 of all tensors in the order of their names: name, dtype, shape, bytes. How they are
+    split into files does not count, nor what these say of themselves.
+
+    Raises: Refused where a file cannot be read.
+    """
+    digest, files = hashlib.sha256(), checkpoint.files_of_tensors
+    for name in sorted(checkpoint.entries):
+        entry = checkpoint.entries[name]
+        digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
+        for piece in pieces(checkpoint.headers[files[name]].path, entry):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def of_config(checkpoint: Checkpoint) -> str:
+    """SHA-256 of the fields of config.json that have to do with a forward, in the order of their
+    names."""
+    fields = {k: v for k, v in checkpoint.config.items() if k not in BOOKKEEPING}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def of_tokenizer(checkpoint: Checkpoint) -> str:
+    """SHA-256 of the names and bytes of the tokenizer's files, in the order of their names."""
+    files = {name: sha256(checkpoint.folder / name) for name in checkpoint.matching(TOKENIZER)}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
