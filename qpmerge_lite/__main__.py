@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"{REPOSITORY[0].upper()}{REPOSITORY[1:]}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_verbs(top.add_subparsers(required=True, metavar="{merge,check,moments}"))
+    add_verbs(top.add_subparsers(required=True, metavar="{merge,check,moments,diagnose}"))
     return top
 
 

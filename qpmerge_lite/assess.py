@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .calibration import Batch, check_calibration
-from .diagnostic import gap
+from .diagnostic import certificate
 from .engine.effects import blaming, first_tensor
 from .engine.layouts import Layout
 from .engine.lockstep import Stage
@@ -101,15 +101,9 @@ def certify(
     state, reference = check_experts(base, {"merge": state})["merge"], base.state_dict()
     certificates = {}
     for name, layer in layers.items():
-        pooled = layer.moments.pool()
-        energy = float(pooled.energy)
         update = layer.view.matrix(state) - layer.view.matrix(reference)
-        if energy:
-            certificates[name] = {
-                "captured": pooled.captured(update),
-                "gap": gap(pooled, update) / energy,
-            }
-    return certificates
+        certificates[name] = certificate(layer.moments.pool(), update)
+    return {name: facts for name, facts in certificates.items() if facts}
 
 
 def audit(base: nn.Module, state, experts, calibration, *, blocks: str | None = None) -> dict:

@@ -61,6 +61,19 @@ def gap(
     return pooled.loss(update) - minimise(prog).objective
 
 
+def certificate(pooled: Pooled, update: Tensor) -> dict[str, float]:
+    """Captured energy ``1 - L(W)/E`` and :func:`gap` of any merge, as fractions of the residual
+    energy E; empty where there is none.
+
+    Args:
+        update: ``W - W0`` (g, m, n), made by any method.
+    """
+    energy = float(pooled.energy)
+    if not energy:
+        return {}
+    return {"captured": pooled.captured(update), "gap": gap(pooled, update) / energy}
+
+
 def disjoint(
     moments: Moments,
     updates: Tensor,

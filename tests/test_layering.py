@@ -92,6 +92,13 @@ CHECKPOINTS = [
     "measuring",
     "by_moments",
     "merging",
+    "certificates",
+    "comparing",
+    "diagnosing",
+    "summary",
+    "svg",
+    "markup",
+    "page",
     "commands",
 ]
 CORE += [f"checkpoints.{name}" for name in CHECKPOINTS]

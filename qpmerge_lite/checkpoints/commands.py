@@ -1,12 +1,13 @@
-"""The commands ``qpmerge merge``, ``qpmerge check`` and ``qpmerge moments``."""
+"""The commands ``qpmerge merge``, ``check``, ``moments`` and ``diagnose``."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from ..errors import MergeError
 from .compatibility import Report
@@ -129,6 +130,32 @@ exit status:
 example:
   qpmerge check base french=tuned/fr german=tuned/de
 """
+DIAGNOSE = """
+Say what a merge, whoever made it, does to every expert's outputs and to every layer.
+
+MERGED is the folder of the merge, BASE that of the model that all EXPERTs were tuned from. All
+three kinds of model read the texts of every expert's task. Where the model has a head or predicts
+tokens, predictions are compared, and perplexities where it predicts the next token; otherwise what
+the model puts out. Nothing needs labels.
+"""
+DIAGNOSE_MORE = """
+numbers:
+  Every number comes with its meaning. Texts that the merge was made on flatter it: give others.
+  A certificate says of a layer how far the merge is from the best that these texts allow.
+
+files:
+  Nothing is written but the report: one page of HTML that loads nothing and runs nothing; one
+  that is there is replaced. Otherwise as with qpmerge merge.
+
+exit status:
+  0  the diagnosis is there, whatever it says
+  1  it was refused, with the reason on the error stream; no report is written then
+  2  the command was not understood
+
+example:
+  qpmerge diagnose merged base fr=tuned/fr de=tuned/de \\
+      --calibration fr=fr.jsonl --calibration de=de.txt --report merged.html
+"""
 
 
 def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
@@ -144,8 +171,8 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
 
 
 def add_verbs(groups) -> None:
-    """Add ``merge``, ``check`` and ``moments`` to the subcommands of an ``argparse`` parser; what
-    is parsed has their function as ``command``."""
+    """Add the verbs to the subcommands of an ``argparse`` parser; what is parsed has their function
+    as ``command``."""
     merge = _verb(groups, "merge", _merge, "merge checkpoints into one", MERGE, MERGE_MORE)
     merge.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="folder to make; not there, or empty"
@@ -156,20 +183,7 @@ def add_verbs(groups) -> None:
         help="how to merge; by default auto with --calibration, qp over single entries with "
         "--moments, and soup without",
     )
-    merge.add_argument(
-        "--calibration",
-        action="append",
-        default=[],
-        metavar="NAME=SOURCE",
-        help="inputs of the task of the expert of that name; once for every expert",
-    )
-    merge.add_argument(
-        "--column",
-        action="append",
-        default=[],
-        metavar="NAME=FIELD",
-        help="field to read for that expert, or FIELD,FIELD; by default text, for pictures image",
-    )
+    _add_calibration(merge)
     merge.add_argument(
         "--moments",
         action="append",
@@ -185,9 +199,40 @@ def add_verbs(groups) -> None:
         metavar="KEY=VALUE",
         help="option of the method, such as density=0.1 or weights=[0.7,0.3]",
     )
-    _add_sizes(merge)
     _add_moments(groups)
     _verb(groups, "check", _check, "say whether checkpoints can be merged", CHECK, CHECK_MORE)
+    diagnose = _verb(
+        groups,
+        "diagnose",
+        _diagnose,
+        "say what a merge does to every expert",
+        DIAGNOSE,
+        DIAGNOSE_MORE,
+        before={"merged": "folder of the merge"},
+    )
+    _add_calibration(diagnose)
+    diagnose.add_argument(
+        "--report", type=Path, metavar="FILE.html", help="also write a page with charts"
+    )
+
+
+def _add_calibration(verb) -> None:
+    """Options of a verb that runs models on the experts' inputs."""
+    verb.add_argument(
+        "--calibration",
+        action="append",
+        default=[],
+        metavar="NAME=SOURCE",
+        help="inputs of the task of the expert of that name; once for every expert",
+    )
+    verb.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="NAME=FIELD",
+        help="field to read for that expert, or FIELD,FIELD; by default text, for pictures image",
+    )
+    _add_sizes(verb)
 
 
 def _add_moments(groups) -> None:
@@ -250,8 +295,17 @@ def _add_sizes(verb) -> None:
     )
 
 
-def _verb(groups, name: str, command, help: str, description: str, more: str):
-    """One subcommand with what both have in common."""
+def _verb(
+    groups,
+    name: str,
+    command,
+    help: str,
+    description: str,
+    more: str,
+    *,
+    before: Mapping[str, str] = MappingProxyType({}),
+):
+    """One subcommand with what all have in common; ``before`` are folders that come first."""
     verb = groups.add_parser(
         name,
         help=help,
@@ -259,6 +313,8 @@ def _verb(groups, name: str, command, help: str, description: str, more: str):
         epilog=more,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    for folder, words in before.items():
+        verb.add_argument(folder, metavar=folder.upper(), type=Path, help=words)
     verb.add_argument(
         "base", metavar="BASE", type=Path, help="folder of the base, or hf:owner/name"
     )
@@ -416,3 +472,39 @@ def _tell(out: Path, manifest: dict) -> None:
     for reason, names in manifest["averaged"].items():
         print(f"averaged: {len(names)} tensors, {reason}")
     print(f"written: {out}")
+
+
+def _diagnose(arguments) -> int:
+    from .page import check_report, write_page
+
+    calibration = _pairs(arguments.calibration, "--calibration", "french=french.jsonl")
+    columns = _pairs(arguments.column, "--column", "french=sentence")
+    experts = named_folders(arguments.experts)
+    if arguments.report is not None:
+        check_report(arguments.report, [arguments.merged, arguments.base, *experts.values()])
+
+    from .diagnosing import Question, diagnose_folders
+    from .output import plain
+    from .summary import as_text
+
+    question = Question(
+        merged=arguments.merged,
+        base=arguments.base,
+        experts=experts,
+        calibration=dict(calibration),
+        columns={name: fields.split(",") for name, fields in columns.items()},
+        samples=arguments.samples,
+        max_length=arguments.max_length,
+        batch_size=arguments.batch_size,
+    )
+    talks = not (arguments.quiet or arguments.json)
+    diagnosis = diagnose_folders(question, progress=talks and sys.stderr.isatty())
+    if arguments.report is not None:
+        write_page(arguments.report, diagnosis)
+    if arguments.json:
+        print(json.dumps(plain(diagnosis), indent=1))
+    elif talks:
+        print(as_text(diagnosis))
+        if arguments.report is not None:
+            print(f"written: {arguments.report}")
+    return 0

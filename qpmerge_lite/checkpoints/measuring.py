@@ -27,6 +27,8 @@ from .findings import Refused
 from .folders import Checkpoint
 from .grams import packed
 from .headers import Entry, pieces
+from .hub import local
+from .merging import check_sizes
 from .moments_files import (
     FORMAT,
     KEY,
@@ -48,7 +50,7 @@ class Measurement:
     """What is to be measured.
 
     Attributes:
-        model: folder of the model that is run.
+        model: folder of the model that is run, or its reference at the Hub.
         calibration: file, folder, or address at the Hub of its inputs, see ``sources``.
         out: file to be made.
         fields: to read of every row, where they are not called as is usual.
@@ -86,13 +88,8 @@ def measure(order: Measurement, *, progress: bool = False) -> dict:
         is. Nothing is left of the output then.
     """
     check_new_file(order.out, SUFFIX)
-    for option in ("folds", "samples", "max_length", "batch_size"):
-        if getattr(order, option) < 1:
-            where = f"--{option.replace('_', '-')}"
-            raise Refused(
-                where, "a whole number from 1 on", f"{getattr(order, option)}", "give one"
-            )
-    report = check(order.model, {})
+    check_sizes(order, "folds", "samples", "max_length", "batch_size")
+    report = check(local(order.model, progress=progress), {})
     refuse_errors(report)
     checkpoint = report.base
     inputs = feed(

@@ -125,23 +125,36 @@ def downloaded(order: Order, progress: bool = False) -> Order:
 def check_calibration(order: Order, method: str) -> None:
     """Refused unless there is calibration for every expert where the method needs it, and none
     where it does not."""
-    _check_names("--calibration", order.calibration, order.experts)
-    _check_names("--column", order.columns, order.experts)
-    missing = [name for name in order.experts if name not in order.calibration]
-    if method in CALIBRATED and missing:
-        found = f"none for {', '.join(map(repr, missing))}"
-        cure = f"add --calibration {missing[0]}=FILE, or choose a method that needs none"
-        raise Refused("--calibration", f"a file for every expert, for {method}", found, cure)
+    check_names("--calibration", order.calibration, order.experts)
+    check_names("--column", order.columns, order.experts)
+    if method in CALIBRATED:
+        cure = "or choose a method that needs none"
+        check_all_named(order.calibration, order.experts, method, cure)
     if method in WEIGHTS_ONLY and order.calibration:
         cure = f"leave it out, or choose one of {', '.join(CALIBRATED)}"
         raise Refused("--calibration", f"none, as {method} looks at weights only", "some", cure)
-    for option, value in {
-        "--samples": order.samples,
-        "--max-length": order.max_length,
-        "--batch-size": order.batch_size,
-    }.items():
+    check_sizes(order, "samples", "max_length", "batch_size")
+
+
+def check_sizes(order, *fields: str) -> None:
+    """Refused where one of these fields of an order is below one."""
+    for name in fields:
+        value = getattr(order, name)
         if value < 1:
-            raise Refused(option, "a whole number from 1 on", str(value), "give one")
+            option = f"--{name.replace('_', '-')}"
+            raise Refused(option, "a whole number from 1 on", f"{value}", "give one")
+
+
+def check_all_named(
+    calibration: Iterable[str], experts: Iterable[str], user: str, other_cure: str
+) -> None:
+    """Refused for an expert without calibration; ``user`` is what needs it."""
+    given = list(calibration)
+    missing = [name for name in experts if name not in given]
+    if missing:
+        lacking = f"none for {', '.join(map(repr, missing))}"
+        cure = f"add --calibration {missing[0]}=FILE, {other_cure}"
+        raise Refused("--calibration", f"a file for every expert, for {user}", lacking, cure)
 
 
 def check_moments(order: Order, method: str) -> None:
@@ -150,7 +163,7 @@ def check_moments(order: Order, method: str) -> None:
     if order.calibration:
         cure = "leave one of them out: moments stand in for the data"
         raise Refused("--moments", "no --calibration beside them", "both", cure)
-    _check_names("--moments", order.moments, order.experts)
+    check_names("--moments", order.moments, order.experts)
     missing = [name for name in order.experts if name not in order.moments]
     if missing:
         found = f"none for {', '.join(map(repr, missing))}"
@@ -167,7 +180,7 @@ def check_moments(order: Order, method: str) -> None:
             raise Refused("--option", expected, repr(name), cure)
 
 
-def _check_names(option: str, names: Iterable[str], experts: Mapping[str, Path]) -> None:
+def check_names(option: str, names: Iterable[str], experts: Mapping[str, Path]) -> None:
     """Refused for a name that no expert has."""
     for name in names:
         if name not in experts:
@@ -276,9 +289,9 @@ def _manifest(
 ) -> dict:
     """What was merged and how, without a path or a date: the same order has the same manifest."""
     runs = inputs is not None
-    models = [_input(report.base, (*OTHERS, *TOKENIZER))]
+    models = [input_of(report.base, (*OTHERS, *TOKENIZER))]
     for expert in report.experts:
-        models.append(_input(expert, (expert.config_file, *(READERS if runs else ()))))
+        models.append(input_of(expert, (expert.config_file, *(READERS if runs else ()))))
     return {
         "manifest": 1,
         "versions": versions(runs),
@@ -288,7 +301,7 @@ def _manifest(
         "inputs": models,
         "calibration": {} if inputs is None else _calibration(order, inputs),
         "moments": {name: _measured(files) for name, files in moments.items()},
-        "warnings": _warnings(report),
+        "warnings": warnings_of(report),
         "notes": [] if inputs is None else inputs.notes,
     }
 
@@ -307,7 +320,7 @@ def _measured(files: Sequence[MomentsFile]) -> list[dict]:
     return [{"file": f.path.name, "sha256": sha256(f.path)} | f.about for f in files]
 
 
-def _warnings(report: Report) -> list[dict]:
+def warnings_of(report: Report) -> list[dict]:
     """Warnings of a report, with names of checkpoints in place of their paths."""
     rows = []
     for finding in report.at(WARNING):
@@ -318,7 +331,7 @@ def _warnings(report: Report) -> list[dict]:
     return rows
 
 
-def _input(checkpoint: Checkpoint, patterns: Sequence[str]) -> dict:
+def input_of(checkpoint: Checkpoint, patterns: Sequence[str]) -> dict:
     """Name, origin and hashes of one checkpoint; of its files besides weights, those that fit."""
     names = [*checkpoint.headers, *checkpoint.matching(patterns)]
     if checkpoint.is_sharded:

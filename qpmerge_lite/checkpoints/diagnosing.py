@@ -1,0 +1,257 @@
+"""What a merge in a folder, whoever made it, does to every expert."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..assess import audit
+from ..calibration import check_calibration
+from ..errors import MergeError
+from ..experts import check_experts
+from .calibrated import build, cast, names_of, renamed
+from .certificates import certify_in_passing
+from .comparing import BASE, EXPERT, MERGED, Text, compared, estimates, what_is_returned
+from .compatibility import Report, check, refuse_errors
+from .feeds import Feed, feed
+from .findings import WARNING, Finding
+from .folders import CONFIG, OTHERS, TOKENIZER, Checkpoint, read_json
+from .hub import local
+from .merging import (
+    READERS,
+    check_all_named,
+    check_names,
+    check_sizes,
+    input_of,
+    warnings_of,
+)
+from .output import MANIFEST, versions
+from .sources import SAMPLES
+from .tensors import read_tensors
+from .weights_only import located
+
+
+@dataclass
+class Question:
+    """Which merge is to be diagnosed, and on what.
+
+    Attributes:
+        merged: folder of the merge, or its reference at the Hub.
+        base: folder of the model that the experts were tuned from, or its reference.
+        experts: name -> folder, or reference.
+        calibration: expert's name -> file, folder, or address at the Hub, see ``sources``.
+        columns: expert's name -> fields to read, where they are not called as is usual.
+        samples: inputs of an expert at the most.
+        max_length: tokens of a text at the most.
+        batch_size: inputs of a forward.
+    """
+
+    merged: Path
+    base: Path
+    experts: dict[str, Path]
+    calibration: dict[str, str | Path] = field(default_factory=dict)
+    columns: dict[str, list[str]] = field(default_factory=dict)
+    samples: int = SAMPLES
+    max_length: int = 128
+    batch_size: int = 8
+
+
+def diagnose_folders(question: Question, *, progress: bool = False) -> dict:
+    """What a merge does to the outputs of every expert, and of every layer.
+
+    Three models are in memory, and all experts for the certificates, which are those of the merge
+    of all of them.
+
+    Returns: ``compared`` (what of the outputs is), ``experts`` (name -> estimates and texts),
+        ``layers`` (energy by expert and certificate of each, in forward order), ``left_out`` (why
+        entries are in no layer), ``untouched`` (entries that some expert changed and the merge did
+        not), ``recipe`` (the merge's own manifest), inputs with hashes, versions and warnings.
+    Raises: MergeError before any weight is read for whatever can be seen by then, and later for
+        weights and outputs that are not finite.
+    """
+    check_names("--calibration", question.calibration, question.experts)
+    check_names("--column", question.columns, question.experts)
+    cure = "as what a merge does to an expert is seen on texts of its task"
+    check_all_named(question.calibration, question.experts, "diagnose", cure)
+    check_sizes(question, "samples", "max_length", "batch_size")
+    base, merged = (local(place, progress=progress) for place in (question.base, question.merged))
+    experts = {name: local(place, progress=progress) for name, place in question.experts.items()}
+    of_experts = check(base, experts)
+    refuse_errors(of_experts)
+    of_merge = check(base, {MERGED: merged})
+    refuse_errors(of_merge)
+    recipe = _recipe(merged)
+    inputs = feed(
+        of_experts,
+        question.calibration,
+        question.columns,
+        samples=question.samples,
+        max_length=question.max_length,
+        batch_size=question.batch_size,
+    )
+    of_experts.findings += inputs.warnings
+    calibration = _calibration(question, inputs)
+    warnings = _seen_before(recipe, calibration)
+    for warning in [*warnings_of(of_merge), *warnings_of(of_experts)]:
+        if warning not in warnings:  # both tell of the base
+            warnings.append(warning)
+    measured = _Measuring(of_merge.experts[0], of_experts, inputs).run(progress)
+    return {
+        "diagnosis": 1,
+        "versions": versions(True),
+        **measured,
+        "recipe": recipe,
+        "inputs": _inputs(of_merge.experts[0], of_experts),
+        "calibration": calibration,
+        "warnings": warnings,
+        "notes": inputs.notes,
+    }
+
+
+def _recipe(merged: Path) -> dict | None:
+    """What the merge says of how it was made, None where it says nothing."""
+    path = merged / MANIFEST
+    return read_json(path) if path.is_file() else None
+
+
+def _inputs(merged: Checkpoint, report: Report) -> list[dict]:
+    """Name, folder and hashes of every checkpoint."""
+    models = [input_of(merged, (CONFIG, MANIFEST)), input_of(report.base, (*OTHERS, *TOKENIZER))]
+    for expert in report.experts:
+        models.append(input_of(expert, (expert.config_file, *READERS)))
+    return models
+
+
+def _calibration(question: Question, inputs: Feed) -> dict[str, dict]:
+    """What every expert's outputs were compared on, by its name."""
+    limits = {"max_length": question.max_length, "batch_size": question.batch_size}
+    return {name: source.as_json() | limits for name, source in inputs.sources.items()}
+
+
+def _seen_before(recipe: dict | None, calibration: Mapping[str, dict]) -> list[dict]:
+    """A warning for every file of texts that the merge was made on."""
+    used = (recipe or {}).get("calibration")
+    if not isinstance(used, dict):
+        return []
+    hashes = [given.get("sha256") for given in used.values() if isinstance(given, dict)]
+    rows = []
+    for name, given in calibration.items():
+        if given["sha256"] in hashes:
+            where = f"calibration of {name!r}, {given['file']}"
+            seen = f"the file that {MANIFEST} says it was made on"
+            cure = "the numbers flatter it; give other texts of the task"
+            expected = "texts that the merge has not seen"
+            rows.append(asdict(Finding(WARNING, where, expected, seen, cure)))
+    return rows
+
+
+class _Measuring:
+    """Runs the models: a merge, the base and experts of a report, and their inputs."""
+
+    def __init__(
+        self,
+        merged: Checkpoint,
+        report: Report,
+        inputs: Feed,
+    ):
+        self.merged, self.base, self.experts = merged, report.base, report.experts
+        self.model = build(report.base)
+        self.model.config.return_dict = True
+        self.in_model = names_of(self.model)
+        dtype = self.model.dtype
+        self.batches = {}
+        for name, batches in inputs.batches.items():
+            self.batches[name] = [cast(batch, dtype) for batch in batches]
+
+    def run(self, progress: bool) -> dict:
+        """What of the result hangs on weights."""
+        read = [self.base, self.merged, *self.experts]
+        try:
+            return self._run(progress)
+        except MergeError as error:
+            raise located(error, read, list(self.base.entries)) from error
+
+    def _run(self, progress: bool) -> dict:
+        from tqdm import tqdm
+
+        state = self._state(self.merged)
+        first = self.experts[0].name
+        device = next(self.model.parameters()).device
+        numbered = check_calibration(self.batches, list(self.batches), device)
+        kind, field = what_is_returned(self.model, numbered[first][0])
+        told: dict = {"compared": {"kind": kind, "field": field, "model": _name(self.model)}}
+        told["experts"], energies, changed = {}, {}, set[str]()
+        for expert in tqdm(self.experts, desc="experts", disable=not progress):
+            own = self._state(expert)
+            states = {MERGED: state, EXPERT: own, BASE: self.model.state_dict()}
+            texts = list(compared(self.model, states, numbered[expert.name], kind))
+            told["experts"][expert.name] = _of_expert(texts)
+            energies[expert.name] = self._energies(expert.name, state, own)
+            changed |= _differing(own, self.model.state_dict())
+        untouched = changed - _differing(state, self.model.state_dict())
+        certificates, left_out = self._certificates(state, progress)
+        told["layers"] = _layers(energies, certificates)
+        told["left_out"] = left_out
+        told["untouched"] = [name for name in self.base.entries if self._named(name) in untouched]
+        return told
+
+    def _state(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """The weights of a checkpoint as the model has them."""
+        weights = renamed(read_tensors(checkpoint, list(self.base.entries)), self.in_model)
+        return check_experts(self.model, {checkpoint.name: weights}, cast=True)[checkpoint.name]
+
+    def _energies(self, name: str, state, own) -> dict[str, float | None]:
+        """Captured energy of every layer's output, on the texts of one expert."""
+        return audit(self.model, state, {name: own}, {name: self.batches[name]})["layers"]
+
+    def _certificates(self, state, progress: bool):
+        """Certificate by layer; and why entries are in none, by reason."""
+        experts = {expert.name: self._state(expert) for expert in self.experts}
+        certificates, reasons = certify_in_passing(
+            self.model, state, experts, self.batches, progress=progress
+        )
+        by_reason: dict[str, list[str]] = {}
+        for name in self.base.entries:
+            reason = reasons.get(self._named(name))
+            if reason is not None:
+                by_reason.setdefault(reason, []).append(name)
+        return certificates, by_reason
+
+    def _named(self, name: str) -> str:
+        """What the model calls an entry of the files."""
+        return self.in_model.get(name, name)
+
+
+def _name(model: nn.Module) -> str:
+    return type(model).__name__
+
+
+def _differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> set[str]:
+    """Names of entries that are not bit for bit the same."""
+    return {name for name, value in one.items() if not torch.equal(value, other[name])}
+
+
+def _of_expert(texts: list[Text]) -> dict:
+    """Estimates of one expert, and what they are made of."""
+    numbers = {}
+    for name, estimate in estimates(texts).items():
+        numbers[name] = None if estimate is None else asdict(estimate)
+    positions = sum(text.positions for text in texts)
+    return {"positions": positions, **numbers, "texts": [asdict(text) for text in texts]}
+
+
+def _layers(
+    energies: Mapping[str, Mapping[str, float | None]],
+    certificates: Mapping[str, Mapping[str, float]],
+) -> list[dict]:
+    """A row for every layer that some expert's texts reach, in forward order."""
+    names = dict.fromkeys(name for of_one in energies.values() for name in of_one)
+    rows = []
+    for name in names:
+        own = {expert: of_one.get(name) for expert, of_one in energies.items()}
+        rows.append({"layer": name, "energy": own, "certificate": certificates.get(name)})
+    return rows
