@@ -20,7 +20,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from qpmerge_lite.checkpoints.merging import Order, merge_folders
+from qpmerge_lite.checkpoints.merging import merge_folders
+from qpmerge_lite.checkpoints.orders import Order
 
 STEPS = 4  # of float32, where norms and convolutions add up in another order
 SIZE = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -29,8 +29,9 @@ from qpmerge_lite.checkpoints import (
 )
 from qpmerge_lite.checkpoints.compatibility import check
 from qpmerge_lite.checkpoints.headers import read_header
-from qpmerge_lite.checkpoints.merging import Order, merge_folders
+from qpmerge_lite.checkpoints.merging import merge_folders
 from qpmerge_lite.checkpoints.methods import CALIBRATED, WEIGHTS_ONLY, literal
+from qpmerge_lite.checkpoints.orders import Order
 from qpmerge_lite.checkpoints.sources import Row
 from qpmerge_lite.companion import cli
 

@@ -399,7 +399,8 @@ def size(count: int) -> str:
 
 
 def _merge(arguments) -> int:
-    from .merging import Order, merge_folders
+    from .merging import merge_folders
+    from .orders import Order
 
     calibration = _pairs(arguments.calibration, "--calibration", "french=french.jsonl")
     columns = _pairs(arguments.column, "--column", "french=sentence")

@@ -21,14 +21,8 @@ from .feeds import Feed, feed
 from .findings import WARNING, Finding
 from .folders import CONFIG, OTHERS, TOKENIZER, Checkpoint, read_json
 from .hub import local
-from .merging import (
-    READERS,
-    check_all_named,
-    check_names,
-    check_sizes,
-    input_of,
-    warnings_of,
-)
+from .manifests import READERS, input_of, warnings_of
+from .orders import check_all_named, check_names, check_sizes
 from .output import MANIFEST, versions
 from .sources import SAMPLES
 from .tensors import read_tensors

@@ -28,7 +28,6 @@ from .folders import Checkpoint
 from .grams import packed
 from .headers import Entry, pieces
 from .hub import local
-from .merging import check_sizes
 from .moments_files import (
     FORMAT,
     KEY,
@@ -38,6 +37,7 @@ from .moments_files import (
     names_of_sums,
     read_moments,
 )
+from .orders import check_sizes
 from .output import all_or_nothing, check_new_file, versions
 from .sources import SAMPLES, Source
 

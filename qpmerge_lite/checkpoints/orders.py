@@ -1,0 +1,123 @@
+"""What is to be merged, how, and where to; and whether that fits together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from .compatibility import refuse_errors
+from .findings import Refused
+from .hub import check_places, local, reference_of
+from .methods import CALIBRATED, FROM_MOMENTS, SETTLED, WEIGHTS_ONLY
+from .sources import SAMPLES
+
+
+@dataclass
+class Order:
+    """What is to be merged, how, and where to.
+
+    Attributes:
+        base: folder of the model that the experts were tuned from, or its reference at the Hub.
+        experts: name -> folder, or reference.
+        out: the folder to be made.
+        method: a name, None for the default.
+        calibration: expert's name -> file, folder, or address at the Hub, see ``sources``.
+        columns: expert's name -> fields to read, where they are not called as is usual.
+        moments: expert's name -> files of moments, in place of calibration; several are added.
+        options: of the method.
+        samples: calibration inputs of an expert at the most.
+        max_length: tokens of a calibration text at the most.
+        batch_size: inputs of a forward.
+    """
+
+    base: Path
+    experts: dict[str, Path]
+    out: Path
+    method: str | None = None
+    calibration: dict[str, str | Path] = field(default_factory=dict)
+    columns: dict[str, list[str]] = field(default_factory=dict)
+    moments: dict[str, list[Path]] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
+    samples: int = SAMPLES
+    max_length: int = 128
+    batch_size: int = 8
+
+
+def check_calibration(order: Order, method: str) -> None:
+    """Refused unless there is calibration for every expert where the method needs it, and none
+    where it does not."""
+    check_names("--calibration", order.calibration, order.experts)
+    check_names("--column", order.columns, order.experts)
+    if method in CALIBRATED:
+        cure = "or choose a method that needs none"
+        check_all_named(order.calibration, order.experts, method, cure)
+    if method in WEIGHTS_ONLY and order.calibration:
+        cure = f"leave it out, or choose one of {', '.join(CALIBRATED)}"
+        raise Refused("--calibration", f"none, as {method} looks at weights only", "some", cure)
+    check_sizes(order, "samples", "max_length", "batch_size")
+
+
+def check_moments(order: Order, method: str) -> None:
+    """Refused unless there are moments for every expert, nothing beside them, and a method that
+    needs no more."""
+    if order.calibration:
+        cure = "leave one of them out: moments stand in for the data"
+        raise Refused("--moments", "no --calibration beside them", "both", cure)
+    check_names("--moments", order.moments, order.experts)
+    missing = [name for name in order.experts if name not in order.moments]
+    if missing:
+        found = f"none for {', '.join(map(repr, missing))}"
+        cure = f"add --moments {missing[0]}=FILE, which qpmerge moments writes"
+        raise Refused("--moments", "a file for every expert", found, cure)
+    if method not in FROM_MOMENTS:
+        expected = f"one of {', '.join(FROM_MOMENTS)}, which moments are enough for"
+        cure = "choose one of them, or leave --moments out"
+        raise Refused("--method", expected, repr(method), cure)
+    for name in order.options:
+        if name in SETTLED:
+            expected = f"none of {', '.join(SETTLED)}, which moments have settled"
+            cure = "leave it out: inputs are the experts' own"
+            raise Refused("--option", expected, repr(name), cure)
+
+
+def check_names(option: str, names: Iterable[str], experts: Mapping[str, Path]) -> None:
+    """Refused for a name that no expert has."""
+    for name in names:
+        if name not in experts:
+            known = ", ".join(experts)
+            cure = "name an expert as it is called, NAME=FILE"
+            raise Refused(option, f"one of the experts ({known})", repr(name), cure)
+
+
+def check_all_named(
+    calibration: Iterable[str], experts: Iterable[str], user: str, other_cure: str
+) -> None:
+    """Refused for an expert without calibration; ``user`` is what needs it."""
+    given = list(calibration)
+    missing = [name for name in experts if name not in given]
+    if missing:
+        lacking = f"none for {', '.join(map(repr, missing))}"
+        cure = f"add --calibration {missing[0]}=FILE, {other_cure}"
+        raise Refused("--calibration", f"a file for every expert, for {user}", lacking, cure)
+
+
+def check_sizes(order, *fields: str) -> None:
+    """Refused where one of these fields of an order is below one."""
+    for name in fields:
+        value = getattr(order, name)
+        if value < 1:
+            option = f"--{name.replace('_', '-')}"
+            raise Refused(option, "a whole number from 1 on", f"{value}", "give one")
+
+
+def downloaded(order: Order, progress: bool = False) -> Order:
+    """The order with folders in place of references to the Hub; nothing is downloaded but headers
+    where these show that no merge is made."""
+    if not any(reference_of(place) for place in (order.base, *order.experts.values())):
+        return order
+    report, _ = check_places(order.base, order.experts)
+    refuse_errors(report)
+    base = local(order.base, progress=progress)
+    experts = {name: local(place, progress=progress) for name, place in order.experts.items()}
+    return replace(order, base=base, experts=experts)
