@@ -24,15 +24,15 @@ from qpmerge_lite.checkpoints import (
     commands,
     methods,
     tensors,
-    tokens,
     weights_only,
 )
+from qpmerge_lite.checkpoints.calibration import tokens
+from qpmerge_lite.checkpoints.calibration.sources import Row
 from qpmerge_lite.checkpoints.compatibility import check
 from qpmerge_lite.checkpoints.headers import read_header
 from qpmerge_lite.checkpoints.merging import merge_folders
 from qpmerge_lite.checkpoints.methods import CALIBRATED, WEIGHTS_ONLY, literal
 from qpmerge_lite.checkpoints.orders import Order
-from qpmerge_lite.checkpoints.sources import Row
 from qpmerge_lite.companion import cli
 
 transformers = pytest.importorskip(

@@ -27,8 +27,8 @@ from test_checkpoints import (
 )
 
 import qpmerge_lite as q
-from qpmerge_lite.checkpoints import comparing, page, summary, svg
-from qpmerge_lite.checkpoints.diagnosing import Question, diagnose_folders
+from qpmerge_lite.checkpoints.diagnosis import comparing, page, summary, svg
+from qpmerge_lite.checkpoints.diagnosis.diagnosing import Question, diagnose_folders
 
 transformers = pytest.importorskip(
     "transformers", reason="the hub extra, which makes and runs checkpoints, is not here"
@@ -499,7 +499,7 @@ def test_histograms_count_everything_once():
 
 def test_pages_and_refusals_load_no_torch():
     code = (
-        "import sys; import qpmerge_lite.checkpoints.page, qpmerge_lite.__main__ as m;"
+        "import sys; import qpmerge_lite.checkpoints.diagnosis.page, qpmerge_lite.__main__ as m;"
         "m.parser().format_help(); print('torch' in sys.modules)"
     )
     done = subprocess.run(

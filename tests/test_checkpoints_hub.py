@@ -15,6 +15,7 @@ from test_checkpoints_adapters import factors, product, write_adapter
 import qpmerge_lite as q
 from qpmerge_lite.checkpoints import commands, headers
 from qpmerge_lite.checkpoints import hub as client
+from qpmerge_lite.checkpoints.calibration import records
 
 transformers = pytest.importorskip("transformers")
 LAYER = "encoder.layer.0.attention.self.query"
@@ -244,7 +245,7 @@ def test_wrong_usage_asks_for_nothing(hub, commits, tmp_path, capsys):
 
 
 def test_without_the_client_the_cure_is_named(family, hub, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(client, "find_spec", lambda name: None)
+    monkeypatch.setattr(records, "find_spec", lambda name: None)
     words = [family.base, "hf:ours/first"]
     for told in (
         run(capsys, "check", *words),

@@ -28,7 +28,7 @@ from test_checkpoints import (
 )
 
 import qpmerge_lite as q
-from qpmerge_lite.checkpoints import feeds, records, sources
+from qpmerge_lite.checkpoints.calibration import feeds, records, sources
 from qpmerge_lite.checkpoints.compatibility import check
 
 transformers = pytest.importorskip("transformers")

@@ -30,9 +30,10 @@ from test_checkpoints import (
 )
 
 import qpmerge_lite as q
-from qpmerge_lite.checkpoints import by_moments, fingerprints, grams, measuring
+from qpmerge_lite.checkpoints import fingerprints
 from qpmerge_lite.checkpoints.folders import read_folder
-from qpmerge_lite.checkpoints.moments_files import KEY, read_moments
+from qpmerge_lite.checkpoints.moments import grams, measuring, solving
+from qpmerge_lite.checkpoints.moments.files import KEY, read_moments
 
 FOLDS = 4
 
@@ -703,7 +704,7 @@ def test_every_kind_of_layer_can_be_read_back(families):
         state = family.experts["first"].state_dict()
         for layer in file.layers.values():
             shape = state[layer.names[0]].shape
-            view = by_moments.view_of(layer, "all", shape, None)
+            view = solving.view_of(layer, "all", shape, None)
             for name, value in view.parts(view.matrix(state), state).items():
                 torch.testing.assert_close(value.to(state[name]), state[name])
     assert kinds == {"Dense", "Transposed", "Norm", "Table"}

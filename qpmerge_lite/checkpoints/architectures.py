@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .calibration.records import IMAGE, TARGET, TEXT
 from .findings import Refused
 from .folders import CONFIG, Checkpoint
-from .records import IMAGE, TARGET, TEXT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

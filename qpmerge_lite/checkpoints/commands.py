@@ -10,11 +10,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..errors import MergeError
+from .calibration.sources import SAMPLES
 from .compatibility import Report
 from .findings import WARNING, Finding, Refused
 from .hub import check_places, reference_of
 from .methods import CALIBRATED, WEIGHTS_ONLY, assignment, literal
-from .sources import SAMPLES
 
 MERGE = """
 Merge fine-tuned models into one, without training.
@@ -434,7 +434,7 @@ def _merge(arguments) -> int:
 
 
 def _moments(arguments) -> int:
-    from .measuring import Measurement, measure
+    from .moments.measuring import Measurement, measure
 
     order = Measurement(
         model=arguments.model,
@@ -476,7 +476,7 @@ def _tell(out: Path, manifest: dict) -> None:
 
 
 def _diagnose(arguments) -> int:
-    from .page import check_report, write_page
+    from .diagnosis.page import check_report, write_page
 
     calibration = _pairs(arguments.calibration, "--calibration", "french=french.jsonl")
     columns = _pairs(arguments.column, "--column", "french=sentence")
@@ -484,9 +484,9 @@ def _diagnose(arguments) -> int:
     if arguments.report is not None:
         check_report(arguments.report, [arguments.merged, arguments.base, *experts.values()])
 
-    from .diagnosing import Question, diagnose_folders
+    from .diagnosis.diagnosing import Question, diagnose_folders
+    from .diagnosis.summary import as_text
     from .output import plain
-    from .summary import as_text
 
     question = Question(
         merged=arguments.merged,

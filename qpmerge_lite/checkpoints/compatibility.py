@@ -8,9 +8,9 @@ from math import prod
 from pathlib import Path
 
 from ..errors import MergeError
-from .adapters import Adapter, is_adapter, read_adapter
+from .adapters.fitting import fit
+from .adapters.reading import Adapter, is_adapter, read_adapter
 from .findings import ERROR, INFO, LEVELS, WARNING, Finding, Refused, shortened
-from .fitting import fit
 from .folders import CONFIG, INDEX, PICKLED, SINGLE, TOKENIZER, Checkpoint, read_folder, sha256
 from .headers import Entry
 

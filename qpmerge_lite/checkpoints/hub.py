@@ -16,12 +16,12 @@ from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
 
-from .adapters import WEIGHTS
+from .adapters.reading import WEIGHTS
+from .calibration.records import require
 from .compatibility import Report, check
 from .findings import Refused
 from .folders import ADAPTER, INDEX, OTHERS, SINGLE, TOKENIZER, read_json
 from .headers import LARGEST, LENGTH
-from .records import require
 
 PREFIX = "hf:"
 SMALL = (*OTHERS, *TOKENIZER, INDEX, ADAPTER)  # never code, never a pickle

@@ -10,12 +10,12 @@ from .compatibility import Report
 from .findings import WARNING
 from .folders import INDEX, OTHERS, TOKENIZER, Checkpoint, sha256
 from .hub import origin_of
-from .moments_files import MomentsFile
+from .moments.files import MomentsFile
 from .orders import Order
 from .output import versions
 
 if TYPE_CHECKING:
-    from .feeds import Feed
+    from .calibration.feeds import Feed
 
 READERS = (*TOKENIZER, "preprocessor_config.json", "processor_config.json")
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from .compatibility import Report, check, refuse_errors
 from .manifests import choice_of, manifest_of, without_time
 from .methods import BY_MOMENTS, WEIGHTS_ONLY, check_options, chosen
-from .moments_files import MomentsFile, read_all
+from .moments.files import MomentsFile, read_all
 from .orders import Order, check_calibration, check_moments, downloaded
 from .output import CARD, MANIFEST, all_or_nothing, card, check_place, copy_files, write_json
 
 if TYPE_CHECKING:
     from ..merge import Merge
-    from .feeds import Feed
+    from .calibration.feeds import Feed
 
 
 def merge_folders(order: Order, *, progress: bool = False) -> dict:
@@ -74,7 +74,7 @@ def _merges(
     """
     base, experts = report.base, report.experts
     if moments:
-        from .by_moments import merged_layers
+        from .moments.solving import merged_layers
 
         return merged_layers(base, experts, moments, method, order.options)
     if inputs is None:
@@ -113,7 +113,7 @@ def _written(
 
 def _feed(order: Order, report: Report) -> Feed:
     """The calibration of an order; what may be a mistake in it is added to the report."""
-    from .feeds import feed
+    from .calibration.feeds import feed
 
     inputs = feed(
         report,

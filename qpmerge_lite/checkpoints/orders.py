@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from .calibration.sources import SAMPLES
 from .compatibility import refuse_errors
 from .findings import Refused
 from .hub import check_places, local, reference_of
 from .methods import CALIBRATED, FROM_MOMENTS, SETTLED, WEIGHTS_ONLY
-from .sources import SAMPLES
 
 
 @dataclass

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..errors import MergeError
 from ..experts import is_number, stored
-from .adapters import Adapter
+from .adapters.folding import folded
+from .adapters.reading import Adapter
 from .findings import Refused
 from .folders import Checkpoint
-from .folding import folded
 from .headers import DAMAGED, Entry, Header
 
 TYPES = {

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement
 
+from ..findings import Refused
 from . import svg
-from .findings import Refused
 from .markup import add_names, add_section, add_table, add_terms, empty_page, say, written
 from .summary import (
     INTERVAL,

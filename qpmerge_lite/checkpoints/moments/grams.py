@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.products import mirror, propagated
-from ..engine.sums import RTOL
-from ..moments import Moments, diagonal
-from .findings import Refused
-from .moments_files import MEASURE_AGAIN, Layer, MomentsFile, names_of_sums
-from .tensors import read_tensor
+from ...engine.products import mirror, propagated
+from ...engine.sums import RTOL
+from ...moments import Moments, diagonal
+from ..findings import Refused
+from ..tensors import read_tensor
+from .files import MEASURE_AGAIN, Layer, MomentsFile, names_of_sums
 
 
 class Gram(NamedTuple):

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Batch
-from ..errors import NonFinite, is_finite
-from ..experts import State
-from ..forwards import evaluating, main_output
-from ..heads import outputs_of
-from .findings import Refused
+from ...calibration import Batch
+from ...errors import NonFinite, is_finite
+from ...experts import State
+from ...forwards import evaluating, main_output
+from ...heads import outputs_of
+from ..findings import Refused
 
 PREDICTIONS, OUTPUTS = "predictions", "outputs"
 MERGED, EXPERT, BASE = "merged", "expert", "base"

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from .findings import Refused, shortened
-from .fingerprints import of_config, of_weights
-from .folders import Checkpoint
-from .headers import Header, read_header
+from ..findings import Refused, shortened
+from ..fingerprints import of_config, of_weights
+from ..folders import Checkpoint
+from ..headers import Header, read_header
 
 KEY, FORMAT, SUFFIX = "qpmerge_moments", 1, ".safetensors"
 KINDS = ("Dense", "Transposed", "Convolution", "Norm", "Table")  # of layers, as the engine has them

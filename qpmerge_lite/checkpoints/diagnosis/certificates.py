@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ..diagnostic import certificate
-from ..engine.reasons import reasons_to_average
-from ..engine.recipes import Recipe
-from ..experts import is_number
-from ..moments import Moments
-from ..sequential import Pass, PassOptions
+from ...diagnostic import certificate
+from ...engine.reasons import reasons_to_average
+from ...engine.recipes import Recipe
+from ...experts import is_number
+from ...moments import Moments
+from ...sequential import Pass, PassOptions
 
 
 class Certifying:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from .findings import Refused
+from ..findings import Refused
 from .records import TEXT, Record
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")

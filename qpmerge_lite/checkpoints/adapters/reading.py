@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .findings import ERROR, Finding, Refused
-from .folders import ADAPTER, INDEX, SINGLE, Checkpoint, read_json
-from .headers import SAVE_AGAIN, Entry, Header, read_header
+from ..findings import ERROR, Finding, Refused
+from ..folders import ADAPTER, INDEX, SINGLE, Checkpoint, read_json
+from ..headers import SAVE_AGAIN, Entry, Header, read_header
 from .settings import FOLD, indices_of, scale_of, settings_errors
 
 WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"

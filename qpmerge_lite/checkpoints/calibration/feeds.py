@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..engine.layers import view
-from .architectures import HERE_ALONE, TROUBLES, empty_model, fields_of, quietly
-from .compatibility import Report
-from .findings import WARNING, Finding, Refused
-from .folders import Checkpoint
+from ...engine.layers import view
+from ..architectures import HERE_ALONE, TROUBLES, empty_model, fields_of, quietly
+from ..compatibility import Report
+from ..findings import WARNING, Finding, Refused
+from ..folders import Checkpoint
 from .pictures import opened
 from .records import IMAGE, TARGET
 from .sources import Row, Source, notes, read_source, shared

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .findings import Refused
-from .hub import endpoint, require_client, trouble
+from ..findings import Refused
+from ..hub import endpoint, require_client, trouble
 
 SCHEME = "hf://"
 FORM = "hf://datasets/OWNER/NAME@COMMIT/PATH"

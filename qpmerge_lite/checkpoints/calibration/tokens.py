@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..calibration import IGNORED
-from .architectures import HERE_ALONE, TROUBLES, quietly
-from .findings import Refused
-from .folders import CONFIG, TOKENIZER, Checkpoint
+from ...calibration import IGNORED
+from ..architectures import HERE_ALONE, TROUBLES, quietly
+from ..findings import Refused
+from ..folders import CONFIG, TOKENIZER, Checkpoint
 from .sources import Row
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .adapters import Fold
+from .reading import Fold
 
 
 def folded(origin: Tensor, fold: Fold, parts: Mapping[str, Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from math import sqrt
 from pathlib import Path
 
-from .findings import ERROR, Finding
+from ..findings import ERROR, Finding
 
 # fields of the configuration whose meaning is computed with
 USED = (

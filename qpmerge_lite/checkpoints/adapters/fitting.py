@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
-from .adapters import REPLACEMENT, WEIGHTS, Adapter, Fold, gathered, renamed
-from .findings import ERROR, INFO, WARNING, Finding, shortened
-from .folders import ADAPTER
-from .headers import Entry
+from ..findings import ERROR, INFO, WARNING, Finding, shortened
+from ..folders import ADAPTER
+from ..headers import Entry
+from .reading import REPLACEMENT, WEIGHTS, Adapter, Fold, gathered, renamed
 from .settings import FOLD, rank_of
 
 # parts that may change one tensor together

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from io import BytesIO
 from pathlib import Path
 
-from .findings import Refused
+from ..findings import Refused
 from .records import IMAGE, Record, require
 
 KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")

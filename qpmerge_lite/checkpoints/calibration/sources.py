@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..findings import WARNING, Finding, Refused, shortened
+from ..folders import sha256
 from .data_sets import SCHEME, fetched
-from .findings import WARNING, Finding, Refused, shortened
-from .folders import sha256
 from .parquet import Parquet
 from .pictures import KINDS, Pictures
 from .records import IMAGE, MESSAGES, TEXT, Reader, Record

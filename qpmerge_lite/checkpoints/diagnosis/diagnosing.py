@@ -9,24 +9,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..assess import audit
-from ..calibration import check_calibration
-from ..errors import MergeError
-from ..experts import check_experts
-from .calibrated import build, cast, names_of, renamed
+from ...assess import audit
+from ...calibration import check_calibration
+from ...errors import MergeError
+from ...experts import check_experts
+from ..calibrated import build, cast, names_of, renamed
+from ..calibration.feeds import Feed, feed
+from ..calibration.sources import SAMPLES
+from ..compatibility import Report, check, refuse_errors
+from ..findings import WARNING, Finding
+from ..folders import CONFIG, OTHERS, TOKENIZER, Checkpoint, read_json
+from ..hub import local
+from ..manifests import READERS, input_of, warnings_of
+from ..orders import check_all_named, check_names, check_sizes
+from ..output import MANIFEST, versions
+from ..tensors import read_tensors
+from ..weights_only import located
 from .certificates import certify_in_passing
 from .comparing import BASE, EXPERT, MERGED, Text, compared, estimates, what_is_returned
-from .compatibility import Report, check, refuse_errors
-from .feeds import Feed, feed
-from .findings import WARNING, Finding
-from .folders import CONFIG, OTHERS, TOKENIZER, Checkpoint, read_json
-from .hub import local
-from .manifests import READERS, input_of, warnings_of
-from .orders import check_all_named, check_names, check_sizes
-from .output import MANIFEST, versions
-from .sources import SAMPLES
-from .tensors import read_tensors
-from .weights_only import located
 
 
 @dataclass

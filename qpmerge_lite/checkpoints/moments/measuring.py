@@ -12,23 +12,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..aliases import tied
-from ..engine.gather import Inputs, Reads
-from ..engine.norms import Norm
-from ..engine.recipes import Making, Recipe
-from ..engine.sums import RTOL
-from ..engine.views import Table, View
-from ..sequential import Pass, PassOptions
-from . import fingerprints
-from .calibrated import build, cast, names_of, renamed
-from .compatibility import Report, check, refuse_errors
-from .feeds import feed
-from .findings import Refused
-from .folders import Checkpoint
-from .grams import packed
-from .headers import Entry, pieces
-from .hub import local
-from .moments_files import (
+from ...aliases import tied
+from ...engine.gather import Inputs, Reads
+from ...engine.norms import Norm
+from ...engine.recipes import Making, Recipe
+from ...engine.sums import RTOL
+from ...engine.views import Table, View
+from ...sequential import Pass, PassOptions
+from .. import fingerprints
+from ..calibrated import build, cast, names_of, renamed
+from ..calibration.feeds import feed
+from ..calibration.sources import SAMPLES, Source
+from ..compatibility import Report, check, refuse_errors
+from ..findings import Refused
+from ..folders import Checkpoint
+from ..headers import Entry, pieces
+from ..hub import local
+from ..orders import check_sizes
+from ..output import all_or_nothing, check_new_file, versions
+from .files import (
     FORMAT,
     KEY,
     SUFFIX,
@@ -37,9 +39,7 @@ from .moments_files import (
     names_of_sums,
     read_moments,
 )
-from .orders import check_sizes
-from .output import all_or_nothing, check_new_file, versions
-from .sources import SAMPLES, Source
+from .grams import packed
 
 MODEL = "model"  # what messages call the one that is run
 NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}

@@ -9,21 +9,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..engine.layers import covers
-from ..engine.norms import Norm
-from ..engine.recipes import Recipe
-from ..engine.views import Convolution, Dense, Table, Transposed, View
-from ..errors import MergeError
-from ..experts import State, check_experts, stored
-from ..merge import Merge, average
-from ..methods import RECIPES
-from .findings import Refused
-from .folders import Checkpoint
+from ...engine.layers import covers
+from ...engine.norms import Norm
+from ...engine.recipes import Recipe
+from ...engine.views import Convolution, Dense, Table, Transposed, View
+from ...errors import MergeError
+from ...experts import State, check_experts, stored
+from ...merge import Merge, average
+from ...methods import RECIPES
+from ..findings import Refused
+from ..folders import Checkpoint
+from ..methods import function_of
+from ..tensors import Entries, read_tensors
+from ..weights_only import located
+from .files import Layer, MomentsFile
 from .grams import Gram, added, moments_of, moments_of_table, on_tokens, read_gram, union
-from .methods import function_of
-from .moments_files import Layer, MomentsFile
-from .tensors import Entries, read_tensors
-from .weights_only import located
 
 ONE_VERSION = "measure both again, with one version of this package and of transformers"
 VIEWS: dict[str, type[View]] = {

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from .findings import Refused
+from ..findings import Refused
 
 TEXT, TARGET, IMAGE, MESSAGES = "text", "target", "image", "messages"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from .findings import Refused
+from ..findings import Refused
 from .records import Record, require
 
 AT_ONCE = 64  # rows in memory, which may be pictures
