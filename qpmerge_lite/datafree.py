@@ -114,7 +114,7 @@ def slerp(base, experts, calibration=None, *, t: float = 0.5) -> Merge:
     for name in parameters:
         first, second = (wide(expert[name]) for expert in experts.values())
         if not torch.equal(first, second):
-            state[name] = stored(f"parameter {name!r}", _on_arc(first, second, t), origin[name])
+            state[name] = stored(f"parameter {name!r}", on_arc(first, second, t), origin[name])
     reason = "slerp interpolates parameters only; the mean of the experts' buffers"
     buffers = [k for k, v in state.items() if is_number(v) and k not in parameters]
     return Merge(as_loaded(base, state), averaged=dict.fromkeys(buffers, reason))
@@ -125,7 +125,7 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _on_arc(first: Tensor, second: Tensor, t: float) -> Tensor:
+def on_arc(first: Tensor, second: Tensor, t: float) -> Tensor:
     """The point at t on the arc from one tensor to another."""
     directions = []
     for tensor in (first, second):

@@ -20,7 +20,7 @@ def _flat(vectors: Tensor) -> Tensor:
     return vectors.reshape(len(vectors), vectors[0].numel())
 
 
-def _rescaled(vector: Tensor, mask: Tensor, chance: float | Tensor, rescale: str) -> Tensor:
+def rescaled(vector: Tensor, mask: Tensor, chance: float | Tensor, rescale: str) -> Tensor:
     """Masked entries of a vector (d,) over their ``chance`` of being kept, one number or (d,), or
     scaled to the L1 norm of all."""
     if rescale == "keep":
@@ -59,7 +59,7 @@ def dare(
         for name in sorted(vectors):
             vector = vectors[name][k]
             mask = torch.rand(vector.shape, generator=generator).to(vector.device) >= drop
-            total[name] += _rescaled(vector, mask, 1 - drop, rescale)
+            total[name] += rescaled(vector, mask, 1 - drop, rescale)
     return add_update(base, experts, total, scale)
 
 
@@ -138,7 +138,7 @@ def _trim(vector: Tensor, density: float, rule: TiesRule) -> Tensor:
     return vector.scatter(0, vector.abs().argsort(stable=True)[:dropped], 0.0)
 
 
-def _consensus(
+def consensus(
     vectors: Tensor,
     rule: TiesRule,
     weights: Tensor | None = None,
@@ -213,7 +213,7 @@ def ties(
         cancelled = sum(signs, torch.zeros(())).sign()
     update, state = {}, base.state_dict()
     for name, flat in vectors.items():
-        merged = _consensus(flat, rule, by_expert, cancelled)
+        merged = consensus(flat, rule, by_expert, cancelled)
         update[name] = merged.view_as(state[name])
     return add_update(base, experts, update, scale)
 
@@ -271,8 +271,6 @@ def della(
         ranks = rows.abs().argsort(dim=-1, stable=True).argsort(dim=-1)
         chances = density - spread + 2 * spread * ranks / max(rows.shape[-1] - 1, 1)
         mask = torch.rand(chances.shape, generator=generator).to(chances) < chances
-        thinned = [_rescaled(r, m, p, rescale) for r, m, p in zip(rows, mask, chances)]
-        update[name] = _consensus(_flat(torch.stack(thinned)), TiesRule()).reshape(
-            stacked.shape[1:]
-        )
+        thinned = [rescaled(r, m, p, rescale) for r, m, p in zip(rows, mask, chances)]
+        update[name] = consensus(_flat(torch.stack(thinned)), TiesRule()).reshape(stacked.shape[1:])
     return add_update(base, experts, update, scale)

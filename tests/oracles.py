@@ -5,17 +5,25 @@ Random tensors, a small random transformer and the suites' experts, in float64 e
 oracle works in float32 itself.
 
     --quick    leave the suites out, whose experts are trained where the cache lacks them
-    --freeze   write the random cases to frozen_oracles.safetensors, which test_oracles.py reads
+    --freeze   write the random cases to frozen_oracles.safetensors, which test_oracles.py reads,
+               and those of recipes to frozen_recipes.safetensors, for test_checkpoints_recipes.py
 """
 
 import copy
 import io
+import os
 import sys
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before mergekit asks for models that are folders here
+
+import frozen_recipes
 import torch
+import yaml
 from frozen_oracles import Case, Problem, difference, freeze, random_tensors, random_transformer
 from fusion_bench.method.dare.utils import module_random_drop_
 from fusion_bench.method.isotropic_merging.iso_utils import iso_c
@@ -29,11 +37,17 @@ from fusion_bench.method.task_singular_vector.utils.TSVM_utils import (
 from fusion_bench.method.ties_merging import ties_merging_utils
 from fusion_bench.method.wudi import wudi_merging
 from fusion_bench.modelpool import BaseModelPool
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge import run_merge
 from mergekit.merge_methods import merge_state_dicts
+from mergekit.options import MergeOptions
 from peft.utils import merge_utils
 from torch import nn
 from toys import loaded
 
+from qpmerge_lite.checkpoints.merging import merge_folders, ordered
+from qpmerge_lite.checkpoints.recipes.reading import read_recipe
 from qpmerge_lite.companion import suites
 
 ROUNDING = (
@@ -389,6 +403,52 @@ def cases(problem):
             yield case
 
 
+def theirs_and_ours(text):
+    """What mergekit and what we make of a recipe for the folders that are here: (d,) each, in the
+    order of names, which have to be the same."""
+    Path("recipe.yml").write_text(text)
+    LoaderCache.loaders.clear()  # it knows models by their relative paths
+    options = MergeOptions(
+        random_seed=0, copy_tokenizer=False, write_model_card=False, quiet=True, clone_tensors=True
+    )
+    with redirect_stderr(io.StringIO()):
+        run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), "theirs", options)
+    merge_folders(ordered(read_recipe(Path("recipe.yml")), Path("ours")))
+    (theirs, names), (ours, same) = map(frozen_recipes.flat, (Path("theirs"), Path("ours")))
+    assert names == same
+    return theirs, ours
+
+
+def recipe_answers():
+    """(kind, title, whether many updates are alike, mergekit's answer, ours) of every recipe on
+    models of every kind."""
+    for kind in frozen_recipes.KINDS:
+        for alike in (False, True):
+            for title, text in frozen_recipes.RECIPES.items():
+                if (kind, title) in frozen_recipes.NOT_A_NUMBER:
+                    continue
+                with TemporaryDirectory() as folder, chdir(folder):
+                    models = frozen_recipes.states(kind, alike)
+                    frozen_recipes.write_models(Path(), kind, models)
+                    yield kind, title, alike, *theirs_and_ours(text)
+
+
+def recipes(freezing) -> bool:
+    """Print a line per recipe; whether any of them differs."""
+    kept, differs = {}, False
+    for kind, title, alike, theirs, ours in recipe_answers():
+        found = frozen_recipes.apart(title, ours, theirs)
+        differs |= found > 0
+        verdict = "DIFFERS" if found > 0 else ""
+        name = f"mergekit-yaml {title}, {'alike' if alike else 'apart'}"
+        print(f"{name:57} {kind:12} {found:8.1e}  {verdict}".rstrip(), flush=True)
+        if kind in frozen_recipes.FROZEN_KINDS and not alike:
+            kept[kind, title] = theirs
+    if freezing:
+        frozen_recipes.freeze(kept)
+    return differs
+
+
 def main(arguments) -> bool:
     """Print a line per case; whether any of them differs by more than its tolerance."""
     random, kept, differs = [random_tensors(), random_transformer()], [], False
@@ -404,7 +464,7 @@ def main(arguments) -> bool:
             kept += [case] if problem in random else []
     if "--freeze" in arguments:
         freeze(random, kept)
-    return differs
+    return recipes("--freeze" in arguments) or differs
 
 
 if __name__ == "__main__":

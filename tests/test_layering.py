@@ -80,6 +80,8 @@ CHECKPOINTS = [
     "calibration.pictures",
     "calibration.sources",
     "methods",
+    "recipes.settings",
+    "recipes.reading",
     "orders",
     "adapters.folding",
     "tensors",
@@ -93,6 +95,8 @@ CHECKPOINTS = [
     "manifests",
     "moments.measuring",
     "moments.solving",
+    "recipes.plans",
+    "recipes.arithmetic",
     "merging",
     "diagnosis.certificates",
     "diagnosis.comparing",
@@ -119,9 +123,9 @@ COMPANION = [
 FOLDERS = ("companion", "engine", "spectral", "choice", "checkpoints")
 ORDER = [*CORE, *(f"companion.{name}" for name in COMPANION), "__main__"]
 ALLOWED = {"torch", "numpy", "safetensors", "tqdm", "greenlet", "clarabel", "scipy"}
-# what fetches checkpoints, builds their models and reads their inputs may be used by the modules
-# that do so
-BUILDERS = {"transformers", "huggingface_hub", "pyarrow", "PIL", "jinja2"}
+# what fetches checkpoints, builds their models and reads their inputs and recipes may be used by
+# the modules that do so
+BUILDERS = {"transformers", "huggingface_hub", "pyarrow", "PIL", "jinja2", "yaml"}
 HEAVY = [
     "datasets",
     "transformers",

@@ -15,6 +15,7 @@ from .compatibility import Report
 from .findings import WARNING, Finding, Refused
 from .hub import check_places, reference_of
 from .methods import CALIBRATED, WEIGHTS_ONLY, assignment, literal
+from .recipes.settings import RULES
 
 MERGE = """
 Merge fine-tuned models into one, without training.
@@ -62,6 +63,14 @@ moments:
   for its texts: qpmerge moments writes them, once, and no data are needed here, nor transformers.
   They are of one expert alone, and fit any base, other experts, basis and ridge.
 
+recipes:
+  RECIPE is a YAML file of mergekit. Base, models, method and parameters are taken from it, and the
+  weights are those of mergekit 0.1.5, of random methods those of its --random-seed N. Methods:
+  {", ".join(list(RULES)[:6])},
+  {", ".join(list(RULES)[6:])}.
+  What is not honoured is refused by its field: adapters, names at the Hub, models made of parts
+  of models, other tokenizers than the base's. Reading it needs PyYAML: '.[yaml]'.
+
 files:
   Weights are read from safetensors alone: nothing is unpickled, no code of a checkpoint is run,
   and no network is asked but for hf: names and hf:// sources. Chat templates run in the sandbox
@@ -82,6 +91,7 @@ examples:
   qpmerge moments tuned/fr --calibration fr.jsonl --out fr.moments.safetensors
   qpmerge merge base fr=tuned/fr de=tuned/de --out merged \\
       --moments fr=fr.moments.safetensors --moments de=de.moments.safetensors
+  qpmerge merge --config recipe.yml --out merged
 """
 MOMENTS = """
 Measure what a model's layers read of its own data, so that others can merge it without them.
@@ -173,7 +183,7 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
 def add_verbs(groups) -> None:
     """Add the verbs to the subcommands of an ``argparse`` parser; what is parsed has their function
     as ``command``."""
-    merge = _verb(groups, "merge", _merge, "merge checkpoints into one", MERGE, MERGE_MORE)
+    merge, folders = _verb(groups, "merge", _merge, "merge checkpoints into one", MERGE, MERGE_MORE)
     merge.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="folder to make; not there, or empty"
     )
@@ -199,9 +209,23 @@ def add_verbs(groups) -> None:
         metavar="KEY=VALUE",
         help="option of the method, such as density=0.1 or weights=[0.7,0.3]",
     )
+    merge.add_argument(
+        "--config",
+        action=_Config,
+        folders=folders,
+        type=Path,
+        metavar="RECIPE",
+        help="YAML of mergekit, in place of BASE, EXPERT, --method and --option",
+    )
+    merge.add_argument(
+        "--random-seed",
+        type=int,
+        metavar="N",
+        help="of a recipe's dare and della, as in mergekit (default 0)",
+    )
     _add_moments(groups)
     _verb(groups, "check", _check, "say whether checkpoints can be merged", CHECK, CHECK_MORE)
-    diagnose = _verb(
+    diagnose, _ = _verb(
         groups,
         "diagnose",
         _diagnose,
@@ -295,6 +319,19 @@ def _add_sizes(verb) -> None:
     )
 
 
+class _Config(argparse.Action):
+    """A recipe names base and experts, which the command line then need not."""
+
+    def __init__(self, *words, folders: Sequence[argparse.Action], **options):
+        super().__init__(*words, **options)
+        self.folders = folders
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+        for folder in self.folders:
+            folder.required = False
+
+
 def _verb(
     groups,
     name: str,
@@ -305,7 +342,8 @@ def _verb(
     *,
     before: Mapping[str, str] = MappingProxyType({}),
 ):
-    """One subcommand with what all have in common; ``before`` are folders that come first."""
+    """One subcommand with what all have in common, and its positional arguments of base and
+    experts; ``before`` are folders that come first."""
     verb = groups.add_parser(
         name,
         help=help,
@@ -315,10 +353,10 @@ def _verb(
     )
     for folder, words in before.items():
         verb.add_argument(folder, metavar=folder.upper(), type=Path, help=words)
-    verb.add_argument(
+    base = verb.add_argument(
         "base", metavar="BASE", type=Path, help="folder of the base, or hf:owner/name"
     )
-    verb.add_argument(
+    experts = verb.add_argument(
         "experts",
         metavar="EXPERT",
         nargs="+",
@@ -327,7 +365,7 @@ def _verb(
     )
     _add_talk(verb)
     verb.set_defaults(command=command)
-    return verb
+    return verb, (base, experts)
 
 
 def named_folders(words: Sequence[str]) -> dict[str, Path]:
@@ -400,28 +438,8 @@ def size(count: int) -> str:
 
 def _merge(arguments) -> int:
     from .merging import merge_folders
-    from .orders import Order
 
-    calibration = _pairs(arguments.calibration, "--calibration", "french=french.jsonl")
-    columns = _pairs(arguments.column, "--column", "french=sentence")
-    options = _pairs(arguments.option, "--option", "density=0.1")
-    moments: dict[str, list[Path]] = {}
-    for word in arguments.moments:
-        name, file = assignment(word, "--moments", "french=french.safetensors")
-        moments.setdefault(name, []).append(Path(file))
-    order = Order(
-        base=arguments.base,
-        experts=named_folders(arguments.experts),
-        out=arguments.out,
-        method=arguments.method,
-        calibration=dict(calibration),
-        columns={name: fields.split(",") for name, fields in columns.items()},
-        moments=moments,
-        options={name: literal(value) for name, value in options.items()},
-        samples=arguments.samples,
-        max_length=arguments.max_length,
-        batch_size=arguments.batch_size,
-    )
+    order = _order(arguments)
     talks = not (arguments.quiet or arguments.json)
     manifest = merge_folders(order, progress=talks and sys.stderr.isatty())
     if arguments.json:
@@ -455,6 +473,56 @@ def _moments(arguments) -> int:
         print(f"measured: {about['layers']} layers on {count} inputs in {folds} folds")
         print(f"written: {order.out}, {size(order.out.stat().st_size)}")
     return 0
+
+
+def _order(arguments):
+    """What is to be merged, by a recipe or by the command line."""
+    from .orders import Order, ordered
+    from .recipes.reading import read_recipe
+
+    if arguments.config is not None:
+        _refuse_beside_recipe(arguments)
+        return ordered(read_recipe(arguments.config), arguments.out, arguments.random_seed or 0)
+    if arguments.random_seed is not None:
+        cure = "write --option seed=N for a method of that option"
+        raise Refused("--random-seed", "it beside --config", "it without", cure)
+    calibration = _pairs(arguments.calibration, "--calibration", "french=french.jsonl")
+    columns = _pairs(arguments.column, "--column", "french=sentence")
+    options = _pairs(arguments.option, "--option", "density=0.1")
+    moments: dict[str, list[Path]] = {}
+    for word in arguments.moments:
+        name, file = assignment(word, "--moments", "french=french.safetensors")
+        moments.setdefault(name, []).append(Path(file))
+    return Order(
+        base=arguments.base,
+        experts=named_folders(arguments.experts),
+        out=arguments.out,
+        method=arguments.method,
+        calibration=dict(calibration),
+        columns={name: fields.split(",") for name, fields in columns.items()},
+        moments=moments,
+        options={name: literal(value) for name, value in options.items()},
+        samples=arguments.samples,
+        max_length=arguments.max_length,
+        batch_size=arguments.batch_size,
+    )
+
+
+def _refuse_beside_recipe(arguments) -> None:
+    """Refused where the command line says what a recipe says."""
+    given = {
+        "BASE": arguments.base,
+        "EXPERT": arguments.experts,
+        "--method": arguments.method,
+        "--calibration": arguments.calibration,
+        "--column": arguments.column,
+        "--moments": arguments.moments,
+        "--option": arguments.option,
+    }
+    for name, value in given.items():
+        if value:
+            cure = "leave it out and write it into the recipe, or leave out --config"
+            raise Refused(name, "none beside --config, which says it all", f"{value}", cure)
 
 
 def _tell(out: Path, manifest: dict) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -33,6 +33,8 @@ SIZES = {
     "F64": 8,
     "C64": 8,
 }
+# dtypes of real numbers -> their names in configurations
+NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 LENGTH = 8  # bytes that say how long the header is
 LARGEST = 100_000_000  # bytes of a header, as the library of the format has it
 PIECE = 1 << 24  # bytes that are read at a time, where not all of a tensor is
@@ -82,6 +84,24 @@ class Header:
     entries: dict[str, Entry]
     metadata: dict
     size: int
+
+    def as_dtype(self, dtype: str) -> Header:
+        """The header of a file with the same tensors, whose real numbers have one dtype."""
+        described: dict[str, dict] = {"__metadata__": self.metadata} if self.metadata else {}
+        entries, end = [], 0
+        for entry in self.entries.values():
+            own = dtype if entry.is_number and entry.dtype != "C64" else entry.dtype
+            start, end = end, end + prod(entry.shape) * SIZES[own]
+            offsets = [start, end]
+            described[entry.name] = {"dtype": own, "shape": entry.shape, "data_offsets": offsets}
+            entries.append(Entry(entry.name, own, entry.shape, start, end))
+        text = json.dumps(described, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % LENGTH)  # so that the tensors begin at a multiple of it
+        raw = len(text).to_bytes(LENGTH, "little") + text
+        placed = {
+            e.name: replace(e, start=len(raw) + e.start, stop=len(raw) + e.stop) for e in entries
+        }
+        return Header(self.path, raw, placed, self.metadata, len(raw) + end)
 
 
 def read_header(path: Path) -> Header:

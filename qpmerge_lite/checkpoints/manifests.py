@@ -39,6 +39,7 @@ def manifest_of(
         "method": method,
         "why": why,
         "options": order.options,
+        "recipe": order.recipe and order.recipe.as_json(order.random_seed),
         "inputs": models,
         "calibration": {} if inputs is None else _calibration(order, inputs),
         "moments": {name: _measured(files) for name, files in moments.items()},

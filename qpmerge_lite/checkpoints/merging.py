@@ -12,7 +12,17 @@ from .manifests import choice_of, manifest_of, without_time
 from .methods import BY_MOMENTS, WEIGHTS_ONLY, check_options, chosen
 from .moments.files import MomentsFile, read_all
 from .orders import Order, check_calibration, check_moments, downloaded
-from .output import CARD, MANIFEST, all_or_nothing, card, check_place, copy_files, write_json
+from .output import (
+    CARD,
+    MANIFEST,
+    all_or_nothing,
+    card,
+    check_place,
+    copy_files,
+    say_dtype,
+    write_json,
+)
+from .recipes.plans import plans, settle_dtypes, stored_headers
 
 if TYPE_CHECKING:
     from ..merge import Merge
@@ -28,6 +38,38 @@ def merge_folders(order: Order, *, progress: bool = False) -> dict:
     Raises: MergeError before any weight is read for whatever can be seen by then, and later for
         weights that are not finite; nothing is left of the output then.
     """
+    order, method, why = settled(order)
+    check_place(order.out, [order.base, *order.experts.values()])
+    order = downloaded(order, progress)
+    report = check(order.base, order.experts)
+    refuse_errors(report)
+    moments = read_all(order.moments, report.base, report.experts) if order.moments else {}
+    inputs = None
+    if order.recipe is not None:
+        settle_dtypes(report)
+    elif method in WEIGHTS_ONLY:
+        from .weights_only import rehearse
+
+        rehearse(method, list(order.experts), order.options)
+    elif not moments:
+        inputs = _feed(order, report)
+    with all_or_nothing(order.out) as folder:
+        merges = _merges(order, method, report, inputs, moments, progress)
+        told = _written(order, method, report, merges, folder, progress)
+        manifest = manifest_of(order, method, why, report, inputs, moments) | told
+        copy_files(report.base, folder)
+        if order.recipe is not None and order.recipe.out_dtype is not None:
+            say_dtype(folder, order.recipe.out_dtype)
+        write_json(folder / MANIFEST, manifest)
+        (folder / CARD).write_text(card(manifest), encoding="utf-8")
+    return manifest
+
+
+def settled(order: Order) -> tuple[Order, str, str]:
+    """An order with the options that follow from it, its method, and why it is that; refused where
+    options or calibration do not fit it."""
+    if order.recipe is not None:
+        return order, order.recipe.method, "the recipe names it"
     method, why = chosen(order.method, bool(order.calibration), bool(order.moments))
     if order.moments and order.method is None:
         order = replace(order, options=BY_MOMENTS | order.options)
@@ -36,26 +78,7 @@ def merge_folders(order: Order, *, progress: bool = False) -> dict:
         check_moments(order, method)
     else:
         check_calibration(order, method)
-    check_place(order.out, [order.base, *order.experts.values()])
-    order = downloaded(order, progress)
-    report = check(order.base, order.experts)
-    refuse_errors(report)
-    moments = read_all(order.moments, report.base, report.experts) if order.moments else {}
-    inputs = None
-    if method in WEIGHTS_ONLY:
-        from .weights_only import rehearse
-
-        rehearse(method, list(order.experts), order.options)
-    elif not moments:
-        inputs = _feed(order, report)
-    with all_or_nothing(order.out) as folder:
-        merges = _merges(order, method, report, inputs, moments, progress)
-        told = _written(method, report, merges, folder, progress)
-        manifest = manifest_of(order, method, why, report, inputs, moments) | told
-        copy_files(report.base, folder)
-        write_json(folder / MANIFEST, manifest)
-        (folder / CARD).write_text(card(manifest), encoding="utf-8")
-    return manifest
+    return order, method, why
 
 
 def _merges(
@@ -77,6 +100,11 @@ def _merges(
         from .moments.solving import merged_layers
 
         return merged_layers(base, experts, moments, method, order.options)
+    if order.recipe is not None:
+        from .recipes.arithmetic import recipe_merges
+
+        planned = plans(order.recipe, report)
+        return recipe_merges(order.recipe, base, experts, planned, order.random_seed)
     if inputs is None:
         from .weights_only import merged_groups
 
@@ -85,7 +113,12 @@ def _merges(
 
 
 def _written(
-    method: str, report: Report, merges: Iterable[Merge], folder: Path, progress: bool
+    order: Order,
+    method: str,
+    report: Report,
+    merges: Iterable[Merge],
+    folder: Path,
+    progress: bool,
 ) -> dict:
     """Write the merged weights; entries of the manifest that only the merge knows."""
     from tqdm import tqdm
@@ -93,7 +126,7 @@ def _written(
     from .tensors import Shards
 
     base = report.base
-    shards = Shards(folder, base.headers)
+    shards = Shards(folder, stored_headers(order.recipe, base))
     averaged: dict[str, list[str]] = {}
     told: dict = {"averaged": averaged, "table": [], "choice": None}
     bar = tqdm(total=len(base.entries), desc=method, unit="tensor", disable=not progress)

@@ -11,6 +11,7 @@ from .compatibility import refuse_errors
 from .findings import Refused
 from .hub import check_places, local, reference_of
 from .methods import CALIBRATED, FROM_MOMENTS, SETTLED, WEIGHTS_ONLY
+from .recipes.reading import Recipe
 
 
 @dataclass
@@ -29,6 +30,8 @@ class Order:
         samples: calibration inputs of an expert at the most.
         max_length: tokens of a calibration text at the most.
         batch_size: inputs of a forward.
+        recipe: in place of a method and its options, and where base and experts are from.
+        random_seed: of a recipe's random methods.
     """
 
     base: Path
@@ -42,6 +45,14 @@ class Order:
     samples: int = SAMPLES
     max_length: int = 128
     batch_size: int = 8
+    recipe: Recipe | None = None
+    random_seed: int = 0
+
+
+def ordered(recipe: Recipe, out: Path, random_seed: int = 0) -> Order:
+    """The order that a recipe is."""
+    base = recipe.sources[recipe.base].folder
+    return Order(base, recipe.experts, out, recipe=recipe, random_seed=random_seed)
 
 
 def check_calibration(order: Order, method: str) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from .. import __version__
 from ..errors import MergeError
 from .findings import Refused
-from .folders import INDEX, OTHERS, TOKENIZER, Checkpoint
+from .folders import CONFIG, INDEX, OTHERS, TOKENIZER, Checkpoint, read_json
+from .headers import NAMES, read_header
 
 MANIFEST, CARD = "merge.json", "README.md"
 
@@ -98,6 +99,24 @@ def copy_files(base: Checkpoint, folder: Path) -> list[str]:
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(base.folder / name, target)
     return names
+
+
+def say_dtype(folder: Path, dtype: str) -> None:
+    """Write into a merge's configuration and index that its weights are of another dtype than the
+    base's.
+
+    Args:
+        dtype: as safetensors names it.
+    """
+    config = read_json(folder / CONFIG)
+    field = "torch_dtype" if "torch_dtype" in config else "dtype"
+    write_json(folder / CONFIG, config | {field: NAMES[dtype]})
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        headers = [read_header(folder / file) for file in {*index["weight_map"].values()}]
+        total = sum(header.size - len(header.raw) for header in headers)
+        index["metadata"] = index.get("metadata", {}) | {"total_size": total}
+        write_json(folder / INDEX, index)
 
 
 def write_json(path: Path, value: dict) -> None:

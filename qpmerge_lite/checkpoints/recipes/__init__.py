@@ -1,0 +1,1 @@
+"""Recipes of mergekit: read, planned for these checkpoints, merged in its arithmetic."""
