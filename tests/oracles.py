@@ -46,7 +46,8 @@ from peft.utils import merge_utils
 from torch import nn
 from toys import loaded
 
-from qpmerge_lite.checkpoints.merging import merge_folders, ordered
+from qpmerge_lite.checkpoints.merging import merge_folders
+from qpmerge_lite.checkpoints.orders import ordered
 from qpmerge_lite.checkpoints.recipes.reading import read_recipe
 from qpmerge_lite.companion import suites
 

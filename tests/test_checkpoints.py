@@ -5,6 +5,7 @@ import copy
 import inspect
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -861,12 +862,15 @@ def test_the_commands_of_the_readme_run(families, tmp_path, capsys, monkeypatch)
     for name, copied in zip(("base", *EXPERTS), ("base", "tuned/french", "tuned/german")):
         shutil.copytree(family.root / name, tmp_path / copied)
     shutil.copy(family.files["first"], "french.jsonl")
+    shutil.copy(family.files["second"], "german.jsonl")
     Path("german.txt").write_text("\n".join(texts(6)), encoding="utf-8")
+    Path("french.txt").write_text("\n".join(texts(7)), encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = readme.partition("### From the command line")[2].partition("```sh\n")[2]
-    lines = [shlex.split(line, comments=True) for line in block.partition("```")[0].splitlines()]
-    ran = [run(capsys, *words[1:]) for words in lines]
-    assert [(status, err) for status, _, err in ran] == [(0, "")] * 3
+    section = readme.partition("### From the command line")[2].partition("\n## ")[0]
+    blocks = re.findall("```sh\n(.*?)```", section, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    ran = [run(capsys, *shlex.split(line, comments=True)[1:]) for line in lines]
+    assert [(status, err) for status, _, err in ran] == [(0, "")] * 7
     assert "method: auto (the default where every expert has calibration)" in ran[2][1]
     told = json.loads(Path("chosen", "merge.json").read_text(encoding="utf-8"))
     assert f"chosen: {told['choice']['chosen']}\n" in ran[2][1]

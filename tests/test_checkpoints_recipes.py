@@ -9,7 +9,8 @@ import torch
 from frozen_recipes import RECIPES, apart, flat, recipe, states, thaw, write_models
 
 import qpmerge_lite as q
-from qpmerge_lite.checkpoints.merging import merge_folders, ordered
+from qpmerge_lite.checkpoints.merging import merge_folders
+from qpmerge_lite.checkpoints.orders import ordered
 from qpmerge_lite.checkpoints.recipes import reading
 from qpmerge_lite.checkpoints.recipes.reading import read_recipe
 from qpmerge_lite.companion import cli
