@@ -5,7 +5,8 @@ import sys
 from importlib.util import find_spec
 
 from . import __version__
-from .checkpoints.commands import add_verbs, run_command
+from .checkpoints.arguments import add_verbs
+from .checkpoints.commands import run_command
 
 MODULE = f"""qpmerge-lite {__version__}, the module. It merges checkpoints, or from Python:
 

@@ -64,6 +64,7 @@ METHODS += ["choice.criteria", "choice.automatic"]
 CORE = ["errors", *MATHEMATICS, *WEIGHTS, *(f"engine.{name}" for name in ENGINE), *METHODS]
 CHECKPOINTS = [
     "findings",
+    "digests",
     "headers",
     "folders",
     "adapters.settings",
@@ -84,6 +85,7 @@ CHECKPOINTS = [
     "recipes.reading",
     "orders",
     "adapters.folding",
+    "partial",
     "tensors",
     "moments.grams",
     "architectures",
@@ -92,12 +94,14 @@ CHECKPOINTS = [
     "calibration.tokens",
     "calibration.feeds",
     "output",
+    "recipes.plans",
+    "planning",
     "manifests",
     "moments.measuring",
     "moments.solving",
-    "recipes.plans",
     "recipes.arithmetic",
     "merging",
+    "costs",
     "diagnosis.certificates",
     "diagnosis.comparing",
     "diagnosis.diagnosing",
@@ -105,7 +109,10 @@ CHECKPOINTS = [
     "diagnosis.svg",
     "diagnosis.markup",
     "diagnosis.page",
+    "stops",
     "commands",
+    "manuals",
+    "arguments",
 ]
 CORE += [f"checkpoints.{name}" for name in CHECKPOINTS]
 COMPANION = [

@@ -10,8 +10,9 @@ from pathlib import Path
 from ..errors import MergeError
 from .adapters.fitting import fit
 from .adapters.reading import Adapter, is_adapter, read_adapter
+from .digests import sha256
 from .findings import ERROR, INFO, LEVELS, WARNING, Finding, Refused, shortened
-from .folders import CONFIG, INDEX, PICKLED, SINGLE, TOKENIZER, Checkpoint, read_folder, sha256
+from .folders import CONFIG, INDEX, PICKLED, SINGLE, TOKENIZER, Checkpoint, read_folder
 from .headers import Entry
 
 # fields of config.json that decide what the weights mean, though their shapes may not show it

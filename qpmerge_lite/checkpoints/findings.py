@@ -51,3 +51,13 @@ def shortened(names, count: int = 3) -> str:
     listed = [repr(name) for name in list(names)[:count]]
     more = len(names) - len(listed)
     return ", ".join(listed) + (f" and {more} more" if more > 0 else "")
+
+
+def size(count: int) -> str:
+    """A number of bytes in the unit that suits it."""
+    amount = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if amount < 1000 or unit == "GB":
+            break
+        amount /= 1000
+    return f"{amount:.3g} {unit}"

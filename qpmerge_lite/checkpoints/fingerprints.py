@@ -6,7 +6,8 @@ import hashlib
 import json
 
 from .compatibility import BOOKKEEPING
-from .folders import TOKENIZER, Checkpoint, sha256
+from .digests import sha256
+from .folders import TOKENIZER, Checkpoint
 from .headers import pieces
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
+from .digests import Digest
 from .findings import ERROR, Finding, Refused
 from .headers import SAVE_AGAIN, Entry, Header, read_header
 
@@ -70,6 +70,11 @@ class Checkpoint:
         """Tensor -> the file that it is in; to be asked for when all headers are there."""
         return {name: file for file, header in self.headers.items() for name in header.entries}
 
+    @cached_property
+    def digests(self) -> dict[str, Digest]:
+        """File of weights -> its digest, which grows as tensors are read."""
+        return {file: Digest(h.path, h.raw) for file, h in self.headers.items()}
+
     @property
     def bytes(self) -> int:
         """Bytes of all files of weights."""
@@ -97,12 +102,6 @@ def matching(folder: Path, patterns: Iterable[str]) -> list[str]:
 def _fits(name: str, pattern: str) -> bool:
     """Whether a name fits a pattern of as many parts."""
     return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 digest of a file's bytes, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_folder(name: str, folder: Path) -> tuple[Checkpoint, list[Finding]]:

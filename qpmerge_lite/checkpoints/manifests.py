@@ -7,28 +7,22 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from .compatibility import Report
+from .digests import sha256
 from .findings import WARNING
-from .folders import INDEX, OTHERS, TOKENIZER, Checkpoint, sha256
+from .folders import INDEX, OTHERS, TOKENIZER, Checkpoint
 from .hub import origin_of
 from .moments.files import MomentsFile
 from .orders import Order
 from .output import versions
+from .planning import READERS, Plan
 
 if TYPE_CHECKING:
     from .calibration.feeds import Feed
 
-READERS = (*TOKENIZER, "preprocessor_config.json", "processor_config.json")
 
-
-def manifest_of(
-    order: Order,
-    method: str,
-    why: str,
-    report: Report,
-    inputs: Feed | None,
-    moments: Mapping[str, Sequence[MomentsFile]],
-) -> dict:
+def manifest_of(plan: Plan) -> dict:
     """What was merged and how, without a path or a date: the same order has the same manifest."""
+    order, report, inputs = plan.order, plan.report, plan.inputs
     runs = inputs is not None
     models = [input_of(report.base, (*OTHERS, *TOKENIZER))]
     for expert in report.experts:
@@ -36,13 +30,13 @@ def manifest_of(
     return {
         "manifest": 1,
         "versions": versions(runs),
-        "method": method,
-        "why": why,
+        "method": plan.method,
+        "why": plan.why,
         "options": order.options,
         "recipe": order.recipe and order.recipe.as_json(order.random_seed),
         "inputs": models,
         "calibration": {} if inputs is None else _calibration(order, inputs),
-        "moments": {name: _measured(files) for name, files in moments.items()},
+        "moments": {name: _measured(files) for name, files in plan.moments.items()},
         "warnings": warnings_of(report),
         "notes": [] if inputs is None else inputs.notes,
     }
@@ -75,10 +69,12 @@ def warnings_of(report: Report) -> list[dict]:
 
 def input_of(checkpoint: Checkpoint, patterns: Sequence[str]) -> dict:
     """Name, origin and hashes of one checkpoint; of its files besides weights, those that fit."""
-    names = [*checkpoint.headers, *checkpoint.matching(patterns)]
+    names = checkpoint.matching(patterns)
     if checkpoint.is_sharded:
         names.append(INDEX)
-    files = {name: sha256(checkpoint.folder / name) for name in sorted(names)}
+    digests = {name: sha256(checkpoint.folder / name) for name in names}
+    digests |= {name: digest.finish() for name, digest in checkpoint.digests.items()}
+    files = dict(sorted(digests.items()))
     return {"name": checkpoint.name, **origin_of(checkpoint.folder), "files": files}
 
 

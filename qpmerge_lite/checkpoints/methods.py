@@ -9,6 +9,7 @@ from importlib import import_module
 from inspect import Parameter, signature
 
 from .findings import Refused
+from .folders import Checkpoint
 
 PACKAGE = __name__.partition(".")[0]  # which imports the module of a name when it is asked for
 WEIGHTS_ONLY = (
@@ -127,9 +128,26 @@ def at_once(method: str, options: Mapping[str, object]) -> str:
     if method == "wudi":  # descends on all matrices of one shape together
         return SHAPES
     if method == "ties":
+        if "semantics" not in options:  # the authors' then: one threshold for all
+            return MODEL
         from ..sparse import TIES
 
-        semantics = options.get("semantics", "authors")
         per_tensor = [name for name, rule in TIES.items() if not rule.whole_model]
-        return TENSORS if semantics in per_tensor else MODEL
+        return TENSORS if options["semantics"] in per_tensor else MODEL
     return TENSORS
+
+
+def groups_of(base: Checkpoint, method: str, options: Mapping[str, object]) -> list[list[str]]:
+    """Names of the tensors that are merged in one call, for all calls.
+
+    Every tensor gets what the method would give it in one call for the whole model.
+    """
+    extent, names = at_once(method, options), list(base.entries)
+    if extent == MODEL:
+        return [names]
+    if extent == TENSORS:
+        return [[name] for name in names]
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, entry in base.entries.items():
+        groups.setdefault(entry.shape, []).append(name)
+    return list(groups.values())

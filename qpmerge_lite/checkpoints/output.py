@@ -1,4 +1,4 @@
-"""The folder that a merge is written to: all of it, or nothing."""
+"""What the folder of a merge holds besides weights, where it may be, and whether there is room."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import MergeError
-from .findings import Refused
+from .findings import Refused, size
 from .folders import CONFIG, INDEX, OTHERS, TOKENIZER, Checkpoint, read_json
 from .headers import NAMES, read_header
+from .partial import concerns, refuse_if_there, tidy
 
 MANIFEST, CARD = "merge.json", "README.md"
 
@@ -22,14 +23,13 @@ MANIFEST, CARD = "merge.json", "README.md"
 def check_place(out: Path, inputs: Sequence[Path]) -> None:
     """Refused for an output that is there and not empty, has no folder to be in, or lies in an
     input."""
-    cure = "choose a folder that is not there yet"
-    if out.is_symlink() or out.exists() and not out.is_dir():
-        raise Refused(f"--out {out}", "a new folder", "a file or a link", cure)
-    if out.is_dir() and any(out.iterdir()):
-        raise Refused(f"--out {out}", "a new or an empty folder", "one with files in it", cure)
+    if out.is_dir() and not out.is_symlink():
+        tidy(out.absolute())
+    refuse_if_there(out)
     _check_parent(out)
     for folder in inputs:
         if out.resolve().is_relative_to(folder.resolve()):
+            cure = "choose a folder that is not there yet"
             found = f"one in {folder}, which is an input"
             raise Refused(f"--out {out}", "a folder of its own", found, cure)
 
@@ -53,14 +53,14 @@ def _check_parent(out: Path) -> None:
 
 
 @contextmanager
-def all_or_nothing(out: Path, part: str = "") -> Iterator[Path]:
-    """A folder beside ``out``, to be filled: it becomes ``out`` at the end, or goes at an error.
+def new_file(out: Path, name: str) -> Iterator[Path]:
+    """A folder beside ``out``, to be filled: one of its files becomes ``out`` at the end, and the
+    rest goes, as does all of it at an error.
 
     A process that is killed leaves the folder, whose name begins with a dot, but no ``out``.
 
     Args:
-        part: name of the file in the folder that becomes ``out``, the others going; the whole
-            folder by default.
+        name: of that file.
     Raises: Refused where the folder cannot be written, as on a full disk.
     """
     out = Path(os.path.abspath(out))
@@ -69,23 +69,29 @@ def all_or_nothing(out: Path, part: str = "") -> Iterator[Path]:
         partial.mkdir()
         try:
             yield partial
-            os.rename(partial / part, out)
+            os.rename(partial / name, out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except MergeError:
         raise
     except OSError as error:
-        if not _concerns(error, partial):
+        if not concerns(error, partial):
             raise
         cure = "see that there is room, and that this folder may be written"
         found = error.strerror or str(error)
         raise Refused(f"--out {out}", "a place that can be written", found, cure) from error
 
 
-def _concerns(error: OSError, partial: Path) -> bool:
-    """Whether an error is about the output: it names it, or no file at all, as on a full disk."""
-    named = [str(name) for name in (error.filename, error.filename2) if name is not None]
-    return not named or any(name.startswith(str(partial)) for name in named)
+def check_room(out: Path, needed: int) -> None:
+    """Refused where the file system of an output has less free space than it will take.
+
+    Args:
+        needed: bytes that are still to be written.
+    """
+    free = shutil.disk_usage(out.absolute().parent).free
+    if free < needed:
+        cure = "make room, or choose a folder on another disk"
+        raise Refused(f"--out {out}", f"{size(needed)} of free space", size(free), cure)
 
 
 def copy_files(base: Checkpoint, folder: Path) -> list[str]:

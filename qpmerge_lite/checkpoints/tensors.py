@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,9 +12,11 @@ from ..errors import MergeError
 from ..experts import is_number, stored
 from .adapters.folding import folded
 from .adapters.reading import Adapter
+from .digests import Digest
 from .findings import Refused
 from .folders import Checkpoint
 from .headers import DAMAGED, Entry, Header
+from .partial import unfinished
 
 TYPES = {
     "BOOL": torch.bool,
@@ -38,10 +40,13 @@ TYPES = {
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def read_tensor(header: Header, name: str) -> Tensor:
+def read_tensor(header: Header, name: str, digest: Digest | None = None) -> Tensor:
     """One tensor of a file, of the shape and dtype that its header gives.
 
     Only its own bytes are read, into memory of its own.
+
+    Args:
+        digest: of the file, which takes the bytes as they pass by.
 
     Raises: Refused where the file cannot be read, or not so far.
     """
@@ -57,17 +62,23 @@ def read_tensor(header: Header, name: str) -> Tensor:
         raise Refused(where, "a file that can be read", f"{error.strerror}", cure) from error
     if count != len(memory):
         raise Refused(where, f"{len(memory)} bytes", f"{count}", DAMAGED)
+    if digest is not None:
+        digest.take(entry.start, memory)
     if not memory:
         return torch.empty(entry.shape, dtype=TYPES[entry.dtype])
     return torch.frombuffer(memory, dtype=TYPES[entry.dtype]).reshape(entry.shape)
 
 
 def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
-    """Some tensors of a checkpoint, by name; those of an adapter are folded into its base's."""
+    """Some tensors of a checkpoint, by name; those of an adapter are folded into its base's. The
+    digests of its files take their bytes."""
     if isinstance(checkpoint, Adapter):
         return _folded_tensors(checkpoint, list(names))
-    files = checkpoint.files_of_tensors
-    return {name: read_tensor(checkpoint.headers[files[name]], name) for name in names}
+    tensors = {}
+    for name in names:
+        file = checkpoint.files_of_tensors[name]
+        tensors[name] = read_tensor(checkpoint.headers[file], name, checkpoint.digests[file])
+    return tensors
 
 
 def _folded_tensors(adapter: Adapter, names: Sequence[str]) -> dict[str, Tensor]:
@@ -113,19 +124,35 @@ class Entries(nn.Module):
 class Shards:
     """Files of weights that have the headers of others, and get tensor after tensor.
 
+    A file is made under the name of :func:`unfinished` until it has all its tensors.
+
     Args:
-        folder: where the files are made; none of them may be there.
+        folder: where the files are made.
         headers: name of a file -> the header that it copies, byte for byte.
+        finished: files that are there already.
+        finish: gives a file its name, called with it.
+    Attributes:
+        missing: tensor -> its file, of those that were not written yet.
     """
 
-    def __init__(self, folder: Path, headers: Mapping[str, Header]):
+    def __init__(
+        self,
+        folder: Path,
+        headers: Mapping[str, Header],
+        finished: Collection[str] = (),
+        finish: Callable[[str], None] | None = None,
+    ):
         self.folder, self.headers = folder, headers
-        self.missing: dict[str, str] = {}  # tensor -> its file
+        self.missing: dict[str, str] = {}
+        self._left: dict[str, int] = {}  # file -> how many of its tensors are missing
+        self._finish = finish or self._rename
         for file, header in headers.items():
-            with (folder / file).open("xb") as out:
-                out.write(header.raw)
-                out.truncate(header.size)
-            self.missing |= dict.fromkeys(header.entries, file)
+            if file not in finished:
+                self.missing |= dict.fromkeys(header.entries, file)
+                self._left[file] = len(header.entries)
+                if not header.entries:
+                    self._begin(file)
+                    self._finish(file)
 
     def write(self, name: str, value: Tensor) -> None:
         """Write one tensor (…), in the dtype that its header gives.
@@ -134,9 +161,24 @@ class Shards:
         """
         file = self.missing.pop(name)
         entry = self.headers[file].entries[name]
-        with (self.folder / file).open("r+b") as out:
+        if self._left[file] == len(self.headers[file].entries):
+            self._begin(file)
+        with unfinished(self.folder / file).open("r+b") as out:
             out.seek(entry.start)
             out.write(bytes_of(entry, value))
+        self._left[file] -= 1
+        if not self._left[file]:
+            self._finish(file)
+
+    def _begin(self, file: str) -> None:
+        """Make a file with its header, and room for its tensors."""
+        header = self.headers[file]
+        with unfinished(self.folder / file).open("xb") as out:
+            out.write(header.raw)
+            out.truncate(header.size)
+
+    def _rename(self, file: str) -> None:
+        unfinished(self.folder / file).rename(self.folder / file)
 
     def finish(self) -> None:
         """MergeError unless every tensor was written."""

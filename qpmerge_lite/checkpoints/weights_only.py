@@ -3,7 +3,7 @@ than the method has to see together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,24 +12,8 @@ from ..errors import MergeError
 from ..merge import Merge
 from .architectures import names_in_model
 from .folders import Checkpoint
-from .methods import MODEL, ONE_STREAM, TENSORS, at_once, function_of
+from .methods import ONE_STREAM, function_of, groups_of
 from .tensors import Entries, read_tensors
-
-
-def groups_of(base: Checkpoint, method: str, options: Mapping[str, object]) -> list[list[str]]:
-    """Names of the tensors that are merged in one call, for all calls.
-
-    Every tensor gets what the method would give it in one call for the whole model.
-    """
-    extent, names = at_once(method, options), list(base.entries)
-    if extent == MODEL:
-        return [names]
-    if extent == TENSORS:
-        return [[name] for name in names]
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for name, entry in base.entries.items():
-        groups.setdefault(entry.shape, []).append(name)
-    return list(groups.values())
 
 
 def rehearse(method: str, experts: Sequence[str], options: Mapping[str, object]) -> None:
@@ -43,24 +27,41 @@ def rehearse(method: str, experts: Sequence[str], options: Mapping[str, object])
 
 
 def merged_groups(
-    base: Checkpoint, experts: Sequence[Checkpoint], method: str, options: Mapping[str, object]
+    base: Checkpoint,
+    experts: Sequence[Checkpoint],
+    method: str,
+    options: Mapping[str, object],
+    wanted: Collection[str],
 ) -> Iterator[Merge]:
-    """One merge for every group of tensors; together they have all tensors of the base.
+    """One merge for every group of tensors that has a wanted one.
 
+    Args:
+        wanted: names of tensors; they may become fewer meanwhile.
     Raises: what the method raises, with the files that the tensors were read from.
     """
-    run = function_of(method)
     for names in groups_of(base, method, options):
-        origin = read_tensors(base, names)
-        if len(names) > 1:
-            origin = tied_as_configured(base.config, origin)
-        if method in ONE_STREAM:
-            origin = with_tied_names(base, origin)
-        states = {expert.name: read_tensors(expert, names) for expert in experts}
-        try:
-            yield run(Entries(origin), states, **options)
-        except MergeError as error:
-            raise located(error, [base, *experts], names) from error
+        if any(name in wanted for name in names):
+            yield _merged(base, experts, method, options, names)
+
+
+def _merged(
+    base: Checkpoint,
+    experts: Sequence[Checkpoint],
+    method: str,
+    options: Mapping[str, object],
+    names: Sequence[str],
+) -> Merge:
+    """The merge of one group of tensors, which are let go before the next is read."""
+    origin = read_tensors(base, names)
+    if len(names) > 1:
+        origin = tied_as_configured(base.config, origin)
+    if method in ONE_STREAM:
+        origin = with_tied_names(base, origin)
+    states = {expert.name: read_tensors(expert, names) for expert in experts}
+    try:
+        return function_of(method)(Entries(origin), states, **options)
+    except MergeError as error:
+        raise located(error, [base, *experts], names) from error
 
 
 def tied_as_configured(config: Mapping, entries: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ import time
 from dataclasses import asdict
 from functools import partial
 
-from ..checkpoints.commands import add_verbs, run_command
+from ..checkpoints.arguments import add_verbs
+from ..checkpoints.commands import run_command
 from ..errors import MergeError
 from .book import claim_pages, claims, expected, run
 from .paths import repository

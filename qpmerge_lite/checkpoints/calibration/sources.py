@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..digests import sha256
 from ..findings import WARNING, Finding, Refused, shortened
-from ..folders import sha256
 from .data_sets import SCHEME, fetched
 from .parquet import Parquet
 from .pictures import KINDS, Pictures

@@ -20,9 +20,10 @@ from ..compatibility import Report, check, refuse_errors
 from ..findings import WARNING, Finding
 from ..folders import CONFIG, OTHERS, TOKENIZER, Checkpoint, read_json
 from ..hub import local
-from ..manifests import READERS, input_of, warnings_of
+from ..manifests import input_of, warnings_of
 from ..orders import check_all_named, check_names, check_sizes
 from ..output import MANIFEST, versions
+from ..planning import READERS
 from ..tensors import read_tensors
 from ..weights_only import located
 from .certificates import certify_in_passing

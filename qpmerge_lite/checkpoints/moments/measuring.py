@@ -29,7 +29,7 @@ from ..folders import Checkpoint
 from ..headers import Entry, pieces
 from ..hub import local
 from ..orders import check_sizes
-from ..output import all_or_nothing, check_new_file, versions
+from ..output import check_new_file, new_file, versions
 from .files import (
     FORMAT,
     KEY,
@@ -107,7 +107,7 @@ def measure(order: Measurement, *, progress: bool = False) -> dict:
         raise Refused(order.calibration, expected, f"{len(source.rows)}", cure)
     model = build(checkpoint)
     batches = [cast(batch, model.dtype) for batch in inputs.batches[MODEL]]
-    with all_or_nothing(order.out, "whole") as folder:
+    with new_file(order.out, "whole") as folder:
         with (folder / "sums").open("xb") as file:
             in_files = {name: stored for stored, name in names_of(model).items()}
             sums = _Sums(file, _names_in_files(checkpoint, model, in_files))

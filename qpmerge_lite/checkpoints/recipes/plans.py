@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..compatibility import Report
+from ..digests import sha256
 from ..findings import Refused, shortened
-from ..folders import TOKENIZER, Checkpoint, read_json, sha256
+from ..folders import TOKENIZER, Checkpoint, read_json
 from ..headers import Header
 from .reading import Recipe
 from .settings import REQUIRED, depths, value_for

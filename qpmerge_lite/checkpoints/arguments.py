@@ -1,0 +1,211 @@
+"""The verbs of the command line and what each of them takes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from .calibration.sources import SAMPLES
+from .commands import run_check, run_diagnose, run_merge, run_moments
+from .manuals import (
+    CHECK,
+    CHECK_MORE,
+    DIAGNOSE,
+    DIAGNOSE_MORE,
+    MERGE,
+    MERGE_MORE,
+    MOMENTS,
+    MOMENTS_MORE,
+)
+
+
+def add_verbs(groups) -> None:
+    """Add the verbs to the subcommands of an ``argparse`` parser; what is parsed has their function
+    as ``command``."""
+    merge, folders = _verb(
+        groups, "merge", run_merge, "merge checkpoints into one", MERGE, MERGE_MORE
+    )
+    merge.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder to make; not there, or empty"
+    )
+    merge.add_argument(
+        "--method",
+        metavar="NAME",
+        help="how to merge; by default auto with --calibration, qp over single entries with "
+        "--moments, and soup without",
+    )
+    _add_calibration(merge)
+    merge.add_argument(
+        "--moments",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="what qpmerge moments has measured of the expert of that name, in place of its texts; "
+        "once for every expert, or several times to add files up",
+    )
+    merge.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="option of the method, such as density=0.1 or weights=[0.7,0.3]",
+    )
+    merge.add_argument(
+        "--config",
+        action=_Config,
+        folders=folders,
+        type=Path,
+        metavar="RECIPE",
+        help="YAML of mergekit, in place of BASE, EXPERT, --method and --option",
+    )
+    merge.add_argument(
+        "--random-seed",
+        type=int,
+        metavar="N",
+        help="of a recipe's dare and della, as in mergekit (default 0)",
+    )
+    _add_moments(groups)
+    _verb(groups, "check", run_check, "say whether checkpoints can be merged", CHECK, CHECK_MORE)
+    diagnose, _ = _verb(
+        groups,
+        "diagnose",
+        run_diagnose,
+        "say what a merge does to every expert",
+        DIAGNOSE,
+        DIAGNOSE_MORE,
+        before={"merged": "folder of the merge"},
+    )
+    _add_calibration(diagnose)
+    diagnose.add_argument(
+        "--report", type=Path, metavar="FILE.html", help="also write a page with charts"
+    )
+
+
+def _add_calibration(verb) -> None:
+    """Options of a verb that runs models on the experts' inputs."""
+    verb.add_argument(
+        "--calibration",
+        action="append",
+        default=[],
+        metavar="NAME=SOURCE",
+        help="inputs of the task of the expert of that name; once for every expert",
+    )
+    verb.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="NAME=FIELD",
+        help="field to read for that expert, or FIELD,FIELD; by default text, for pictures image",
+    )
+    _add_sizes(verb)
+
+
+def _add_moments(groups) -> None:
+    """Add ``moments`` to the subcommands of an ``argparse`` parser."""
+    verb = groups.add_parser(
+        "moments",
+        help="measure what a merge needs of a model's data",
+        description=MOMENTS,
+        epilog=MOMENTS_MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("model", metavar="MODEL", type=Path, help="folder of the model")
+    verb.add_argument(
+        "--calibration", required=True, metavar="SOURCE", help="inputs of its task, as of merge"
+    )
+    verb.add_argument(
+        "--column",
+        metavar="FIELD",
+        help="field to read, or FIELD,FIELD; by default text, for pictures image",
+    )
+    verb.add_argument(
+        "--out", required=True, type=Path, metavar="FILE", help="file to make, .safetensors"
+    )
+    verb.add_argument(
+        "--folds",
+        type=int,
+        default=4,
+        metavar="N",
+        help="parts of the inputs, each held out in turn to choose a ridge by (default 4)",
+    )
+    _add_sizes(verb)
+    _add_talk(verb)
+    verb.set_defaults(command=run_moments)
+
+
+def _add_talk(verb) -> None:
+    """How much a verb says."""
+    verb.add_argument("--quiet", action="store_true", help="print only what went wrong")
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _add_sizes(verb) -> None:
+    """How many inputs are taken, cut and put together, by verbs that run models on them."""
+    verb.add_argument(
+        "--samples",
+        type=int,
+        default=SAMPLES,
+        metavar="N",
+        help=f"inputs of a source at most, evenly spread over it (default {SAMPLES})",
+    )
+    verb.add_argument(
+        "--max-length",
+        type=int,
+        default=128,
+        metavar="N",
+        help="tokens of a text at most; never more than the model has positions (default 128)",
+    )
+    verb.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="inputs of a forward (default 8)"
+    )
+
+
+class _Config(argparse.Action):
+    """A recipe names base and experts, which the command line then need not."""
+
+    def __init__(self, *words, folders: Sequence[argparse.Action], **options):
+        super().__init__(*words, **options)
+        self.folders = folders
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+        for folder in self.folders:
+            folder.required = False
+
+
+def _verb(
+    groups,
+    name: str,
+    command,
+    help: str,
+    description: str,
+    more: str,
+    *,
+    before: Mapping[str, str] = MappingProxyType({}),
+):
+    """One subcommand with what all have in common, and its positional arguments of base and
+    experts; ``before`` are folders that come first."""
+    verb = groups.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=more,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for folder, words in before.items():
+        verb.add_argument(folder, metavar=folder.upper(), type=Path, help=words)
+    base = verb.add_argument(
+        "base", metavar="BASE", type=Path, help="folder of the base, or hf:owner/name"
+    )
+    experts = verb.add_argument(
+        "experts",
+        metavar="EXPERT",
+        nargs="+",
+        help="folder of an expert or an adapter, which is called as its folder is, or NAME=FOLDER; "
+        "hf:owner/name in place of a folder",
+    )
+    _add_talk(verb)
+    verb.set_defaults(command=command)
+    return verb, (base, experts)

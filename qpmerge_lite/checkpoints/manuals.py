@@ -1,0 +1,168 @@
+"""What ``--help`` of each verb says, beside its options."""
+
+from .methods import CALIBRATED, WEIGHTS_ONLY
+from .recipes.settings import RULES
+
+MERGE = """
+Merge fine-tuned models into one, without training.
+
+BASE is the folder of the model that all EXPERTs were tuned from, in the format of Hugging Face:
+config.json with model.safetensors, or with shards and their index. An EXPERT is such a folder, or
+one with an adapter of peft for BASE: adapter_config.json with adapter_model.safetensors. Each may
+be at the Hub instead, as hf:owner/name or hf:owner/name@revision. The merge is written to a
+folder of the same kind, with the base's shards, names, dtypes, tokenizer and configuration, so
+that from_pretrained loads it. merge.json in it says how it was made.
+"""
+MERGE_MORE = f"""
+methods:
+  that look at weights only:
+    {", ".join(WEIGHTS_ONLY[:7])},
+    {", ".join(WEIGHTS_ONLY[7:])}
+  that run the models on calibration inputs (these need transformers):
+    {", ".join(CALIBRATED)}
+  Options of a method are those of the Python function of that name: help(qpmerge_lite.ties).
+
+calibration:
+  Unlabelled inputs of an expert's task, some dozens to some hundreds. SOURCE is one of
+    JSON lines (.jsonl), a field "text"; Parquet, a column "text"; plain text, an input a line;
+    a folder of pictures, or of folders of them, for models that read pictures; Parquet with a
+    column "image" does too;
+    a file of a data set at the Hugging Face Hub, hf://datasets/OWNER/NAME@COMMIT/PATH, which is
+    the only thing that a network is asked for.
+  --column names another field, or two: a pair of texts, as premise,hypothesis. Models with an
+  encoder and a decoder read a text and its target: "text" and "target", or --column NAME=A,B.
+  Rows with "messages" in place of "text" are chats, written out by the tokenizer's chat template.
+  Labels are not read. Of a source with more than N inputs (--samples), N are taken, evenly apart.
+  The expert's own tokenizer or processor reads them, or the base's where its folder has none.
+
+adapters:
+  LoRA and DoRA are folded into the base tensor by tensor, as peft's merge_and_unload does it, with
+  whole layers, biases, embeddings and rows of these that are trained beside them. What is not
+  folded is refused by name.
+
+hub:
+  Configuration, tokenizer and safetensors are downloaded to where huggingface_hub keeps its files;
+  HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are heeded. merge.json has the commit.
+
+moments:
+  With qp and regmean on the experts' own inputs, sums over what each expert's layers read stand in
+  for its texts: qpmerge moments writes them, once, and no data are needed here, nor transformers.
+  They are of one expert alone, and fit any base, other experts, basis and ridge.
+
+recipes:
+  RECIPE is a YAML file of mergekit. Base, models, method and parameters are taken from it, and the
+  weights are those of mergekit 0.1.5, of random methods those of its --random-seed N. Methods:
+  {", ".join(list(RULES)[:6])},
+  {", ".join(list(RULES)[6:])}.
+  What is not honoured is refused by its field: adapters, names at the Hub, models made of parts
+  of models, other tokenizers than the base's. Reading it needs PyYAML: '.[yaml]'.
+
+files:
+  Weights are read from safetensors alone: nothing is unpickled, no code of a checkpoint is run,
+  and no network is asked but for hf: names and hf:// sources. Chat templates run in the sandbox
+  of transformers. Nothing is written but DIR, all of it or nothing, and what is downloaded. The
+  same command on the same machine writes the same bytes.
+
+stopped half-way:
+  While DIR is made it is a hidden folder beside it, .DIR.ORDER.partial, named after inputs,
+  options and versions. Where a merge is stopped by Ctrl-C, or killed, the files of weights that
+  it has finished are kept there, and the same command goes on from them to the same bytes. This
+  helps methods that go tensor by tensor; those that see the whole model at once, as `qpmerge
+  check` tells, start anew, and so do all that take calibration. Another command leaves the folder
+  alone and says so; it can be deleted.
+
+costs:
+  Memory, and what is read and written, are estimated before a merge, by `qpmerge check` for every
+  method; memory and time are measured after it. The time that is left is shown while it runs, on
+  a terminal: it cannot be known before.
+
+exit status:
+  0    the merge is there
+  1    it was refused, with the reason on the error stream; there is no DIR then
+  2    the command was not understood
+  130  it was stopped by Ctrl-C; 143: by the signal to end
+
+examples:
+  qpmerge merge base french=tuned/fr german=tuned/de --out merged
+  qpmerge merge base tuned/fr tuned/de --out merged --method ties --option density=0.1
+  qpmerge merge base fr=tuned/fr de=tuned/de --out merged \\
+      --calibration fr=fr.jsonl --calibration de=de.txt
+  qpmerge moments tuned/fr --calibration fr.jsonl --out fr.moments.safetensors
+  qpmerge merge base fr=tuned/fr de=tuned/de --out merged \\
+      --moments fr=fr.moments.safetensors --moments de=de.moments.safetensors
+  qpmerge merge --config recipe.yml --out merged
+"""
+MOMENTS = """
+Measure what a model's layers read of its own data, so that others can merge it without them.
+
+The model is run once, alone, over its calibration texts. For every layer the file has the sums of
+products of what it reads, by fold of the texts, and says which model, tokenizer and texts they are
+of, by SHA-256.
+"""
+MOMENTS_MORE = """
+what a file reveals:
+  It is not anonymous. It has how often each token occurs, wherever the table of tokens is solved,
+  and otherwise the layers behind it have what such counts can be worked out from; with few texts,
+  whole inputs may be. Publish it as you would publish the texts, or word counts of them.
+
+size:
+  In float32, two bytes times the square of the width of what a layer reads, for each fold and each
+  group of layers that read the same. --folds 1 is smallest, and leaves no ridge to be chosen.
+
+exit status:
+  0  the file is there
+  1  it was refused, with the reason on the error stream; there is no file then
+  2  the command was not understood
+
+example:
+  qpmerge moments tuned/fr --calibration fr.jsonl --out fr.moments.safetensors
+"""
+CHECK = """
+Say whether checkpoints can be merged, before any weight is read.
+
+Configurations and headers of safetensors files are compared: architecture, names, shapes and
+dtypes of tensors, vocabulary, tokenizer, tied, quantised and pickled weights, missing and damaged
+files. Every finding has a place, what was expected, what was found, and what to do. Of checkpoints
+at the Hub, small files and headers are fetched; what a merge would download is said. Where there
+is no error, a table says what each method would take: memory, and what it reads and writes.
+"""
+CHECK_MORE = """
+levels:
+  ERROR    no merge is made of these
+  WARNING  one is made, but see whether it is what you mean
+  INFO     good to know
+
+exit status:
+  0  there is no ERROR
+  1  there is one
+  2  the command was not understood
+
+example:
+  qpmerge check base french=tuned/fr german=tuned/de
+"""
+DIAGNOSE = """
+Say what a merge, whoever made it, does to every expert's outputs and to every layer.
+
+MERGED is the folder of the merge, BASE that of the model that all EXPERTs were tuned from. All
+three kinds of model read the texts of every expert's task. Where the model has a head or predicts
+tokens, predictions are compared, and perplexities where it predicts the next token; otherwise what
+the model puts out. Nothing needs labels.
+"""
+DIAGNOSE_MORE = """
+numbers:
+  Every number comes with its meaning. Texts that the merge was made on flatter it: give others.
+  A certificate says of a layer how far the merge is from the best that these texts allow.
+
+files:
+  Nothing is written but the report: one page of HTML that loads nothing and runs nothing; one
+  that is there is replaced. Otherwise as with qpmerge merge.
+
+exit status:
+  0  the diagnosis is there, whatever it says
+  1  it was refused, with the reason on the error stream; no report is written then
+  2  the command was not understood
+
+example:
+  qpmerge diagnose merged base fr=tuned/fr de=tuned/de \\
+      --calibration fr=fr.jsonl --calibration de=de.txt --report merged.html
+"""
