@@ -41,17 +41,14 @@ def merged_model(
     """The merge of whole models by a method that runs them.
 
     Args:
-        calibration: expert's name -> batches; numbers that are not whole are taken in the dtype of
-            the model.
+        calibration: expert's name -> batches, as of ``feeds``: of token ids (B, S), or of pictures
+            (B, C, H, W), which are taken in the dtype of the model.
     Returns: a merge whose entries have the names of the base's files, and others tied to them.
     Raises: Refused where transformers cannot build the model, or has other tensors than the files;
         what the method raises, with the files that were read.
     """
     model = build(base)
-    inputs = {
-        name: [cast(batch, model.dtype) for batch in batches]
-        for name, batches in calibration.items()
-    }
+    inputs = {name: cast(batches, model.dtype) for name, batches in calibration.items()}
     names, in_model = list(base.entries), names_of(model)
     states = {expert.name: renamed(read_tensors(expert, names), in_model) for expert in experts}
     try:
@@ -84,12 +81,13 @@ def renamed(values: Mapping[str, Value], names: Mapping[str, str]) -> dict[str, 
     return {names.get(name, name): value for name, value in values.items()}
 
 
-def cast(batch: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """A batch whose floating tensors, as those of pictures are, have a dtype."""
-    return {
-        name: value.to(dtype) if value.is_floating_point() else value
-        for name, value in batch.items()
-    }
+def cast(batches: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """Batches whose floating tensors (…), as those of pictures are, have a dtype."""
+    made = []
+    for batch in batches:
+        floating = {n: value.to(dtype) for n, value in batch.items() if value.is_floating_point()}
+        made.append({**batch, **floating})
+    return made
 
 
 def build(base: Checkpoint) -> PreTrainedModel:

@@ -216,7 +216,7 @@ def notes(sources: dict[str, Source]) -> list[str]:
 def shared(sources: dict[str, Source]) -> list[Finding]:
     """A warning for every two experts with one file, or with inputs in common."""
     names, findings = list(sources), []
-    contents = {name: {_identity(row) for row in source.rows} for name, source in sources.items()}
+    contents = {name: set(map(_identity, source.rows)) for name, source in sources.items()}
     for place, second in enumerate(names):
         for first in names[:place]:
             fewest = min(len(contents[first]), len(contents[second]))

@@ -144,8 +144,8 @@ def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
 
 
 def with_decoder(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch whose ``labels`` are what the decoder reads: moved on by one behind its first token,
-    as the model itself does in training, with a mask.
+    """A batch whose ``labels`` (B, S) are what the decoder reads: moved on by one behind its first
+    token, as the model itself does in training, with a mask (B, S).
 
     Raises: Refused where the configuration does not say what a decoder begins with.
     """

@@ -158,9 +158,7 @@ class _Measuring:
         self.model.config.return_dict = True
         self.in_model = names_of(self.model)
         dtype = self.model.dtype
-        self.batches = {}
-        for name, batches in inputs.batches.items():
-            self.batches[name] = [cast(batch, dtype) for batch in batches]
+        self.batches = {name: cast(batches, dtype) for name, batches in inputs.batches.items()}
 
     def run(self, progress: bool) -> dict:
         """What of the result hangs on weights."""

@@ -106,7 +106,7 @@ def measure(order: Measurement, *, progress: bool = False) -> dict:
         expected = f"at least {order.folds} inputs, one for every fold"
         raise Refused(order.calibration, expected, f"{len(source.rows)}", cure)
     model = build(checkpoint)
-    batches = [cast(batch, model.dtype) for batch in inputs.batches[MODEL]]
+    batches = cast(inputs.batches[MODEL], model.dtype)
     with new_file(order.out, "whole") as folder:
         with (folder / "sums").open("xb") as file:
             in_files = {name: stored for stored, name in names_of(model).items()}

@@ -111,9 +111,11 @@ def _check_layers(recipe: Recipe, places: Mapping[str, tuple[str, int]]) -> None
 
 
 def _has_gradient(recipe: Recipe) -> bool:
-    everything = [*recipe.common, *(source.settings for source in recipe.sources)]
-    conditions = [c for settings in everything for given in settings.values() for c in given]
-    return any(len(condition.values) > 1 for condition in conditions)
+    for settings in [*recipe.common, *(source.settings for source in recipe.sources)]:
+        for conditions in settings.values():
+            if any(len(condition.values) > 1 for condition in conditions):
+                return True
+    return False
 
 
 def _check_dtypes(recipe: Recipe, checkpoints: Iterable[Checkpoint]) -> None:
