@@ -405,7 +405,7 @@ DAMAGES = {
     "vocabulary beyond the model": (
         longer_vocabulary,
         "regmean",
-        ["calibration of 'second', text 1: expected token ids below 40", "belong together"],
+        ["second.jsonl, line 1: expected token ids below 40", "belong together"],
     ),
     "calibration of blanks": (
         given(b" \n\t\n"),
@@ -415,7 +415,7 @@ DAMAGES = {
     "calibration in UTF-16": (
         given('{"text": "w1"}'.encode("utf-16")),
         "regmean",
-        ["second.jsonl: expected text in UTF-8", "save the file as UTF-8"],
+        ["second.jsonl, line 1: expected text in UTF-8", "save the file as UTF-8"],
     ),
     "calibration with labels alone": (
         given(b'{"label": 1}'),
