@@ -856,6 +856,31 @@ def test_whatever_is_called_as_a_method_is_one_of_the_command_or_takes_what_it_c
     assert called - functions - passes == {*WEIGHTS_ONLY, *CALIBRATED}
 
 
+@pytest.mark.parametrize("older", ["base", "first"])
+def test_norms_may_have_older_names(families, older, tmp_path, capsys):
+    """As in files of BERT: transformers reads LayerNorm.gamma as LayerNorm.weight."""
+    family, names = families["bert"], ("base", *EXPERTS)
+    for name in names:
+        shutil.copytree(family.root / name, tmp_path / name)
+    path = tmp_path / older / "model.safetensors"
+    state = {}
+    for name, value in safetensors.load_file(path).items():
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        state[name.replace("LayerNorm.bias", "LayerNorm.beta")] = value
+    safetensors.save_file(state, path, {"format": "pt"})
+    folders = [tmp_path / name for name in names]
+    status, told, _ = run(capsys, "check", *folders)
+    assert status == 0 and "expected the base's names of norms" in told
+    for words in (["--method", "soup"], ["--method", "regmean", *family.given]):
+        out, same = tmp_path / words[1], tmp_path / f"{words[1]}-same"
+        assert run(capsys, "merge", *folders, "--out", out, *words)[0] == 0
+        assert run(capsys, "merge", *family.folders, "--out", same, *words)[0] == 0
+        written = {entry for entry in safetensors.load_file(out / "model.safetensors")}
+        assert any("gamma" in name for name in written) == (older == "base")
+        merged = transformers.BertModel.from_pretrained(out).state_dict()
+        assert all(torch.equal(merged[name], value) for name, value in state_of(same).items())
+
+
 def test_the_commands_of_the_readme_run(families, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     family = families["bert"]

@@ -12,7 +12,16 @@ from .adapters.fitting import fit
 from .adapters.reading import Adapter, is_adapter, read_adapter
 from .digests import sha256
 from .findings import ERROR, INFO, LEVELS, WARNING, Finding, Refused, shortened
-from .folders import CONFIG, INDEX, PICKLED, SINGLE, TOKENIZER, Checkpoint, read_folder
+from .folders import (
+    CONFIG,
+    INDEX,
+    PICKLED,
+    SINGLE,
+    TOKENIZER,
+    Checkpoint,
+    read_folder,
+    under_names_of,
+)
 from .headers import Entry
 
 # fields of config.json that decide what the weights mean, though their shapes may not show it
@@ -167,10 +176,12 @@ def _compared(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
     """What is to be known of an expert beside its base."""
     if isinstance(expert, Adapter):
         return [*fit(expert), *_tokenizers(base, expert)]
+    older = under_names_of(base, expert)
     other = _architectures(base, expert)
     if other:
         return [*other, *_names(base, expert)]
     return [
+        *_older(expert, older),
         *_fields(base, expert),
         *_names(base, expert),
         *_tensors(base, expert),
@@ -239,6 +250,15 @@ def _names(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
         expected = "tensors of the base alone"
         findings.append(Finding(ERROR, where, expected, other, ONE_ARCHITECTURE))
     return findings
+
+
+def _older(expert: Checkpoint, names: list[str]) -> list[Finding]:
+    """What is to be known of tensors that the base's files call otherwise."""
+    if not names:
+        return []
+    cure = "nothing is to be done: the merge has the base's"
+    other = shortened(names)
+    return [Finding(INFO, str(expert.folder), "the base's names of norms", other, cure)]
 
 
 def _tensors(base: Checkpoint, expert: Checkpoint) -> list[Finding]:

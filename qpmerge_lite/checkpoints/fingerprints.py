@@ -17,11 +17,13 @@ def of_weights(checkpoint: Checkpoint) -> str:
 
     Raises: Refused where a file cannot be read.
     """
-    digest, files = hashlib.sha256(), checkpoint.files_of_tensors
-    for name in sorted(checkpoint.entries):
-        entry = checkpoint.entries[name]
+    digest, places = hashlib.sha256(), {}
+    for header in checkpoint.headers.values():
+        places |= {entry.name: (header.path, entry) for entry in header.entries.values()}
+    for name in sorted(places):  # those that the files have
+        path, entry = places[name]
         digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
-        for piece in pieces(checkpoint.headers[files[name]].path, entry):
+        for piece in pieces(path, entry):
             digest.update(piece)
     return digest.hexdigest()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,8 @@ OTHERS = (
     "NOTICE*",
 )
 LEAVE = "nothing can be merged without it"
+# end of a norm's names in a model -> in older files, whose names transformers changes as it reads
+OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
 
 @dataclass
@@ -102,6 +104,33 @@ def matching(folder: Path, patterns: Iterable[str]) -> list[str]:
 def _fits(name: str, pattern: str) -> bool:
     """Whether a name fits a pattern of as many parts."""
     return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
+
+
+def other_name(name: str) -> str | None:
+    """The newer name of a norm's tensor for the older, or the older for the newer; None for others,
+    which have one name."""
+    for newer, older in OLD_NAMES.items():
+        if name.endswith(older):
+            return name.removesuffix(older) + newer
+        if name.endswith(newer):
+            return name.removesuffix(newer) + older
+    return None
+
+
+def under_names_of(base: Checkpoint, checkpoint: Checkpoint) -> list[str]:
+    """Give tensors of a checkpoint the base's names, where these are the older or the newer ones of
+    the same; the names that they have in their files. Entries keep these."""
+    changed = []
+    for file, header in checkpoint.headers.items():
+        entries = {}
+        for name, entry in header.entries.items():
+            other = other_name(name)
+            if name not in base.entries and other in base.entries:
+                changed.append(name)
+                name = str(other)
+            entries[name] = entry
+        checkpoint.headers[file] = replace(header, entries=entries)
+    return changed
 
 
 def read_folder(name: str, folder: Path) -> tuple[Checkpoint, list[Finding]]:
