@@ -84,6 +84,11 @@ def test_it_holds_the_module_only(wheel):
     assert {name for name in folders if ".dist-info" not in name} == {
         "qpmerge_lite",
         "qpmerge_lite/checkpoints",
+        "qpmerge_lite/checkpoints/adapters",
+        "qpmerge_lite/checkpoints/calibration",
+        "qpmerge_lite/checkpoints/diagnosis",
+        "qpmerge_lite/checkpoints/moments",
+        "qpmerge_lite/checkpoints/recipes",
         "qpmerge_lite/choice",
         "qpmerge_lite/engine",
         "qpmerge_lite/spectral",
