@@ -290,6 +290,24 @@ def test_biases_that_peft_files_three_times_are_read_once(bases, tmp_path, capsy
     assert torch.equal(found[f"{head}.bias"], noise(8))
 
 
+def test_norms_may_have_older_names_in_the_files(families, tmp_path, capsys):
+    """As those of BERT and ESM at the Hub have, which transformers renames when it reads them, so
+    that peft knows the new ones."""
+    base, name = tmp_path / "base", "encoder.layer.0.output.LayerNorm"
+    shutil.copytree(families["bert"].root / "base", base)
+    old = {"weight": "gamma", "bias": "beta"}
+    renamed = {}
+    for key, value in state_of(base).items():
+        layer, _, entry = key.rpartition(".")
+        renamed[f"{layer}.{old[entry]}" if layer.endswith("LayerNorm") else key] = value
+    safetensors.save_file(renamed, base / "model.safetensors", metadata={"format": "pt"})
+    state = {f"{name}.bias": noise(8), f"{name}.weight": noise(8, seed=1)}
+    adapter = write_adapter(tmp_path / "a", state, bias="all")
+    assert run(capsys, "merge", base, adapter, "--out", tmp_path / "out")[0] == 0
+    changed = {f"{name}.beta": state[f"{name}.bias"], f"{name}.gamma": state[f"{name}.weight"]}
+    assert_same(tmp_path / "out", renamed | changed)
+
+
 BERT_LAYER = "encoder.layer.0.attention.self.{}"
 
 

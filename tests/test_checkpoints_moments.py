@@ -28,6 +28,7 @@ from test_checkpoints import (
     texts,
     transformers,
 )
+from test_checkpoints_adapters import write_adapter
 
 import qpmerge_lite as q
 from qpmerge_lite.checkpoints import fingerprints
@@ -141,6 +142,29 @@ def test_moments_give_what_the_data_give(families, kind, method, options, tmp_pa
         same = rows[row["layer"]]
         assert (row["basis"], row["ridge"]) == (same["basis"], same["ridge"])
         assert row["captured"] == pytest.approx(same["captured"], abs=1e-8)
+
+
+def esm():
+    """With norms whose names in the files are other ones than in the model."""
+    config = transformers.EsmConfig(
+        max_position_embeddings=16,
+        pad_token_id=0,
+        mask_token_id=1,
+        token_dropout=False,
+        position_embedding_type="absolute",
+        **SIZE,
+    )
+    return transformers.EsmModel(config).double()
+
+
+def test_what_is_averaged_is_told_by_the_names_in_the_files(families, tmp_path, capsys):
+    family = Measured(tmp_path / "esm", esm)
+    assert merge(capsys, family, tmp_path / "out")[0] == 0
+    told = json.loads((tmp_path / "out" / "merge.json").read_text(encoding="utf-8"))
+    assert "encoder.layer.0.LayerNorm" in [row["layer"] for row in told["table"]]
+    averaged = {name for names in told["averaged"].values() for name in names}
+    assert averaged <= state_of(tmp_path / "out").keys()
+    assert not any("LayerNorm" in name for name in averaged)
 
 
 @pytest.mark.parametrize(("method", "options", "bound"), [
@@ -613,6 +637,25 @@ def test_every_expert_needs_its_own(families, tmp_path, capsys):
         capsys, "merge", *family.folders, "--out", tmp_path / "o", "--moments", "x"
     )
     assert status == 1 and "--moments: expected NAME=VALUE" in err
+
+
+def test_an_adapter_is_made_a_whole_model_first(families, tmp_path, capsys):
+    """It is refused with the command that does so, and what that command writes is taken."""
+    family, layer = families["bert"], "encoder.layer.0.attention.self.query"
+    state = {f"{layer}.lora_A.weight": torch.ones(2, 8), f"{layer}.lora_B.weight": torch.ones(8, 2)}
+    adapter = write_adapter(tmp_path / "first", state)
+    words = ["--calibration", family.files["first"], "--out", tmp_path / "a.safetensors"]
+    status, _, err = run(capsys, "moments", adapter, *words)
+    assert status == 1 and "expected a whole model, found an adapter; make a whole" in err
+    given = [family.root / "base", f"first={adapter}", family.root / "second"]
+    status, _, err = run(capsys, "merge", *given, *family.measured, "--out", tmp_path / "b")
+    assert status == 1 and "expected a whole model beside --moments, found an adapter" in err
+    whole = tmp_path / "whole"
+    assert run(capsys, "merge", family.root / "base", adapter, "--out", whole)[0] == 0
+    assert run(capsys, "moments", whole, *words)[0] == 0
+    given[1] = f"first={whole}"
+    measured = ["--moments", f"first={words[-1]}", *family.measured[2:]]
+    assert run(capsys, "merge", *given, *measured, "--out", tmp_path / "b")[0] == 0
 
 
 def test_other_folds_can_be_added_up(families, tmp_path, capsys):

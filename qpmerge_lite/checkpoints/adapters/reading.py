@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..findings import ERROR, Finding, Refused
-from ..folders import ADAPTER, INDEX, SINGLE, Checkpoint, read_json
+from ..folders import ADAPTER, INDEX, SINGLE, Checkpoint, other_name, read_json
 from ..headers import SAVE_AGAIN, Entry, Header, read_header
 from .settings import FOLD, indices_of, scale_of, settings_errors
 
@@ -30,6 +30,7 @@ ENDINGS = {  # end of a tensor's name in the file -> what it is, and the tensor 
     ".token_adapter.trainable_tokens_delta": ("rows", ".weight"),
 }
 REPLACEMENT = "replacement"
+WHOLE = "make a whole model of it, qpmerge merge BASE ADAPTER --out FOLDER, and name that folder"
 
 
 @dataclass
@@ -163,7 +164,13 @@ def renamed(folds: dict[str, Fold], entries: Mapping[str, Entry]) -> dict[str, F
     best = max(ways, key=lambda way: _count_of_known(way, entries))
     if len({*best.values()}) < len(folds):  # two names became one
         best = ways[0]
-    return {best[name]: fold for name, fold in folds.items()}
+    return {_stored(best[name], entries): fold for name, fold in folds.items()}
+
+
+def _stored(name: str, entries: Mapping[str, Entry]) -> str:
+    """What the base's files call a tensor: its older name where they have that."""
+    other = other_name(name)
+    return other if other in entries and name not in entries else name
 
 
 def _first_parts(names: Iterable[str]) -> list[str]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from ..adapters.reading import WHOLE, Adapter
 from ..findings import Refused, shortened
 from ..fingerprints import of_config, of_weights
 from ..folders import Checkpoint
@@ -246,10 +247,13 @@ def read_all(
 ) -> dict[str, list[MomentsFile]]:
     """The files of moments of every expert, held against the checkpoints: expert's name -> files.
 
-    Raises: Refused for a file that is damaged, of other weights, or does not fit the base.
+    Raises: Refused for a file that is damaged, of other weights, or does not fit the base; for an
+        expert that is an adapter.
     """
     files = {}
     for expert in experts:
+        if isinstance(expert, Adapter):
+            raise Refused(expert.folder, "a whole model beside --moments", "an adapter", WHOLE)
         files[expert.name] = [read_moments(path) for path in given[expert.name]]
         texts = {file.about["calibration"].get("sha256") for file in files[expert.name]}
         if len(texts) < len(files[expert.name]):

@@ -20,6 +20,7 @@ from ...engine.sums import RTOL
 from ...engine.views import Table, View
 from ...sequential import Pass, PassOptions
 from .. import fingerprints
+from ..adapters.reading import WHOLE, is_adapter
 from ..calibrated import build, cast, names_of, renamed
 from ..calibration.feeds import feed
 from ..calibration.sources import SAMPLES, Source
@@ -89,7 +90,10 @@ def measure(order: Measurement, *, progress: bool = False) -> dict:
     """
     check_new_file(order.out, SUFFIX)
     check_sizes(order, "folds", "samples", "max_length", "batch_size")
-    report = check(local(order.model, progress=progress), {})
+    folder = local(order.model, progress=progress)
+    if is_adapter(folder):
+        raise Refused(folder, "a whole model", "an adapter", WHOLE)
+    report = check(folder, {})
     refuse_errors(report)
     checkpoint = report.base
     inputs = feed(
@@ -107,8 +111,8 @@ def measure(order: Measurement, *, progress: bool = False) -> dict:
         raise Refused(order.calibration, expected, f"{len(source.rows)}", cure)
     model = build(checkpoint)
     batches = cast(inputs.batches[MODEL], model.dtype)
-    with new_file(order.out, "whole") as folder:
-        with (folder / "sums").open("xb") as file:
+    with new_file(order.out, "whole") as made:
+        with (made / "sums").open("xb") as file:
             in_files = {name: stored for stored, name in names_of(model).items()}
             sums = _Sums(file, _names_in_files(checkpoint, model, in_files))
             covered = record(model, batches, sums.add, folds=order.folds, progress=progress)
@@ -117,8 +121,8 @@ def measure(order: Measurement, *, progress: bool = False) -> dict:
         averaged = renamed(covered.averaged, in_files)
         told = {"layers": [asdict(layer) for layer in layers], "averaged": averaged}
         entries = sums.entries_of(layers)
-        _write(folder / "whole", folder / "sums", entries, about | told)
-        check_fits(read_moments(folder / "whole"), checkpoint)
+        _write(made / "whole", made / "sums", entries, about | told)
+        check_fits(read_moments(made / "whole"), checkpoint)
     return about | {"layers": len(layers), "averaged": len(covered.averaged)}
 
 

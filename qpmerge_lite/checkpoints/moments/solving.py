@@ -153,13 +153,13 @@ class Merging:
         return f"outside the scope {self.recipe.scope!r}"
 
     def reasons(self) -> dict[str, str]:
-        """Entry of the model -> why it is averaged, if it is."""
+        """Entry of the files -> why it is averaged, if it is."""
         reasons: dict[str, str] = {}
         for of_expert in self.files.values():
             reasons |= of_expert[0].averaged
         for name in self._holders:
-            parameters = self._described(name).parameters
-            reasons |= dict.fromkeys(parameters, self._obstacle(name) or self._outside)
+            names = self._described(name).names
+            reasons |= dict.fromkeys(names, self._obstacle(name) or self._outside)
         return reasons
 
     def _states(self, names: Mapping[str, str]) -> tuple[State, Mapping[str, State]]:
