@@ -132,6 +132,8 @@ def test_the_public_format_has_the_same_outputs_and_tokens(tmp_path):
         states = model(**rows).last_hidden_state
         wanted = encoder(**rows)
     torch.testing.assert_close(encoder.pool(states, rows["attention_mask"]), wanted)
+    back = esm.read(tmp_path / "base")
+    assert all(torch.equal(back[name], value) for name, value in encoder.state_dict().items())
 
 
 def test_names_of_the_public_format_lead_back():

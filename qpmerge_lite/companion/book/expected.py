@@ -18,6 +18,7 @@ TRAINED = (
     "trial.",
     "calibration.",
     "auto.",
+    "checkpoints.",
 )  # ids of results that hang on experts trained in float32
 DEFAULTS = {
     "exact": (None, "a count or a truth value: the same on every machine"),

@@ -115,6 +115,13 @@ def save(folder: Path, state: Mapping[str, Tensor]) -> None:
     tokenizer().save_pretrained(folder)
 
 
+def read(folder: Path) -> dict[str, Tensor]:
+    """Weights of such a checkpoint for :func:`language.build`: the inverse of :func:`save`."""
+    from transformers import EsmModel
+
+    return suite_state(EsmModel.from_pretrained(folder).state_dict())
+
+
 def save_adapter(
     folder: Path, base: Mapping[str, Tensor], expert: Mapping[str, Tensor], rank: int
 ) -> None:
