@@ -15,13 +15,13 @@ def test_a_command_runs_in_the_folder_and_is_shown(tmp_path, capsys):
     (tmp_path / "a.py").write_text("import sys; print('here', sys.argv[1:])")
     said = terminal.run(tmp_path, "python a.py one\n'two three'")
     assert said == "here ['one', 'two three']\n"
-    assert capsys.readouterr().out == f"$ python a.py one 'two three'\n{said}\n"
+    assert capsys.readouterr().out == f"\n$ python a.py one 'two three'\n{said}"
 
 
 def test_a_refusal_is_shown_where_it_is_expected_and_an_error_elsewhere(tmp_path, capsys):
     said = terminal.run(tmp_path, "qpmerge check base expert", refused=True)
     assert "ERROR base" in said and str(tmp_path) not in said
-    assert capsys.readouterr().out.startswith("$ qpmerge check base expert\nERROR base")
+    assert capsys.readouterr().out.startswith("\n$ qpmerge check base expert\nERROR base")
     with pytest.raises(MergeError, match="expected success, found exit status 1"):
         terminal.run(tmp_path, "qpmerge check base expert")
     (tmp_path / "a.py").write_text("")

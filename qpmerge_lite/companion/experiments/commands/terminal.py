@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from textwrap import wrap
 
-from ....checkpoints.commands import size
+from ....checkpoints.findings import size
 from ....errors import MergeError
 
-WIDTH = 100  # letters of a line of the page
+WIDTH = 84  # letters of a line of the page
 PROGRAMS = {"qpmerge": [sys.executable, "-m", "qpmerge_lite"], "python": [sys.executable]}
+VERBS = "qpmerge_lite.checkpoints.arguments"  # what runs: named, so that chapters hang on it
 REFUSED = 1  # exit status of a command that said why it does nothing
 
 
@@ -35,7 +36,7 @@ def run(place: Path, command: str, *, refused: bool = False) -> str:
             f"{done.stderr}"
         )
     said = done.stdout + (done.stderr if refused else "")
-    print(f"{shown(command)}\n{folded(said)}\n")
+    print(f"\n{shown(command)}\n{folded(said)}")
     return said
 
 
