@@ -36,11 +36,23 @@ def test_a_long_command_is_cut_before_its_options():
     assert all(line.startswith("    --calibration expert") for line in lines[1:])
 
 
+def test_a_command_begins_behind_the_prompt_however_long():
+    folders = " ".join(f"expert{n}=a/long/way/expert{n}" for n in range(4))
+    assert terminal.shown(f"qpmerge check {folders}") == f"$ qpmerge check {folders}"
+
+
 def test_long_lines_are_folded_and_no_word_is_lost():
     said = "ERROR " + "word " * 40 + "\nshort   line"
     folded = terminal.folded(said)
     assert folded.split() == said.split() and folded.endswith("\nshort   line")
     assert max(map(len, folded.splitlines())) <= terminal.WIDTH
+
+
+def test_what_was_folded_wider_is_folded_anew():
+    said = f"first: {'word ' * 18}\n  {'more ' * 10}\nsecond: x\n"
+    lines = terminal.folded(said).splitlines()
+    assert lines[0].startswith("first:") and lines[-1] == "second: x"
+    assert len(lines) == 3 and lines[1].startswith("  ")
 
 
 def test_files_are_listed_by_relative_names(tmp_path):

@@ -15,6 +15,7 @@ from ....errors import MergeError
 WIDTH = 84  # letters of a line of the page
 PROGRAMS = {"qpmerge": [sys.executable, "-m", "qpmerge_lite"], "python": [sys.executable]}
 VERBS = "qpmerge_lite.checkpoints.arguments"  # what runs: named, so that chapters hang on it
+INDENT = "\n  "  # before what goes on a sentence, in what commands say
 REFUSED = 1  # exit status of a command that said why it does nothing
 
 
@@ -46,17 +47,18 @@ def shown(command: str) -> str:
     lines = ["$"]
     for part in re.split(r"\s+(?=--)", command):
         words = " ".join(part.split())
-        if len(lines[-1]) + len(words) > WIDTH - 3:
+        if lines != ["$"] and len(lines[-1]) + len(words) > WIDTH - 3:
             lines.append("   ")
         lines[-1] += f" {words}"
     return " \\\n".join(lines)
 
 
 def folded(said: str) -> str:
-    """What a command says, with the lines folded that are too long for the page."""
+    """What a command says, with the lines folded that are too long for the page; sentences that it
+    folded for a wider terminal are folded anew."""
     lines = []
-    for line in said.splitlines():
-        parts = wrap(line, WIDTH, subsequent_indent=4 * " ", break_on_hyphens=False)
+    for line in said.replace(INDENT, " ").splitlines():
+        parts = wrap(line, WIDTH, subsequent_indent=INDENT[1:], break_on_hyphens=False)
         lines += parts if len(line) > WIDTH else [line]
     return "\n".join(lines)
 
