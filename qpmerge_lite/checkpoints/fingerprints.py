@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 from .compatibility import BOOKKEEPING
 from .digests import sha256
 from .folders import TOKENIZER, Checkpoint
-from .headers import pieces
+from .headers import Entry, pieces
 
 
 def of_weights(checkpoint: Checkpoint) -> str:
@@ -17,7 +18,8 @@ def of_weights(checkpoint: Checkpoint) -> str:
 
     Raises: Refused where a file cannot be read.
     """
-    digest, places = hashlib.sha256(), {}
+    digest = hashlib.sha256()
+    places: dict[str, tuple[Path, Entry]] = {}
     for header in checkpoint.headers.values():
         places |= {entry.name: (header.path, entry) for entry in header.entries.values()}
     for name in sorted(places):  # those that the files have

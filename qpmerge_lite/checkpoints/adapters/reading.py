@@ -170,7 +170,9 @@ def renamed(folds: dict[str, Fold], entries: Mapping[str, Entry]) -> dict[str, F
 def _stored(name: str, entries: Mapping[str, Entry]) -> str:
     """What the base's files call a tensor: its older name where they have that."""
     other = other_name(name)
-    return other if other in entries and name not in entries else name
+    if other is None or name in entries or other not in entries:
+        return name
+    return other
 
 
 def _first_parts(names: Iterable[str]) -> list[str]:
