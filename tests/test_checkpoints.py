@@ -20,14 +20,13 @@ import torch
 
 import qpmerge_lite as q
 from qpmerge_lite.checkpoints import (
-    architectures,
     calibrated,
     commands,
     methods,
     tensors,
     weights_only,
 )
-from qpmerge_lite.checkpoints.calibration import tokens
+from qpmerge_lite.checkpoints.calibration import records, tokens
 from qpmerge_lite.checkpoints.calibration.sources import Row
 from qpmerge_lite.checkpoints.compatibility import check
 from qpmerge_lite.checkpoints.headers import read_header
@@ -723,7 +722,7 @@ def test_other_ties_are_a_warning(families, tmp_path, capsys):
 
 def test_random_methods_ask_for_the_names_of_tied_weights(families, tmp_path, capsys, monkeypatch):
     words = ["merge", *families["llama"].folders, "--out", tmp_path / "out"]
-    monkeypatch.setattr(architectures, "find_spec", lambda name: None)
+    monkeypatch.setattr(records, "find_spec", lambda name: None)
     status, _, err = run(capsys, *words, "--method", "della")
     assert status == 1 and "expected transformers" in err and "such as soup" in err
     assert list(tmp_path.iterdir()) == []

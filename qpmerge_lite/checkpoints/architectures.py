@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
 
-from .calibration.records import IMAGE, TARGET, TEXT
+from .calibration.records import IMAGE, TARGET, TEXT, require
 from .findings import Refused
 from .folders import CONFIG, Checkpoint
 
@@ -25,9 +24,7 @@ TROUBLES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportErro
 
 def require_transformers() -> None:
     """Refused where transformers is not installed."""
-    if find_spec("transformers") is None:
-        cure = "pip install 'qpmerge-lite[hub]', or choose a method that needs none, such as soup"
-        raise Refused("the environment", "transformers, which has the models", "none", cure)
+    require("transformers", "which has the models", "choose a method that needs none, such as soup")
 
 
 @contextmanager
@@ -44,6 +41,28 @@ def quietly() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def loaded(maker, expert: Checkpoint, base: Checkpoint, files: Sequence[str], kind: str, **options):
+    """What an expert's folder has of a kind, or the base's where the expert's has none.
+
+    Args:
+        maker: class of transformers that reads it, such as AutoTokenizer; ``options`` are its own.
+        files: patterns of names that show that a folder has one.
+        kind: what it is, such as ``a tokenizer``.
+    Raises: Refused where there is none, or one that transformers cannot load without remote code.
+    """
+    holder = expert if expert.matching(files) else base
+    if not holder.matching(files):
+        cure = f"save one there, with {kind.split()[1]}.save_pretrained(folder)"
+        expected = f"{kind} in the expert's folder or in the base's"
+        raise Refused(expert.folder, expected, "none", cure)
+    try:
+        with quietly():
+            return maker.from_pretrained(holder.folder, **options, **HERE_ALONE)
+    except TROUBLES as error:
+        cure = "save it again with this version of transformers"
+        raise Refused(holder.folder, f"{kind} that transformers load", f"{error}", cure) from error
 
 
 def class_of(base: Checkpoint):

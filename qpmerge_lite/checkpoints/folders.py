@@ -30,11 +30,11 @@ TOKENIZER = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
+PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 OTHERS = (
     CONFIG,
     "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
+    *PROCESSOR,
     "video_preprocessor_config.json",
     "LICENSE*",
     "NOTICE*",

@@ -12,12 +12,11 @@ from .findings import WARNING
 from .folders import INDEX, OTHERS, TOKENIZER, Checkpoint
 from .hub import origin_of
 from .moments.files import MomentsFile
-from .orders import Order
 from .output import versions
 from .planning import READERS, Plan
 
 if TYPE_CHECKING:
-    from .calibration.feeds import Feed
+    pass
 
 
 def manifest_of(plan: Plan) -> dict:
@@ -35,20 +34,11 @@ def manifest_of(plan: Plan) -> dict:
         "options": order.options,
         "recipe": order.recipe and order.recipe.as_json(order.random_seed),
         "inputs": models,
-        "calibration": {} if inputs is None else _calibration(order, inputs),
+        "calibration": {} if inputs is None else inputs.as_json(),
         "moments": {name: _measured(files) for name, files in plan.moments.items()},
         "warnings": warnings_of(report),
         "notes": [] if inputs is None else inputs.notes,
     }
-
-
-def _calibration(order: Order, inputs: Feed) -> dict[str, dict]:
-    """What every expert was calibrated on, by its name."""
-    said = {}
-    for name, source in inputs.sources.items():
-        said[name] = source.as_json()
-        said[name] |= {"max_length": order.max_length, "batch_size": order.batch_size}
-    return said
 
 
 def _measured(files: Sequence[MomentsFile]) -> list[dict]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -61,8 +61,9 @@ def check_calibration(order: Order, method: str) -> None:
     check_names("--calibration", order.calibration, order.experts)
     check_names("--column", order.columns, order.experts)
     if method in CALIBRATED:
-        cure = "or choose a method that needs none"
-        check_all_named(order.calibration, order.experts, method, cure)
+        expected = f"a file for every expert, for {method}"
+        told = "or choose a method that needs none"
+        check_all_named("--calibration", order.calibration, order.experts, expected, told)
     if method in WEIGHTS_ONLY and order.calibration:
         cure = f"leave it out, or choose one of {', '.join(CALIBRATED)}"
         raise Refused("--calibration", f"none, as {method} looks at weights only", "some", cure)
@@ -76,11 +77,8 @@ def check_moments(order: Order, method: str) -> None:
         cure = "leave one of them out: moments stand in for the data"
         raise Refused("--moments", "no --calibration beside them", "both", cure)
     check_names("--moments", order.moments, order.experts)
-    missing = [name for name in order.experts if name not in order.moments]
-    if missing:
-        found = f"none for {', '.join(map(repr, missing))}"
-        cure = f"add --moments {missing[0]}=FILE, which qpmerge moments writes"
-        raise Refused("--moments", "a file for every expert", found, cure)
+    told = "which qpmerge moments writes"
+    check_all_named("--moments", order.moments, order.experts, "a file for every expert", told)
     if method not in FROM_MOMENTS:
         expected = f"one of {', '.join(FROM_MOMENTS)}, which moments are enough for"
         cure = "choose one of them, or leave --moments out"
@@ -102,15 +100,13 @@ def check_names(option: str, names: Iterable[str], experts: Mapping[str, Path]) 
 
 
 def check_all_named(
-    calibration: Iterable[str], experts: Iterable[str], user: str, other_cure: str
+    option: str, given: Collection[str], experts: Iterable[str], expected: str, told: str
 ) -> None:
-    """Refused for an expert without calibration; ``user`` is what needs it."""
-    given = list(calibration)
+    """Refused for an expert that an option says nothing of; ``told`` ends the cure."""
     missing = [name for name in experts if name not in given]
     if missing:
         lacking = f"none for {', '.join(map(repr, missing))}"
-        cure = f"add --calibration {missing[0]}=FILE, {other_cure}"
-        raise Refused("--calibration", f"a file for every expert, for {user}", lacking, cure)
+        raise Refused(option, expected, lacking, f"add {option} {missing[0]}=FILE, {told}")
 
 
 def check_sizes(order, *fields: str) -> None:

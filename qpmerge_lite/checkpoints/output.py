@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .. import __version__
-from ..errors import MergeError
 from .findings import Refused, size
 from .folders import CONFIG, INDEX, OTHERS, TOKENIZER, Checkpoint, read_json
 from .headers import NAMES, read_header
-from .partial import concerns, refuse_if_there, tidy
+from .partial import explained, refuse_if_there, tidy
 
 MANIFEST, CARD = "merge.json", "README.md"
 
@@ -65,21 +64,13 @@ def new_file(out: Path, name: str) -> Iterator[Path]:
     """
     out = Path(os.path.abspath(out))
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
+    with explained(out, partial):
         partial.mkdir()
         try:
             yield partial
             os.rename(partial / name, out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except MergeError:
-        raise
-    except OSError as error:
-        if not concerns(error, partial):
-            raise
-        cure = "see that there is room, and that this folder may be written"
-        found = error.strerror or str(error)
-        raise Refused(f"--out {out}", "a place that can be written", found, cure) from error
 
 
 def check_room(out: Path, needed: int) -> None:

@@ -137,7 +137,7 @@ def all_or_nothing(partial: Partial, say: Callable[[str], None]) -> Iterator[Non
     Raises: Refused where the folder cannot be written, as on a full disk, and where another process
         is making it; KeyboardInterrupt with a note that says what was kept.
     """
-    with _explained(partial):
+    with explained(partial.out, partial.hidden):
         _look_at_others(partial, say)
         with _locked(partial):
             try:
@@ -175,22 +175,22 @@ def refuse_if_there(out: Path) -> None:
 
 
 @contextmanager
-def _explained(partial: Partial) -> Iterator[None]:
-    """Errors of the system that are about the output, as refusals."""
+def explained(out: Path, hidden: Path) -> Iterator[None]:
+    """Errors of the system that are about an output, or the hidden folder that it is made in, as
+    refusals."""
     try:
         yield
     except MergeError:
         raise
     except OSError as error:
-        if not concerns(error, partial.hidden):
+        if not _concerns(error, hidden):
             raise
         cure = "see that there is room, and that this folder may be written"
         found = error.strerror or str(error)
-        where = f"--out {partial.out}"
-        raise Refused(where, "a place that can be written", found, cure) from error
+        raise Refused(f"--out {out}", "a place that can be written", found, cure) from error
 
 
-def concerns(error: OSError, hidden: Path) -> bool:
+def _concerns(error: OSError, hidden: Path) -> bool:
     """Whether an error is about the output: it names it, or no file at all, as on a full disk."""
     named = [str(name) for name in (error.filename, error.filename2) if name is not None]
     return not named or any(name.startswith(str(hidden)) for name in named)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .compatibility import Report, check, refuse_errors
 from .findings import Refused
-from .folders import INDEX, OTHERS, TOKENIZER
+from .folders import INDEX, OTHERS, PROCESSOR, TOKENIZER
 from .headers import Header
 from .methods import BY_MOMENTS, MODEL, WEIGHTS_ONLY, at_once, check_options, chosen
 from .moments.files import MomentsFile, read_all
@@ -22,7 +22,7 @@ from .recipes.plans import settle_dtypes, stored_headers
 if TYPE_CHECKING:
     from .calibration.feeds import Feed
 
-READERS = (*TOKENIZER, "preprocessor_config.json", "processor_config.json")
+READERS = (*TOKENIZER, *PROCESSOR)
 
 
 @dataclass
@@ -100,7 +100,9 @@ def plan_of(order: Order, *, progress: bool = False) -> Plan:
 
         rehearse(method, list(order.experts), order.options)
     elif not moments:
-        inputs = _feed(order, report)
+        from .calibration.feeds import feed_of
+
+        inputs = feed_of(order, report)
     return Plan(order, method, why, report, inputs, moments, stamps_of(order, report))
 
 
@@ -118,22 +120,6 @@ def settled(order: Order) -> tuple[Order, str, str]:
     else:
         check_calibration(order, method)
     return order, method, why
-
-
-def _feed(order: Order, report: Report) -> Feed:
-    """The calibration of an order; what may be a mistake in it is added to the report."""
-    from .calibration.feeds import feed
-
-    inputs = feed(
-        report,
-        order.calibration,
-        order.columns,
-        samples=order.samples,
-        max_length=order.max_length,
-        batch_size=order.batch_size,
-    )
-    report.findings += inputs.warnings
-    return inputs
 
 
 def stamps_of(order: Order, report: Report) -> dict[str, tuple[int, int] | None]:

@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ...engine.layers import view
-from ..architectures import HERE_ALONE, TROUBLES, empty_model, fields_of, quietly
+from ..architectures import empty_model, fields_of, loaded
 from ..compatibility import Report
 from ..findings import WARNING, Finding, Refused
-from ..folders import Checkpoint
+from ..folders import PROCESSOR, Checkpoint
 from .pictures import opened
-from .records import IMAGE, TARGET
+from .records import IMAGE, TARGET, TEXT
 from .sources import Row, Source, notes, read_source, shared
 from .tokens import batches, check_tokens, positions, token_rows, tokenizer_of, with_decoder
-
-PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass
@@ -28,15 +26,21 @@ class Feed:
 
     Attributes:
         sources: expert -> what was read.
+        limits: ``max_length`` of texts and ``batch_size``, as they were asked for.
         batches: expert -> batches, tensors of pictures in float32.
         notes: what is good to know, a sentence each.
         warnings: what may be a mistake.
     """
 
     sources: dict[str, Source]
+    limits: dict[str, int]
     batches: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     warnings: list[Finding] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, dict]:
+        """What a manifest says of every expert's inputs."""
+        return {name: source.as_json() | self.limits for name, source in self.sources.items()}
 
 
 def feed(
@@ -67,13 +71,14 @@ def feed(
         asked = fields.get(name, usual)
         check_fields(name, asked, usual)
         sources[name] = read_source(name, place, asked, samples, pictures)
-    made = Feed(sources, notes=notes(sources), warnings=shared(sources))
+    limits = {"max_length": max_length, "batch_size": batch_size}
+    made = Feed(sources, limits, notes=notes(sources), warnings=shared(sources))
     for expert in report.experts:
         rows = sources[expert.name].rows
         if pictures:
-            processor = processor_of(expert, report)
+            processor = processor_of(expert, report.base)
             made.batches[expert.name] = pixels(rows, processor, model, batch_size)
-            made.warnings += _other_processor(expert, report)
+            made.warnings += _other_processor(expert, processor, report.base)
         else:
             tokenizer = tokenizer_of(expert, report.base)
             limit = min(max_length, positions(model), tokenizer.model_max_length)
@@ -87,9 +92,24 @@ def feed(
     return made
 
 
+def feed_of(order, report: Report) -> Feed:
+    """The calibration that an order, or a question, names for all experts; what may be a mistake in
+    it is added to the report."""
+    inputs = feed(
+        report,
+        order.calibration,
+        order.columns,
+        samples=order.samples,
+        max_length=order.max_length,
+        batch_size=order.batch_size,
+    )
+    report.findings += inputs.warnings
+    return inputs
+
+
 def check_fields(expert: str, fields: Sequence[str], usual: Sequence[str]) -> None:
     """Refused for a number of fields that the model does not read."""
-    counts = {1, 2} if tuple(usual) not in ((IMAGE,),) and len(usual) == 1 else {len(usual)}
+    counts = {1, 2} if tuple(usual) == (TEXT,) else {len(usual)}
     if len(fields) not in counts:
         example = f"{expert}={','.join(usual)}"
         expected = " or ".join(str(count) for count in sorted(counts)) + f" fields, as in {example}"
@@ -124,7 +144,7 @@ def widest(model: nn.Module) -> int:
     return found
 
 
-def processor_of(expert: Checkpoint, report: Report):
+def processor_of(expert: Checkpoint, base: Checkpoint):
     """The expert's processor of pictures, or the base's where the expert's folder has none. It
     works with Pillow, whatever else is installed.
 
@@ -132,25 +152,16 @@ def processor_of(expert: Checkpoint, report: Report):
     """
     from transformers import AutoImageProcessor
 
-    holder = expert if expert.matching(PROCESSOR) else report.base
-    if not holder.matching(PROCESSOR):
-        cure = "save one there, with processor.save_pretrained(folder)"
-        expected = "a processor of pictures in the expert's folder or in the base's"
-        raise Refused(expert.folder, expected, "none", cure)
-    try:
-        with quietly():
-            return AutoImageProcessor.from_pretrained(holder.folder, backend="pil", **HERE_ALONE)
-    except TROUBLES as error:
-        cure = "save it again with this version of transformers"
-        expected = "a processor of pictures that transformers load"
-        raise Refused(holder.folder, expected, f"{error}", cure) from error
+    return loaded(
+        AutoImageProcessor, expert, base, PROCESSOR, "a processor of pictures", backend="pil"
+    )
 
 
-def _other_processor(expert: Checkpoint, report: Report) -> list[Finding]:
+def _other_processor(expert: Checkpoint, processor, base: Checkpoint) -> list[Finding]:
     """A warning where an expert's pictures are prepared otherwise than those of the merge."""
-    if not (expert.matching(PROCESSOR) and report.base.matching(PROCESSOR)):
+    if not (expert.matching(PROCESSOR) and base.matching(PROCESSOR)):
         return []
-    own, other = (processor_of(c, report).to_dict() for c in (expert, report.base))
+    own, other = processor.to_dict(), processor_of(base, base).to_dict()
     differ = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
     if not differ:
         return []

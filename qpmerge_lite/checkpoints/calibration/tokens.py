@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...calibration import IGNORED
-from ..architectures import HERE_ALONE, TROUBLES, quietly
+from ..architectures import TROUBLES, loaded, quietly
 from ..findings import Refused
 from ..folders import CONFIG, TOKENIZER, Checkpoint
 from .sources import Row
@@ -38,18 +38,7 @@ def tokenizer_of(expert: Checkpoint, base: Checkpoint):
     """
     from transformers import AutoTokenizer
 
-    holder = expert if expert.matching(TOKENIZER) else base
-    if not holder.matching(TOKENIZER):
-        cure = "save one there, with tokenizer.save_pretrained(folder)"
-        expected = "a tokenizer in the expert's folder or in the base's"
-        raise Refused(expert.folder, expected, "none", cure)
-    try:
-        with quietly():
-            return AutoTokenizer.from_pretrained(holder.folder, **HERE_ALONE)
-    except TROUBLES as error:
-        cure = "save it again with this version of transformers"
-        expected = "a tokenizer that transformers load"
-        raise Refused(holder.folder, expected, f"{error}", cure) from error
+    return loaded(AutoTokenizer, expert, base, TOKENIZER, "a tokenizer")
 
 
 def token_rows(

@@ -14,7 +14,7 @@ from ...calibration import check_calibration
 from ...errors import MergeError
 from ...experts import check_experts
 from ..calibrated import build, cast, names_of, renamed
-from ..calibration.feeds import Feed, feed
+from ..calibration.feeds import Feed, feed_of
 from ..calibration.sources import SAMPLES
 from ..compatibility import Report, check, refuse_errors
 from ..findings import WARNING, Finding
@@ -70,8 +70,9 @@ def diagnose_folders(question: Question, *, progress: bool = False) -> dict:
     """
     check_names("--calibration", question.calibration, question.experts)
     check_names("--column", question.columns, question.experts)
-    cure = "as what a merge does to an expert is seen on texts of its task"
-    check_all_named(question.calibration, question.experts, "diagnose", cure)
+    told = "as what a merge does to an expert is seen on texts of its task"
+    expected = "a file for every expert, for diagnose"
+    check_all_named("--calibration", question.calibration, question.experts, expected, told)
     check_sizes(question, "samples", "max_length", "batch_size")
     base, merged = (local(place, progress=progress) for place in (question.base, question.merged))
     experts = {name: local(place, progress=progress) for name, place in question.experts.items()}
@@ -80,16 +81,8 @@ def diagnose_folders(question: Question, *, progress: bool = False) -> dict:
     of_merge = check(base, {MERGED: merged})
     refuse_errors(of_merge)
     recipe = _recipe(merged)
-    inputs = feed(
-        of_experts,
-        question.calibration,
-        question.columns,
-        samples=question.samples,
-        max_length=question.max_length,
-        batch_size=question.batch_size,
-    )
-    of_experts.findings += inputs.warnings
-    calibration = _calibration(question, inputs)
+    inputs = feed_of(question, of_experts)
+    calibration = inputs.as_json()
     warnings = _seen_before(recipe, calibration)
     for warning in [*warnings_of(of_merge), *warnings_of(of_experts)]:
         if warning not in warnings:  # both tell of the base
@@ -119,12 +112,6 @@ def _inputs(merged: Checkpoint, report: Report) -> list[dict]:
     for expert in report.experts:
         models.append(input_of(expert, (expert.config_file, *READERS)))
     return models
-
-
-def _calibration(question: Question, inputs: Feed) -> dict[str, dict]:
-    """What every expert's outputs were compared on, by its name."""
-    limits = {"max_length": question.max_length, "batch_size": question.batch_size}
-    return {name: source.as_json() | limits for name, source in inputs.sources.items()}
 
 
 def _seen_before(recipe: dict | None, calibration: Mapping[str, dict]) -> list[dict]:

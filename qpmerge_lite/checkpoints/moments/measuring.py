@@ -22,8 +22,8 @@ from ...sequential import Pass, PassOptions
 from .. import fingerprints
 from ..adapters.reading import WHOLE, is_adapter
 from ..calibrated import build, cast, names_of, renamed
-from ..calibration.feeds import feed
-from ..calibration.sources import SAMPLES, Source
+from ..calibration.feeds import Feed, feed
+from ..calibration.sources import SAMPLES
 from ..compatibility import Report, check, refuse_errors
 from ..findings import Refused
 from ..folders import Checkpoint
@@ -104,11 +104,11 @@ def measure(order: Measurement, *, progress: bool = False) -> dict:
         max_length=order.max_length,
         batch_size=order.batch_size,
     )
-    source = inputs.sources[MODEL]
-    if len(source.rows) < order.folds:
-        cure = f"add inputs, or choose --folds {len(source.rows)}"
+    count = len(inputs.sources[MODEL].rows)
+    if count < order.folds:
+        cure = f"add inputs, or choose --folds {count}"
         expected = f"at least {order.folds} inputs, one for every fold"
-        raise Refused(order.calibration, expected, f"{len(source.rows)}", cure)
+        raise Refused(order.calibration, expected, f"{count}", cure)
     model = build(checkpoint)
     batches = cast(inputs.batches[MODEL], model.dtype)
     with new_file(order.out, "whole") as made:
@@ -116,7 +116,7 @@ def measure(order: Measurement, *, progress: bool = False) -> dict:
             in_files = {name: stored for stored, name in names_of(model).items()}
             sums = _Sums(file, _names_in_files(checkpoint, model, in_files))
             covered = record(model, batches, sums.add, folds=order.folds, progress=progress)
-        about = _about(order, checkpoint, source)
+        about = _about(order, checkpoint, inputs)
         layers = [sums.layers[name] for name in covered.layers]
         averaged = renamed(covered.averaged, in_files)
         told = {"layers": [asdict(layer) for layer in layers], "averaged": averaged}
@@ -269,7 +269,7 @@ def _write(path: Path, tensors: Path, entries: dict[str, Entry], about: dict) ->
             out.writelines(pieces(tensors, place))
 
 
-def _about(order: Measurement, checkpoint: Checkpoint, source: Source) -> dict:
+def _about(order: Measurement, checkpoint: Checkpoint, inputs: Feed) -> dict:
     """What a file of moments says of itself, without a path or a date: the same order has the same
     file."""
     return {
@@ -281,8 +281,7 @@ def _about(order: Measurement, checkpoint: Checkpoint, source: Source) -> dict:
             "config": fingerprints.of_config(checkpoint),
         },
         "tokenizer": fingerprints.of_tokenizer(checkpoint),
-        "calibration": source.as_json()
-        | {"max_length": order.max_length, "batch_size": order.batch_size},
+        "calibration": inputs.as_json()[MODEL],
         "folds": order.folds,
         "versions": versions(with_transformers=True),
     }
