@@ -23,6 +23,7 @@ settings.register_profile(
 settings.load_profile("derandomised")
 
 
+THREADS = torch.get_num_threads()
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "book" / "_build" / "html" / "intro.html"
 # What tests of the core import: the packages it needs, those of its qp extra, those of tests.
@@ -68,8 +69,11 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _same_start():
+    """What a test before has set must not reach the next: benchmarks, for one, set the threads,
+    and a merge that was begun with other threads is another order."""
     torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session", params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
