@@ -38,8 +38,9 @@ export QPMERGE_TIER := $(TIER)
 book: notebooks
 	$(MAKE) html
 
+# a file of tests per process: what its tests share is made once
 test: book $(HUB)
-	QPMERGE_BUILT=1 $(BIN)/python -m pytest
+	QPMERGE_BUILT=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 notebooks: $(NEEDED)
 	$(QPMERGE) book run --tier $(TIER)
