@@ -219,7 +219,24 @@ def test_shards_share_out_all_units_and_keep_those_of_a_seed_together():
     assert sorted(sum(dealt, [])) == sorted(everything) and len(set(everything)) == len(everything)
     places = [{tuple(unit.split()[1:]) for unit in part} for part in dealt]
     assert not places[0] & places[1] and not places[1] & places[2]
-    assert len(studies.units("scopes")) == plan("full").seeds
+    assert len(studies.units("scopes")) == plan("full").seeds == studies.SEEDS["full"]
+    assert [str(unit) for unit in studies.units("comparison", tier="standard")] == [
+        f"comparison {suite} {seed}" for seed in range(3) for suite in ("vision", "language")
+    ]
+    assert studies.units("factors", tier="standard") == []
+
+
+def test_units_of_public_data_are_filed_and_found_by_themselves(folder, monkeypatch):
+    here = studies.Study(measured, {"words": ["a"]}, ("vision",), tiers=("standard",))
+    monkeypatch.setattr(studies, "STUDIES", (here,))
+    assert cli.main(["book", "evidence", "--tier", "standard", "--shard", "2/3"]) == 0
+    assert [path.name for path in (folder / "standard" / "measured").iterdir()] == [
+        "vision-1.json.xz"
+    ]
+    found = evidence.gather(measured, "vision", [1], "standard", words=["a"])
+    assert found.is_covered and not found.is_stale and found.seeds == [1]
+    assert not evidence.gather(measured, "vision", [1], "smoke", words=["a"]).is_covered
+    assert len(studies.due(tier="standard")) == 2 and studies.due() == []
 
 
 def test_measuring_goes_on_where_it_broke_off(monkeypatch):

@@ -56,6 +56,12 @@ def parser():
     evidence.add_argument(
         "--shard", metavar="I/N", default="1/1", help="the I-th of N parts, for as many machines"
     )
+    evidence.add_argument(
+        "--tier",
+        choices=("full", "standard"),
+        default="full",
+        help="of the embedded suites, or of the public data sets (default full)",
+    )
     evidence.add_argument("--only", metavar="EXPERIMENT", help="only units of this experiment")
     evidence.add_argument("--device", default="cpu", help="where to run (default cpu)")
     evidence.add_argument("--force", action="store_true", help="also what is there and current")
@@ -165,7 +171,7 @@ def _evidence(arguments):
     if arguments.only not in (None, *known):
         raise MergeError(f"--only: expected one of {', '.join(known)}, found {arguments.only!r}")
     say = _printer(arguments)
-    due = studies.due(arguments.only, shard, arguments.force)
+    due = studies.due(arguments.only, shard, arguments.force, arguments.tier)
     for unit in due:
         if arguments.list:
             say(unit)

@@ -53,7 +53,7 @@ class Plan:
 PLANS = {
     "smoke": Plan(evidence="full", subsets=(2, 4)),
     "full": Plan(seeds=10),
-    "standard": Plan("standard", options=3, chapters=("05", "06", "07")),
+    "standard": Plan("standard", evidence="standard", options=3, chapters=("05", "06", "07")),
     "paper": Plan("paper", calibration=256, options=3, chapters=("09",)),
 }
 DATA_TIERS = tuple(dict.fromkeys(planned.data for planned in PLANS.values()))

@@ -87,7 +87,7 @@ def _error(where: str, wanted: str) -> ReplicationError:
     return ReplicationError(
         f"{where}: expected, as in the committed evidence, {wanted}. Either the code changed what "
         f"is measured, or this machine computes otherwise; if the new number is right, renew the "
-        f"evidence with `{RENEW}` and say why in the commit"
+        f"evidence of this tier with `{RENEW}` and say why in the commit"
     )
 
 

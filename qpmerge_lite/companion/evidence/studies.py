@@ -20,7 +20,8 @@ from ..experiments.unlabelled.factors import factors
 from ..plans import plan
 from . import units as files
 
-TIER = "full"
+SEEDS = {"full": 10, "standard": 3}  # tier -> seeds that there is to be evidence of
+EMBEDDED, EVERY = ("full",), tuple(SEEDS)
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,23 @@ class Study:
         settings: those that the chapters' parameters have where nobody changed them; a test holds
             the two together.
         suites: names.
+        tiers: on which data.
     """
 
     measure: Callable
     settings: dict = field(default_factory=dict)
     suites: tuple[str, ...] = ("vision", "language")
+    tiers: tuple[str, ...] = EMBEDDED
 
 
 GAPS = {"sizes": [8, 32, 128], "draws": 2, "ridge": 0.01, "tasks": 4}
-SIZE = {"size": plan(TIER).calibration}
+SIZE = {"size": plan("full").calibration}
 STUDIES = (
-    Study(benchmark.comparison, SIZE | {"entries": None}),
-    Study(single_layer.each_layer, {"size": 128}),
+    Study(benchmark.comparison, SIZE | {"entries": None}, tiers=EVERY),
+    Study(single_layer.each_layer, {"size": 128}, tiers=EVERY),
     Study(ablations.choices, SIZE),
-    Study(ablations.scopes, SIZE, suites=("language",)),
-    Study(ablations.fresh_heads, SIZE),
+    Study(ablations.scopes, SIZE, suites=("language",), tiers=EVERY),
+    Study(ablations.fresh_heads, SIZE, tiers=EVERY),
     Study(special_cases.paths, SIZE),
     Study(population.population),
     Study(predictors.pairs),
@@ -54,18 +57,19 @@ STUDIES = (
     Study(calibration.sensitivity, {"draws": 10, "few": 2, "tasks": 4}),
     Study(calibration.other_methods, {"tasks": 4}),
     Study(calibration.sketches, {"ranks": [8, 32, 512], "ridge": 0.01, "tasks": 4}),
-    Study(automatic, SIZE),
+    Study(automatic, SIZE, tiers=EVERY),
     Study(factors, SIZE),
 )
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One study on one suite and seed."""
+    """One study on one suite and seed of a tier."""
 
     study: Study
     suite: str
     seed: int
+    tier: str
 
     def __str__(self):
         return f"{self.study.measure.__name__} {self.suite} {self.seed}"
@@ -73,32 +77,36 @@ class Unit:
     def is_current(self) -> bool:
         """Whether it is committed, under these settings and by the code as it is."""
         study = self.study
-        return files.is_current(study.measure, self.suite, self.seed, TIER, study.settings)
+        return files.is_current(study.measure, self.suite, self.seed, self.tier, study.settings)
 
     def run(self, device: str = "cpu"):
         """Measure and file it. Returns: the path."""
         study = self.study
-        return files.write(study.measure, self.suite, self.seed, TIER, device, study.settings)
+        return files.write(study.measure, self.suite, self.seed, self.tier, device, study.settings)
 
 
-def units(only: str | None = None, shard: tuple[int, int] = (1, 1)) -> list[Unit]:
+def units(
+    only: str | None = None, shard: tuple[int, int] = (1, 1), tier: str = "full"
+) -> list[Unit]:
     """All units of a shard, those of a suite and seed one after the other, as they share experts.
 
     Args:
         only: name of one experiment.
         shard: (number from 1 on, of how many); suites and seeds are dealt out in turn.
+        tier: a key of ``SEEDS``.
     """
     number, count = shard
-    names = dict.fromkeys(name for study in STUDIES for name in study.suites)
-    places = [(seed, name) for seed in range(plan(TIER).seeds) for name in names]
+    studies = [study for study in STUDIES if tier in study.tiers]
+    names = dict.fromkeys(name for study in studies for name in study.suites)
+    places = [(seed, name) for seed in range(SEEDS[tier]) for name in names]
     chosen = []
     for seed, name in places[number - 1 :: count]:
-        for study in STUDIES:
+        for study in studies:
             if name in study.suites and only in (None, study.measure.__name__):
-                chosen.append(Unit(study, name, seed))
+                chosen.append(Unit(study, name, seed, tier))
     return chosen
 
 
-def due(only=None, shard=(1, 1), force=False) -> list[Unit]:
+def due(only=None, shard=(1, 1), force=False, tier="full") -> list[Unit]:
     """The units of a shard, as of :func:`units`, that are not current; all with ``force``."""
-    return [unit for unit in units(only, shard) if force or not unit.is_current()]
+    return [unit for unit in units(only, shard, tier) if force or not unit.is_current()]

@@ -20,7 +20,7 @@ SCHEMA = 1
 DIGITS = 5  # significant ones of what is stored
 # What no other run can repeat, or what only the build that made it shows.
 PASSING = ("seconds", "tables")
-RENEW = "qpmerge book evidence"
+RENEW = "qpmerge book evidence --tier TIER"
 
 
 class Place(NamedTuple):
