@@ -22,8 +22,8 @@ def inputs_of(base: nn.Module, experts, calibration, heads: Heads) -> dict[str, 
     """Calibration batches of every expert's task, on the device of the base."""
     refuse_what_cannot_run(base)
     if not isinstance(heads, Mapping):
-        found = type(heads).__name__
-        raise MergeError(f"heads: expected a mapping of tasks to functions, found {found}")
+        kind = type(heads).__name__
+        raise MergeError(f"heads: expected a mapping of tasks to functions, found {kind}")
     for task in experts:
         if not callable(heads.get(task)):
             raise MergeError(

@@ -302,11 +302,11 @@ def _better_half(
     places; of equals the earlier ones."""
     function("first", first)
     scores: list[float] = []
-    kept: dict[int, Merge] = {}
+    best: dict[int, Merge] = {}
     for place, merge in enumerate(merges):
         scores.append(score_of(f"options {grid[place]}", first(merge.state_dict)))
-        kept[place] = merge
-        if len(kept) > (len(grid) + 1) // 2:
-            worst = min(kept, key=lambda place: (scores[place], -place))
-            del kept[worst]
-    return list(kept.items())
+        best[place] = merge
+        if len(best) > (len(grid) + 1) // 2:
+            worst = min(best, key=lambda place: (scores[place], -place))
+            del best[worst]
+    return list(best.items())

@@ -260,8 +260,8 @@ def della(
     for name, value in {"density": density, "spread": spread, "scale": scale}.items():
         number(name, value)
     if not 0 < density - spread <= density + spread < 1:
-        found = f"{density} ± {spread}"
-        raise MergeError(f"della: expected density ± spread within (0, 1), found {found}")
+        range_given = f"{density} ± {spread}"
+        raise MergeError(f"della: expected density ± spread within (0, 1), found {range_given}")
     generator = seeded(seed)
     experts = check_experts(base, experts)
     vectors, update = differences(base, experts), {}

@@ -67,11 +67,11 @@ class Criterion:
             state: weights of any model of the base's architecture, names as in its state dict.
         Raises: NonFinite naming task and batch for outputs that are not finite.
         """
-        found = {}
+        divergences = {}
         with evaluating(self._base):
             for task, batches in self._batches.items():
-                found[task] = torch.cat([self._errors(state, batch) for batch in batches])
-        return found
+                divergences[task] = torch.cat([self._errors(state, batch) for batch in batches])
+        return divergences
 
     def captured(self, errors: Mapping[str, Tensor]) -> float:
         """The criterion of a model with these errors; 1 where base and experts agree and it does

@@ -134,9 +134,9 @@ def _run(arguments, force=None):
     )
     for outcome in outcomes:
         if outcome.status == "failed":
-            kept = os.path.relpath(outcome.path)
+            path = os.path.relpath(outcome.path)
             print(
-                f"{outcome.notebook} failed with {outcome.error}; kept with its error as {kept}",
+                f"{outcome.notebook} failed with {outcome.error}; kept with its error as {path}",
                 file=sys.stderr,
             )
     if arguments.json and arguments.command is _run:
@@ -191,11 +191,11 @@ def _shard(text):
 
 
 def _record(arguments):
-    kept = [os.path.relpath(path) for path in keep(arguments.tier)]
+    written = [os.path.relpath(path) for path in keep(arguments.tier)]
     say = _printer(arguments)
-    for path in kept:
+    for path in written:
         say(f"wrote {path}")
-    return _done(arguments, kept)
+    return _done(arguments, written)
 
 
 def _claims(arguments):
@@ -285,8 +285,8 @@ def _data_fetch(arguments):
         own, family = name in manifests.names(), manifests.load_manifest(name.partition("/")[0])
         for member in data.members(family) if own else [name]:
             files = data.fetch(member)
-            fetched[member] = {path: str(found) for path, found in files.items()}
-            folder = os.path.commonpath([found.parent for found in files.values()])
+            fetched[member] = {path: str(cached) for path, cached in files.items()}
+            folder = os.path.commonpath([cached.parent for cached in files.values()])
             say(f"{member}: {len(files)} files in {folder}")
     return _done(arguments, fetched)
 

@@ -160,7 +160,7 @@ def keep(tier, root=None):
     Raises: RecordError when there are none, or when a file lacks part of its provenance.
     """
     root = Path(root or records_folder())
-    kept = []
+    written = []
     for path in sorted((root / tier).glob("*.json")):
         list(_read(path))
         content = read_json(path)
@@ -170,14 +170,14 @@ def keep(tier, root=None):
                 f"{path.name}: expected a provenance with {', '.join(lacking)}, found none; "
                 "run its notebook again in a checkout"
             )
-        kept.append(root.parent / "recorded" / tier / path.name)
-        write_json(kept[-1], content)
-    if not kept:
+        written.append(root.parent / "recorded" / tier / path.name)
+        write_json(written[-1], content)
+    if not written:
         raise RecordError(
             f"no records of tier {tier!r} in {root.name}; run `qpmerge book run --tier {tier}` "
             f"first"
         )
-    return kept
+    return written
 
 
 def find(records, id):
@@ -232,9 +232,9 @@ def read_json(path):
 def _read(path):
     content = read_json(path)
     if content.get("schema") != SCHEMA:
-        found = content.get("schema")
+        schema = content.get("schema")
         raise RecordError(
-            f"{path.name}: expected record schema {SCHEMA}, found {found}; run its notebook again"
+            f"{path.name}: expected record schema {SCHEMA}, found {schema}; run its notebook again"
         )
     for id, fields in content["records"].items():
         interval = fields.pop("interval")

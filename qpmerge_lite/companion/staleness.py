@@ -48,11 +48,11 @@ class Source:
 
 def modules(root: Path) -> dict[str, Path]:
     """Dotted name -> file, of every module of the package in a checkout."""
-    found = {}
+    paths = {}
     for path in sorted((root / PACKAGE).rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return paths
 
 
 def reached(
@@ -77,14 +77,14 @@ def reached(
         except SyntaxError:  # IPython may still make sense of it, and import what it likes
             return set(known)
         todo += _targets(source, known, registered)
-    found: set[str] = set()
+    seen: set[str] = set()
     while todo:
         name = todo.pop()
-        if name not in found:
-            found.add(name)
+        if name not in seen:
+            seen.add(name)
             todo += _targets(known[name], known, registered)
             todo += _among(known, name.rpartition(".")[0])
-    return found
+    return seen
 
 
 def digest(root: Path, names: Iterable[str]) -> str:

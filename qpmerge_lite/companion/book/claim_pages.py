@@ -45,7 +45,7 @@ def counts(rows: Iterable[Row]) -> str:
     by_voice = {source: [0] * len(VERDICTS) for source in SOURCES}
     for row in rows:
         by_voice[row.claim.source][VERDICTS.index(row.verdict)] += 1
-    lines = [[SOURCES[source], *map(str, found)] for source, found in by_voice.items()]
+    lines = [[SOURCES[source], *map(str, numbers)] for source, numbers in by_voice.items()]
     return table(["claimed by", *VERDICTS], lines)
 
 
@@ -80,7 +80,7 @@ def _by_verdict(parts: dict[str, str]) -> str:
     """Labels of parts behind the verdicts that they share."""
     said = []
     for verdict in VERDICTS:
-        labels = [label for label, found in parts.items() if found == verdict]
+        labels = [label for label, judged in parts.items() if judged == verdict]
         if labels:
             said.append(f"{verdict}: {', '.join(labels)}")
     return "; ".join(said)

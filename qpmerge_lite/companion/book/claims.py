@@ -106,8 +106,8 @@ def _claim(entry: dict, number: int) -> Claim:
         "about": ([entry["about"]], ABOUT),
         "sentence": (entry.get("sentence", {}), VERDICTS),
     }
-    for key, (found, known) in words.items():
-        odd = [word for word in found if word not in known]
+    for key, (words_used, known) in words.items():
+        odd = [word for word in words_used if word not in known]
         if odd:
             expected = f"expected one of {', '.join(known)}"
             raise ClaimError(f"claim {name}: {key} {', '.join(map(repr, odd))}; {expected}")
@@ -155,21 +155,21 @@ def judged(claims: Iterable[Claim], tier: str, read: Callable) -> list[Row]:
 
 def _needed(claim: Claim, records: Mapping[str, Record]) -> str:
     """In words, how many samples would decide an undecided claim at the present estimates."""
-    found = outlook(claim.predicate, records, _rounding(claim))
-    ids = " and ".join(f"`{record.id}`" for record in found.records)
-    if math.isinf(found.factor):
+    forecast = outlook(claim.predicate, records, _rounding(claim))
+    ids = " and ".join(f"`{record.id}`" for record in forecast.records)
+    if math.isinf(forecast.factor):
         return f"none at this estimate: {ids} lies on the threshold, to the digits shown"
-    truth = "hold" if found.truth else "fail"
-    if found.samples is None:
-        times = f"{found.factor:.1f}"
+    truth = "hold" if forecast.truth else "fail"
+    if forecast.samples is None:
+        times = f"{forecast.factor:.1f}"
         return (
             f"{times} times as many samples behind {ids}, if the estimates stay: it would {truth}"
         )
-    record = min((r for r in found.records if r.n is not None), key=_count)
+    record = min((r for r in forecast.records if r.n is not None), key=_count)
     word = claim.samples if isinstance(claim.samples, str) else claim.samples.get(record.id)
     return (
-        f"about {found.samples:,} {word or 'samples'} instead of {record.n:,} behind {ids}, if the "
-        f"estimates stay: it would {truth}"
+        f"about {forecast.samples:,} {word or 'samples'} instead of {record.n:,} behind {ids}, if "
+        f"the estimates stay: it would {truth}"
     )
 
 

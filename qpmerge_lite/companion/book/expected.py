@@ -143,8 +143,8 @@ def update(tier="smoke", root=None, only=None):
             {"interval": list(record.interval)} if record.interval else {}
         )
         old = known.get(id)
-        kept = old is not None and _fits(record, old["tolerance"]["kind"])
-        entry |= {key: old[key] for key in ("tolerance", "why")} if kept else _default(record)
+        stays = old is not None and _fits(record, old["tolerance"]["kind"])
+        entry |= {key: old[key] for key in ("tolerance", "why")} if stays else _default(record)
         files.setdefault(record.notebook, {})[id] = entry
     for name in {entry["notebook"] for entry in known.values()} - set(files):
         (folder / f"{name}.json").unlink()

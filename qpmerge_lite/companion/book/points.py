@@ -46,12 +46,12 @@ def points(panels: dict, xlabel: str, line: float | None = None) -> Figure:
     labels = list(dict.fromkeys(label for row in first.values() for label in row))
     size = WIDTH, 0.16 * len(first) * (1 + len(labels)) + 1.2
     figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
-    for axis, (title, found) in zip(axes[0], panels.items()):
-        _panel(axis, found, labels)
+    for axis, (title, estimates) in zip(axes[0], panels.items()):
+        _panel(axis, estimates, labels)
         if line is not None:
             axis.axvline(line, color="black", linestyle=":", linewidth=1)
         axis.set(title=title, xlabel=xlabel)
-        axis.set_yticks(range(len(found)), list(found))
+        axis.set_yticks(range(len(estimates)), list(estimates))
         axis.grid(axis="y", visible=False)
     axes[0, 0].set_ylim(len(first) - 0.4, -0.6)
     return finish(figure, axes[0, 0] if len(labels) > 1 else None, len(labels))

@@ -173,8 +173,8 @@ def _compare(op, left: Range, right: Range) -> bool | None:
         return _compare(TURNED[op], right, left)
     if op is ast.Eq:
         one_value = left[:3] == right[:3] and left.low == left.high
-        apart = left.low > right.high or right.low > left.high
-        return _decided(one_value, apart)
+        are_disjoint = left.low > right.high or right.low > left.high
+        return _decided(one_value, are_disjoint)
     if op is ast.GtE:
         return _decided(left.low >= right.high, left.high < right.low)
     if op is ast.Gt:

@@ -55,10 +55,10 @@ def notebooks(root=None, only=None):
 
     Raises: BookError when nothing is left.
     """
-    found = sorted((Path(root or repository()) / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    chosen = [path for path in found if only is None or path.stem.startswith(only)]
+    paths = sorted((Path(root or repository()) / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    chosen = [path for path in paths if only is None or path.stem.startswith(only)]
     if not chosen:
-        names = ", ".join(path.stem for path in found) or "none"
+        names = ", ".join(path.stem for path in paths) or "none"
         raise BookError(
             f"no notebook starts with {only!r}; there are: {names}"
             if only

@@ -133,7 +133,7 @@ def gather(
     )
 
 
-def report(record: Callable, id: str, found: Iterable[Evidence]):
+def report(record: Callable, id: str, gathered: Iterable[Evidence]):
     """Record under ``id`` how many seeds there are, how many this run measured, and how it agrees
     with what is committed, over all experiments that a chapter rests on; a ``pandas.DataFrame``
     with a column per suite says so of each.
@@ -143,14 +143,14 @@ def report(record: Callable, id: str, found: Iterable[Evidence]):
     """
     import pandas as pd
 
-    found, by_suite = list(found), dict[str, list[Evidence]]()
-    for evidence in found:
+    gathered, by_suite = list(gathered), dict[str, list[Evidence]]()
+    for evidence in gathered:
         by_suite.setdefault(evidence.suite, []).append(evidence)
-    seeds = min(len(evidence.seeds) for evidence in found)
-    live = min(len(evidence.live_seeds) for evidence in found)
+    seeds = min(len(evidence.seeds) for evidence in gathered)
+    live = min(len(evidence.live_seeds) for evidence in gathered)
     record(f"{id}.evidence.seeds", seeds, note="that the numbers rest on")
     record(f"{id}.evidence.live", live, note="seeds that were measured in this run")
-    compared, largest = agreement(found)
+    compared, largest = agreement(gathered)
     note = "largest difference between this run and the committed rows of the same seeds"
     record(f"{id}.evidence.difference", largest, n=compared, note=note)
     return pd.DataFrame({suite: said(parts) for suite, parts in by_suite.items()}).fillna("—")

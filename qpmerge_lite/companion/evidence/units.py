@@ -85,8 +85,8 @@ def read(path: Path) -> dict:
             f"{path.name}: not a unit of evidence ({error}); delete it and run: {RENEW}"
         ) from error
     if unit.get("schema") != SCHEMA:
-        found = unit.get("schema")
-        raise MergeError(f"{path.name}: expected schema {SCHEMA}, found {found}; run: {RENEW}")
+        schema = unit.get("schema")
+        raise MergeError(f"{path.name}: expected schema {SCHEMA}, found {schema}; run: {RENEW}")
     return unit
 
 

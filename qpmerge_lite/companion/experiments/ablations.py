@@ -34,8 +34,8 @@ def choices(name: str, seed: int, tier="smoke", device="cpu", *, size: int) -> l
             if options["prior"] == soup:
                 add(family, f"merged, {options['targets']}", score)
         for choice, options in CHOICES.items():
-            found = benchmark.variant(suite, size, basis=family, **options)
-            add(family, choice, found["validation"])
+            result = benchmark.variant(suite, size, basis=family, **options)
+            add(family, choice, result["validation"])
     return rows
 
 
@@ -64,11 +64,11 @@ def probed(suite: Suite, size: int, methods=PROBED) -> dict[str, dict]:
     options = {method: benchmark.result(suite, method, size)["options"] for method in methods}
 
     def make():
-        found = {"experts": fresh_head(suite, suite.experts)}
+        accuracies = {"experts": fresh_head(suite, suite.experts)}
         for method in methods:
             state = benchmark.chosen_merge(suite, method, size).state_dict
-            found[method] = fresh_head(suite, dict.fromkeys(suite.tasks, state))
-        return found
+            accuracies[method] = fresh_head(suite, dict.fromkeys(suite.tasks, state))
+        return accuracies
 
     return kept(suite, "fresh_heads", [size, options, ROWS], make)
 
@@ -76,9 +76,9 @@ def probed(suite: Suite, size: int, methods=PROBED) -> dict[str, dict]:
 def fresh_heads(name: str, seed: int, tier="smoke", device="cpu", *, size: int) -> list[dict]:
     """An experiment as of ``evidence``: a row per method with its accuracy over the experts', both
     with kept heads and both with fresh ones, by head and task."""
-    found = probed(load(name, tier, seed, device, progress=False), size)
-    experts, rows = found.pop("experts"), []
-    for method, tasks in found.items():
+    accuracies = probed(load(name, tier, seed, device, progress=False), size)
+    experts, rows = accuracies.pop("experts"), []
+    for method, tasks in accuracies.items():
         ratios = {
             head: {task: values[head] / experts[task][head] for task, values in tasks.items()}
             for head in HEADS

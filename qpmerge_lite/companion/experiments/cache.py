@@ -64,8 +64,8 @@ def sources(suite: Suite, make: Callable, method: Callable | None = None, root=H
     starts = {SUITES, definition, maker if method is None else method.__module__}
     if not starts <= files.keys():  # made by code outside the package, which may use any of it
         return staleness.digest(root, files)
-    found = staleness.reached(root, starts, registered=set(REGISTRY.values()))
-    return staleness.digest(root, found | ({maker, CHOICE} & files.keys()))
+    reached = staleness.reached(root, starts, registered=set(REGISTRY.values()))
+    return staleness.digest(root, reached | ({maker, CHOICE} & files.keys()))
 
 
 def _experts_and_data(suite: Suite) -> str:

@@ -291,8 +291,8 @@ def sketches(
     rows = []
     for rank in ranks:
         place = {"suite": name, "seed": seed, "rank": rank}
-        found = study(suite, "size", [64], 2, {"rank": rank, "ridge": ridge}, tasks)
-        rows += [place | row for row in found]
+        measured = study(suite, "size", [64], 2, {"rank": rank, "ridge": ridge}, tasks)
+        rows += [place | row for row in measured]
     return rows
 
 

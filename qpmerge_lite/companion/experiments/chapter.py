@@ -61,8 +61,8 @@ def places(results: list[dict], labels: dict[str, str]):
 def by_task(results: list[dict], order: Iterable[str], tasks: Iterable[str]):
     """Normalised accuracy, mean over seeds, as a ``pandas.DataFrame``: rows are labels in the given
     order, columns tasks."""
-    found = summary.frame(results)
-    cells = found.pivot_table(index="label", columns="task", values="normalised")
+    table = summary.frame(results)
+    cells = table.pivot_table(index="label", columns="task", values="normalised")
     return cells.loc[list(order), list(tasks)]
 
 
@@ -71,11 +71,12 @@ def layer_tables(results: list[dict], seed: int) -> dict:
     seed, with the experts' own outputs as targets."""
     import pandas as pd
 
-    found = {r["method"]: r for r in results if r["seed"] == seed}
+    by_method = {r["method"]: r for r in results if r["seed"] == seed}
     return {
-        family: pd.DataFrame(found[f"qp_{family}"]["tables"][0])  # a grid begins with own targets
+        # a grid begins with own targets
+        family: pd.DataFrame(by_method[f"qp_{family}"]["tables"][0])
         for family in benchmark.FAMILIES
-        if f"qp_{family}" in found
+        if f"qp_{family}" in by_method
     }
 
 
@@ -130,7 +131,7 @@ def record_fresh_heads(records: Records, name: str, rows: list[dict]) -> dict[st
         gain = f"over {unit}s, fresh minus kept heads"
         record_mean(records.record, f"{id}.gain", fresh - kept_head, note=gain)
         label = benchmark.ENTRIES[method].label
-        shown[label] = {ablations.HEADS[head]: found for head, found in values.items()}
+        shown[label] = {ablations.HEADS[head]: estimate for head, estimate in values.items()}
     return shown
 
 

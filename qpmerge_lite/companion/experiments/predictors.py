@@ -105,14 +105,14 @@ def _subspaces(decomposed: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, flo
         decomposed: of every matrix (2, m, r), (2, r) and (2, r, n), as ``torch.linalg.svd`` gives
             them.
     """
-    found: dict[str, list[float]] = {"values": [], "left": [], "right": [], "last": []}
+    overlaps: dict[str, list[float]] = {"values": [], "left": [], "right": [], "last": []}
     for U, S, Vh in decomposed:
         k = min(TOP, S.shape[1])
-        found["values"].append(float(cosine_similarity(S[0], S[1], dim=0)))
-        found["left"].append(_overlap(U[0, :, :k].mT, U[1, :, :k].mT))
-        found["right"].append(_overlap(Vh[0, :k], Vh[1, :k]))
-        found["last"].append(_overlap(Vh[0, -k:], Vh[1, -k:]))
-    return {name: sum(values) / len(values) for name, values in found.items()}
+        overlaps["values"].append(float(cosine_similarity(S[0], S[1], dim=0)))
+        overlaps["left"].append(_overlap(U[0, :, :k].mT, U[1, :, :k].mT))
+        overlaps["right"].append(_overlap(Vh[0, :k], Vh[1, :k]))
+        overlaps["last"].append(_overlap(Vh[0, -k:], Vh[1, -k:]))
+    return {name: sum(values) / len(values) for name, values in overlaps.items()}
 
 
 def gradient(suite: Suite, task: str, batches: list[dict]) -> Tensor:
@@ -154,7 +154,7 @@ def measured_pairs(suite: Suite) -> dict[str, dict[str, float]]:
     decomposed = [torch.linalg.svd(matrix, full_matrices=False) for matrix in matrices]
     activations = _activations(suite, batches)
     gradients = torch.stack([gradient(suite, task, batches[task]) for task in suite.tasks])
-    found = {}
+    metrics = {}
     for places in combinations(range(len(suite.tasks)), 2):
         two = list(places)
         of_pair = {name: update[two] for name, update in updates.items()}
@@ -166,14 +166,14 @@ def measured_pairs(suite: Suite) -> dict[str, dict[str, float]]:
             "activations": compared(activations[two][:, two].mean(1)),
             "gradients": compared(gradients[two]),
         }
-        found["+".join(suite.tasks[place] for place in two)] = _named(kinds)
-    return found
+        metrics["+".join(suite.tasks[place] for place in two)] = _named(kinds)
+    return metrics
 
 
 def measured_soups(suite: Suite) -> dict[str, dict[str, float]]:
     """Every pair of tasks, as in :func:`measured_pairs` -> normalised ``accuracy`` of the soup of
     its two experts, mean over both tasks, and its captured energy as ``statistics.PRIMARY``."""
-    judge, found = judging.Judge(suite, TESTED), {}
+    judge, soups = judging.Judge(suite, TESTED), {}
     for tasks in combinations(suite.tasks, 2):
         experts = {task: suite.experts[task] for task in tasks}
         state = datafree.soup(suite.base, experts).state_dict
@@ -181,8 +181,8 @@ def measured_soups(suite: Suite) -> dict[str, dict[str, float]]:
         ends = [judge.ends(state, task, judge.disjoint[task], place) for task in tasks]
         left = sum(end["output"] for end in ends) / sum(end["output_base"] for end in ends)
         accuracies = [judge.accuracy(state, task, "test")[0] for task in tasks]
-        found["+".join(tasks)] = {"accuracy": sum(accuracies) / 2, statistics.PRIMARY: 1 - left}
-    return found
+        soups["+".join(tasks)] = {"accuracy": sum(accuracies) / 2, statistics.PRIMARY: 1 - left}
+    return soups
 
 
 def pairs(name: str, seed: int, tier="smoke", device="cpu") -> list[dict]:
@@ -193,16 +193,16 @@ def pairs(name: str, seed: int, tier="smoke", device="cpu") -> list[dict]:
     def make():
         return {"metrics": measured_pairs(suite), "soups": measured_soups(suite)}
 
-    found = kept(suite, "pairs", [judging.AUDITED, TOP, TESTED], make)
+    measured = kept(suite, "pairs", [judging.AUDITED, TOP, TESTED], make)
     return [
         {
             "suite": name,
             "seed": seed,
             "pair": pair,
             "metrics": metrics,
-            "soup": found["soups"][pair],
+            "soup": measured["soups"][pair],
         }
-        for pair, metrics in found["metrics"].items()
+        for pair, metrics in measured["metrics"].items()
     ]
 
 
@@ -219,7 +219,7 @@ def frame(rows: list[dict], of_pairs: list[dict]):
     Args:
         of_pairs: rows of :func:`pairs`, of the same seeds.
     """
-    metrics = {(found["seed"], found["pair"]): found["metrics"] for found in of_pairs}
+    metrics = {(pair["seed"], pair["pair"]): pair["metrics"] for pair in of_pairs}
     columns = {name: [_over_pairs(metrics, row, name) for row in rows] for name in PAIRS}
     return statistics.frame(rows).assign(tasks=[tuple(row["tasks"]) for row in rows], **columns)
 
@@ -231,10 +231,10 @@ def frame_of_two(of_pairs: list[dict]):
     import pandas as pd
 
     rows = []
-    for found in of_pairs:
-        pair = found["pair"]
-        place = {"problem": f"{found['seed']} {pair}", "tasks": tuple(pair.split("+"))}
-        rows.append(place | found["soup"] | found["metrics"])
+    for row in of_pairs:
+        pair = row["pair"]
+        place = {"problem": f"{row['seed']} {pair}", "tasks": tuple(pair.split("+"))}
+        rows.append(place | row["soup"] | row["metrics"])
     return pd.DataFrame(rows)
 
 
@@ -304,10 +304,10 @@ def _correlations(moments: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def _order(folds) -> np.ndarray:
     """Spearman's ρ of predictions and accuracies of every problem (P,), mean over the tasks that
     were left out."""
-    found = folds.groupby(["problem", "task"])[["predicted", "accuracy"]].apply(
+    correlations = folds.groupby(["problem", "task"])[["predicted", "accuracy"]].apply(
         lambda merges: statistics.spearman(merges.predicted, merges.accuracy)
     )
-    return found.groupby("problem").mean().to_numpy()
+    return correlations.groupby("problem").mean().to_numpy()
 
 
 def _estimate(draws: np.ndarray) -> tuple[float, Interval]:
@@ -344,27 +344,27 @@ def leave_one_task_out(table, draws: int, seed: int) -> dict[str, dict]:
 
     joint, order = scored(columns)
     together = {"alone": _estimate(joint), "order": statistics.bootstrap(order, draws, seed)}
-    found = {"all": together}
+    estimates = {"all": together}
     for name, own in PREDICTORS.items():
         alone, order = scored(own)
         others, _ = scored([column for column in columns if column not in own])
-        found[name] = {
+        estimates[name] = {
             "alone": _estimate(alone),
             "added": _estimate(joint - others),
             "order": statistics.bootstrap(order, draws, seed),
         }
-    return found
+    return estimates
 
 
 def soups_left_out(table, draws: int, seed: int) -> dict[str, dict]:
     """The setting of the metrics' authors, merges of two by one method, on the soups of
     :func:`frame_of_two`: predictor -> (value, interval) of ``soups``, Pearson's r over the pairs
     with a task that was left out, mean over tasks; intervals over pairs."""
-    counts, found = _resampled(table, draws, seed), {}
+    counts, estimates = _resampled(table, draws, seed), {}
     for name in OF_TWO:
         moments = _moments(left_out(table, PREDICTORS[name]))
-        found[name] = {"soups": _estimate(_correlations(moments, counts))}
-    return found
+        estimates[name] = {"soups": _estimate(_correlations(moments, counts))}
+    return estimates
 
 
 def record(records, name: str, found: dict[str, dict], merges: int):

@@ -83,7 +83,7 @@ def choices(results: list[dict]):
     """
     import pandas as pd
 
-    found: dict[str, Counter] = {}
+    counted: dict[str, Counter] = {}
     for result in results:
         edges = at_grid_edge(result)
         chosen = [
@@ -92,8 +92,8 @@ def choices(results: list[dict]):
             if name not in ("basis", "scope", "seed")
         ]
         if chosen:
-            found.setdefault(result["label"], Counter())[", ".join(chosen)] += 1
-    return pd.Series({label: _counted(times) for label, times in found.items()}).to_frame(CHOSEN)
+            counted.setdefault(result["label"], Counter())[", ".join(chosen)] += 1
+    return pd.Series({label: _counted(times) for label, times in counted.items()}).to_frame(CHOSEN)
 
 
 def _counted(times: Counter) -> str:

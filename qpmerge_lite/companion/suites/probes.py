@@ -109,9 +109,9 @@ def fresh_head(suite: Suite, states: dict[str, dict[str, Tensor]]) -> dict[str, 
         validation.append(_accuracies(suite, state, task, "validation", heads[task]))
     means = torch.tensor(validation).mean(0)
     best = int((means == means.max()).nonzero()[0])
-    found = {}
+    by_task = {}
     for task, state in states.items():
         pair = [suite.heads[task], heads[task][best]]
-        kept, fresh = _accuracies(suite, state, task, "test", pair)
-        found[task] = {"kept": kept, "fresh": fresh, "ridge": RIDGES[best]}
-    return found
+        with_kept, with_fresh = _accuracies(suite, state, task, "test", pair)
+        by_task[task] = {"kept": with_kept, "fresh": with_fresh, "ridge": RIDGES[best]}
+    return by_task

@@ -65,6 +65,6 @@ def folded(said: str) -> str:
 
 def files(place: Path, pattern: str) -> str:
     """Names and sizes of the files in a folder that fit a pattern, a line each."""
-    found = sorted(path for path in place.glob(pattern) if path.is_file())
-    lines = [f"{path.relative_to(place)}  {size(path.stat().st_size)}" for path in found]
+    paths = sorted(path for path in place.glob(pattern) if path.is_file())
+    lines = [f"{path.relative_to(place)}  {size(path.stat().st_size)}" for path in paths]
     return "\n".join(lines)

@@ -45,11 +45,11 @@ def of_basis(suite: Suite, tasks: list[str], family: str, size: int) -> dict[str
     """
 
     def make():
-        found = {}
+        captured = {}
         for name, (_, moments, updates) in _gathered(suite, size).items():
             of_one = of_layer(moments, updates, tasks, family)
             if of_one["energy"] > 0:
-                found[name] = of_one
-        return found
+                captured[name] = of_one
+        return captured
 
     return kept(suite, "basis-capture", [tasks, family, size], make)

@@ -103,7 +103,7 @@ def by_labels(suite: Suite, right: dict, candidates: dict) -> dict[str, float]:
     names = list(candidates)
     test = torch.tensor([candidates[name]["test"] for name in names], dtype=torch.float64)
     experts = {task: suite.expert_accuracy(task, "validation") for task in suite.tasks}
-    generator, found = torch.Generator().manual_seed(suite.seed), dict[str, float]()
+    generator, means = torch.Generator().manual_seed(suite.seed), dict[str, float]()
     for count in LABELS:
         total = 0.0
         for _ in range(DRAWS):
@@ -113,5 +113,5 @@ def by_labels(suite: Suite, right: dict, candidates: dict) -> dict[str, float]:
                 drawn = torch.randperm(hits.shape[1], generator=generator)[:count]
                 score += hits[:, drawn].mean(1) / experts[task]
             total += float(test[score == score.max()].mean())
-        found[str(count)] = total / DRAWS
-    return found
+        means[str(count)] = total / DRAWS
+    return means

@@ -54,8 +54,8 @@ def factors(name: str, seed: int, tier="smoke", device="cpu", *, size: int) -> l
         (None for mixtures) and ``test``, normalised accuracy as a mean over tasks.
     """
     suite = load(name, tier, seed, device, progress=False)
-    found = kept(suite, "factors", [size], lambda: {"rows": measured(suite, size)})
-    return found["rows"]
+    entry = kept(suite, "factors", [size], lambda: {"rows": measured(suite, size)})
+    return entry["rows"]
 
 
 def measured(suite: Suite, size: int) -> list[dict]:

@@ -89,7 +89,7 @@ def by_rule(rows: list[dict]):
     rule."""
     import pandas as pd
 
-    found = {}
+    by_seed = {}
     for row in rows:
         tests = {name: facts["test"] for name, facts in row["candidates"].items()}
         energies = {name: facts["energy"] for name, facts in row["candidates"].items()}
@@ -100,8 +100,8 @@ def by_rule(rows: list[dict]):
             "the best of them": max(tests.values()),
         }
         rules |= {labelled(count): row["labels"][str(count)] for count in LABELS}
-        found[row["seed"]] = rules
-    return pd.DataFrame(found).T.sort_index()
+        by_seed[row["seed"]] = rules
+    return pd.DataFrame(by_seed).T.sort_index()
 
 
 def record_cost(record: Callable, suite: Suite, size: int) -> None:
