@@ -9,9 +9,9 @@ import torch
 from frozen_recipes import RECIPES, apart, flat, recipe, states, thaw, write_models
 
 import qpmerge_lite as q
+from qpmerge_lite.checkpoints.calibration import records
 from qpmerge_lite.checkpoints.merging import merge_folders
 from qpmerge_lite.checkpoints.orders import ordered
-from qpmerge_lite.checkpoints.recipes import reading
 from qpmerge_lite.checkpoints.recipes.reading import read_recipe
 from qpmerge_lite.companion import cli
 
@@ -240,7 +240,7 @@ def test_without_a_recipe_folders_are_needed_and_no_seed(here, capsys):
 
 
 def test_without_pyyaml_the_cure_is_said(here, monkeypatch, capsys):
-    monkeypatch.setattr(reading, "find_spec", lambda name: None)
+    monkeypatch.setattr(records, "find_spec", lambda name: None)
     status, _, err = run(capsys, "merge", "--config", "recipe.yml", "--out", "made")
     assert status == 1 and "pip install 'qpmerge-lite[yaml]'" in err
 

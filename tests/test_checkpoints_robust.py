@@ -33,6 +33,7 @@ from test_checkpoints import (
 )
 
 import qpmerge_lite as q
+from qpmerge_lite.checkpoints import tensors
 from qpmerge_lite.checkpoints.costs import estimated
 from qpmerge_lite.checkpoints.digests import Digest, sha256
 from qpmerge_lite.checkpoints.merging import carry_out, merge_folders
@@ -348,6 +349,41 @@ def test_a_file_that_cannot_grow_is_refused_and_leaves_nothing(models, tmp_path)
     assert done.returncode == 1 and "expected a place that can be written" in done.stderr
     assert "see that there is room" in done.stderr and list(tmp_path.iterdir()) == []
     assert contents(Path(models[0]).parent) == before
+
+
+def test_a_disk_that_is_full_half_way_keeps_what_is_finished(models, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "new" / "out"
+    out.parent.mkdir()
+    words, begin = ["merge", *models, "--out", out], tensors.Shards._begin
+
+    def full(shards, file):
+        if any(shards.folder.glob("*.safetensors")):
+            raise OSError(28, "No space left on device")
+        begin(shards, file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tensors.Shards, "_begin", full)
+        status, _, err = run(capsys, *words)
+    assert status == 1 and not out.exists() and "found No space left on device; see that" in err
+    (left,) = hidden(out.parent)
+    assert f"1 finished file(s) of weights are kept in {out.parent / left}" in err
+    status, _, err = run(capsys, *words)
+    assert status == 0 and "1 of 6 files of weights are there from an earlier run" in err
+    assert run(capsys, "merge", *models, "--out", tmp_path / "whole", "--quiet")[0] == 0
+    assert contents(out) == contents(tmp_path / "whole") and hidden(out.parent) == []
+
+
+def test_what_is_refused_of_weights_leaves_nothing(models, tmp_path, capsys):
+    """Corrected weights are another order, which could not use what was made beside them."""
+    shutil.copytree(Path(models[0]).parent, tmp_path / "models")
+    folders = [tmp_path / "models" / Path(folder).name for folder in models]
+    file = folders[2] / "model-00006-of-00006.safetensors"
+    state = safetensors.load_file(file)
+    spoilt = state | {name: torch.full_like(value, torch.nan) for name, value in state.items()}
+    safetensors.save_file(spoilt, file, metadata={"format": "pt"})
+    status, _, err = run(capsys, "merge", *folders, "--out", tmp_path / "out")
+    assert status == 1 and str(file) in err and "kept" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
 
 
 def weights(value):

@@ -28,11 +28,16 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
         with told_to_stop():
             return parsed.command(parsed)
     except MergeError as error:
-        print(f"qpmerge: {error}", file=sys.stderr)
+        print(_with_notes(f"qpmerge: {error}", error), file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        print("; ".join(["qpmerge: stopped", *getattr(stop, "__notes__", [])]), file=sys.stderr)
+        print(_with_notes("qpmerge: stopped", stop), file=sys.stderr)
         return status_of(stop)
+
+
+def _with_notes(words: str, error: BaseException) -> str:
+    """What is said of an error, with what was kept."""
+    return "; ".join([words, *getattr(error, "__notes__", [])])
 
 
 def named_folders(words: Sequence[str]) -> dict[str, Path]:

@@ -65,8 +65,10 @@ files:
 
 stopped half-way:
   While DIR is made it is a hidden folder beside it, .DIR.ORDER.partial, named after inputs,
-  options and versions. Where a merge is stopped by Ctrl-C, or killed, the files of weights that
-  it has finished are kept there, and the same command goes on from them to the same bytes. This
+  options and versions. Where a merge is stopped by Ctrl-C, killed, or finds the disk full, the
+  files of weights that it has finished are kept there, and the same command goes on from them to
+  the same bytes. After a refusal of weights, as of NaN, nothing is kept: corrected weights are
+  another order. This
   helps methods that go tensor by tensor; those that see the whole model at once, as `qpmerge
   check` tells, start anew, and so do all that take calibration. Another command leaves the folder
   alone and says so; it can be deleted.

@@ -52,23 +52,23 @@ def _check_parent(out: Path) -> None:
 
 
 @contextmanager
-def new_file(out: Path, name: str) -> Iterator[Path]:
+def new_file(out: Path, name: str, option: str = "--out") -> Iterator[Path]:
     """A folder beside ``out``, to be filled: one of its files becomes ``out`` at the end, and the
-    rest goes, as does all of it at an error.
+    rest goes, as does all of it at an error. A file that was there is replaced.
 
     A process that is killed leaves the folder, whose name begins with a dot, but no ``out``.
 
     Args:
-        name: of that file.
+        name: of that file. option: that named the output, for messages.
     Raises: Refused where the folder cannot be written, as on a full disk.
     """
-    out = Path(os.path.abspath(out))
+    shown, out = out, Path(os.path.abspath(out))
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    with explained(out, partial):
+    with explained(f"{option} {shown}", partial):
         partial.mkdir()
         try:
             yield partial
-            os.rename(partial / name, out)
+            os.replace(partial / name, out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

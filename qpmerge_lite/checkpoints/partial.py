@@ -128,16 +128,19 @@ def _delete(path: Path) -> None:
 
 @contextmanager
 def all_or_nothing(partial: Partial, say: Callable[[str], None]) -> Iterator[None]:
-    """Fill a hidden folder: it becomes the output at the end, or goes at an error.
+    """Fill a hidden folder: it becomes the output at the end, or goes at an error that comes again.
 
-    A process that is killed leaves the hidden folder, but no output.
+    A process that is killed leaves the hidden folder, but no output. So does one that is stopped,
+    or that the system fails, as on a full disk, if there are finished files in it. What is refused
+    of weights leaves nothing: they are refused again as they are, and others are another order,
+    which may not use what was made of these.
 
     Args:
         say: is told what other orders have left.
     Raises: Refused where the folder cannot be written, as on a full disk, and where another process
-        is making it; KeyboardInterrupt with a note that says what was kept.
+        is making it; an error after which the order may go on has a note that says what was kept.
     """
-    with explained(partial.out, partial.hidden):
+    with explained(f"--out {partial.out}", partial.hidden):
         _look_at_others(partial, say)
         with _locked(partial):
             try:
@@ -145,16 +148,21 @@ def all_or_nothing(partial: Partial, say: Callable[[str], None]) -> Iterator[Non
                 partial.begin()
                 yield
                 partial.hand_over()
-            except KeyboardInterrupt as stop:
-                stop.add_note(_left(partial))
+            except BaseException as error:
+                if _may_pass(error):
+                    error.add_note(_left(partial))
+                else:
+                    partial.remove()
                 raise
-            except BaseException:
-                partial.remove()
-                raise
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same order may be made later: it was stopped, or the system failed it."""
+    return not isinstance(error, MergeError) or isinstance(error.__cause__, OSError)
 
 
 def _left(partial: Partial) -> str:
-    """What an interrupted merge leaves, in a sentence; what is of no use is removed."""
+    """What a merge that may go on leaves, in a sentence; what is of no use is removed."""
     is_made = not partial.merged.is_dir()
     if partial.finished and not is_made:
         return (
@@ -175,9 +183,13 @@ def refuse_if_there(out: Path) -> None:
 
 
 @contextmanager
-def explained(out: Path, hidden: Path) -> Iterator[None]:
+def explained(where: str, hidden: Path) -> Iterator[None]:
     """Errors of the system that are about an output, or the hidden folder that it is made in, as
-    refusals."""
+    refusals.
+
+    Args:
+        where: the option and the output, for messages.
+    """
     try:
         yield
     except MergeError:
@@ -187,7 +199,10 @@ def explained(out: Path, hidden: Path) -> Iterator[None]:
             raise
         cure = "see that there is room, and that this folder may be written"
         found = error.strerror or str(error)
-        raise Refused(f"--out {out}", "a place that can be written", found, cure) from error
+        refusal = Refused(where, "a place that can be written", found, cure)
+        for note in getattr(error, "__notes__", []):
+            refusal.add_note(note)
+        raise refusal from error
 
 
 def _concerns(error: OSError, hidden: Path) -> bool:

@@ -1,4 +1,5 @@
-"""What readers of calibration files have in common: a record, and packages that may be missing."""
+"""What readers of calibration files have in common: a record, and packages that may be
+missing, of recipes and shells too."""
 
 from __future__ import annotations
 
@@ -44,13 +45,14 @@ class Reader(Protocol):
         """Rows of some numbers, from 0 on and in their order."""
 
 
-def require(package: str, gives: str, otherwise: str) -> None:
-    """Refused where a package is not installed.
+def require(package: str, gives: str, otherwise: str, *, extra: str = "hub") -> None:
+    """Refused where a package is not installed that an extra of this one has.
 
     Args:
         gives: what it is needed for, as ``which reads Parquet``.
         otherwise: what to do without it.
+        extra: name of the extra.
     """
     if find_spec(package) is None:
-        cure = f"pip install 'qpmerge-lite[hub]', or {otherwise}"
+        cure = f"pip install 'qpmerge-lite[{extra}]', or {otherwise}"
         raise Refused("the environment", f"{package}, {gives}", "none", cure)

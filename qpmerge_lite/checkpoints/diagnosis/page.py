@@ -6,12 +6,12 @@ It is built as a tree and then written, so that names out of files are text, wha
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement
 
 from ..findings import Refused
+from ..output import new_file
 from . import svg
 from .markup import add_names, add_section, add_table, add_terms, empty_page, say, written
 from .summary import (
@@ -63,17 +63,8 @@ def write_page(path: Path, diagnosis: Mapping) -> None:
 
     Raises: Refused where it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        try:
-            partial.write_text(as_page(diagnosis), encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        cure = "see that there is room, and that its folder may be written"
-        reason = error.strerror or str(error)
-        raise Refused(f"--report {path}", "a place that can be written", reason, cure) from error
+    with new_file(path, "page", "--report") as made:
+        (made / "page").write_text(as_page(diagnosis), encoding="utf-8")
 
 
 def as_page(diagnosis: Mapping) -> str:

@@ -6,9 +6,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
+from ..calibration.records import require
 from ..findings import Refused
 from ..headers import NAMES
 from .settings import RULES, Rule, Settings, found, read_settings, said
@@ -152,9 +152,8 @@ def read_recipe(path: Path) -> Recipe:
 
 def _content(path: Path) -> tuple[bytes, dict]:
     """Bytes of a file, and the mapping that they are in YAML."""
-    if find_spec("yaml") is None:
-        cure = "pip install 'qpmerge-lite[yaml]'"
-        raise Refused("the environment", "PyYAML, which reads recipes", "none", cure)
+    otherwise = "say the same by options of the command line"
+    require("yaml", "which is PyYAML and reads recipes", otherwise, extra="yaml")
     import yaml
 
     try:
