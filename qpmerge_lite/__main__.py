@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"{REPOSITORY[0].upper()}{REPOSITORY[1:]}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_verbs(top.add_subparsers(required=True, metavar="{merge,check,moments,diagnose}"))
+    add_verbs(top.add_subparsers(required=True, metavar="{merge,check,moments,delta,diagnose}"))
     return top
 
 

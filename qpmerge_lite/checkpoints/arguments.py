@@ -8,10 +8,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 from .calibration.sources import SAMPLES
-from .commands import run_check, run_diagnose, run_merge, run_moments
+from .commands import run_check, run_delta, run_diagnose, run_merge, run_moments
+from .headers import NAMES
 from .manuals import (
     CHECK,
     CHECK_MORE,
+    DELTA,
+    DELTA_MORE,
     DIAGNOSE,
     DIAGNOSE_MORE,
     MERGE,
@@ -19,6 +22,8 @@ from .manuals import (
     MOMENTS,
     MOMENTS_MORE,
 )
+
+FOLDER_OF_BASE = "folder of the base, or hf:owner/name"
 
 
 def add_verbs(groups) -> None:
@@ -67,6 +72,7 @@ def add_verbs(groups) -> None:
         help="of a recipe's dare and della, as in mergekit (default 0)",
     )
     _add_moments(groups)
+    _add_delta(groups)
     _verb(groups, "check", run_check, "say whether checkpoints can be merged", CHECK, CHECK_MORE)
     diagnose, _ = _verb(
         groups,
@@ -135,6 +141,31 @@ def _add_moments(groups) -> None:
     verb.set_defaults(command=run_moments)
 
 
+def _add_delta(groups) -> None:
+    """Add ``delta`` to the subcommands of an ``argparse`` parser."""
+    verb = groups.add_parser(
+        "delta",
+        help="write how an expert differs from its base",
+        description=DELTA,
+        epilog=DELTA_MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    expert = "folder of an expert or an adapter, as of merge"
+    verb.add_argument("base", metavar="BASE", type=Path, help=FOLDER_OF_BASE)
+    verb.add_argument("expert", metavar="EXPERT", type=Path, help=expert)
+    verb.add_argument(
+        "--out", required=True, type=Path, metavar="FILE", help="file to make, .safetensors"
+    )
+    verb.add_argument(
+        "--dtype",
+        default="float32",
+        choices=sorted(NAMES.values()),
+        help="that the differences are stored in (default float32)",
+    )
+    _add_talk(verb)
+    verb.set_defaults(command=run_delta)
+
+
 def _add_talk(verb) -> None:
     """How much a verb says."""
     verb.add_argument("--quiet", action="store_true", help="print only what went wrong")
@@ -196,15 +227,13 @@ def _verb(
     )
     for folder, words in before.items():
         verb.add_argument(folder, metavar=folder.upper(), type=Path, help=words)
-    base = verb.add_argument(
-        "base", metavar="BASE", type=Path, help="folder of the base, or hf:owner/name"
-    )
+    base = verb.add_argument("base", metavar="BASE", type=Path, help=FOLDER_OF_BASE)
     experts = verb.add_argument(
         "experts",
         metavar="EXPERT",
         nargs="+",
         help="folder of an expert or an adapter, which is called as its folder is, or NAME=FOLDER; "
-        "hf:owner/name in place of a folder",
+        "hf:owner/name or delta:FILE in place of a folder",
     )
     _add_talk(verb)
     verb.set_defaults(command=command)

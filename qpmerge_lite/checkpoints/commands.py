@@ -1,4 +1,5 @@
-"""What the verbs ``merge``, ``check``, ``moments`` and ``diagnose`` do with their arguments."""
+"""What the verbs ``merge``, ``check``, ``moments``, ``delta`` and ``diagnose`` do with their
+arguments."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from pathlib import Path
 from ..errors import MergeError
 from .compatibility import Report
 from .costs import Costs, estimated, measured
+from .deltas.reading import behind
 from .findings import WARNING, Finding, Refused, size
 from .hub import check_places, reference_of
 from .methods import METHODS, assignment, literal
@@ -50,7 +52,8 @@ def named_folders(words: Sequence[str]) -> dict[str, Path]:
     experts: dict[str, Path] = {}
     for word in words:
         name, equals, place = word.partition("=")
-        if not (equals and name and place) or "/" in name or Path(word).exists():
+        is_bare = behind(word) is not None or "/" in name or Path(word).exists()
+        if is_bare or not (equals and name and place):
             name, place = _own_name(word), word
         if name in experts:
             expected = "experts with names of their own"
@@ -62,8 +65,11 @@ def named_folders(words: Sequence[str]) -> dict[str, Path]:
 
 def _own_name(word: str) -> str:
     """What an expert is called that was not given a name."""
-    reference = reference_of(word)
-    return reference.name if reference else Path(word).resolve().name
+    differences = behind(word)
+    reference = reference_of(differences or word)
+    if reference:
+        return reference.name
+    return Path(word).resolve().name if differences is None else differences.resolve().stem
 
 
 def _pairs(words: Sequence[str], option: str, example: str) -> dict[str, str]:
@@ -165,6 +171,24 @@ def run_moments(arguments) -> int:
     elif talks:
         count, folds = about["calibration"]["inputs"], about["folds"]
         print(f"measured: {about['layers']} layers on {count} inputs in {folds} folds")
+        print(f"written: {order.out}, {size(order.out.stat().st_size)}")
+    return 0
+
+
+def run_delta(arguments) -> int:
+    from .deltas.writing import Difference, write_difference
+
+    order = Difference(arguments.base, arguments.expert, arguments.out, arguments.dtype)
+    talks = not (arguments.quiet or arguments.json)
+    told = write_difference(order, progress=talks and sys.stderr.isatty())
+    if arguments.json:
+        print(json.dumps({"out": str(order.out)} | told, indent=1))
+    elif talks:
+        of = told["differences"] + told["unchanged"]
+        print(f"differences: {told['differences']} of {of} tensors")
+        count, tensors = sum(told["inexact"].values()), len(told["inexact"])
+        exactly = "bit for bit" if not count else f"but for {count:,} numbers in {tensors} tensors"
+        print(f"base and differences give the expert back, {exactly}")
         print(f"written: {order.out}, {size(order.out.stat().st_size)}")
     return 0
 

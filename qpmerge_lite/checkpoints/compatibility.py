@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import MergeError
 from .adapters.fitting import fit
 from .adapters.reading import Adapter, is_adapter, read_adapter
+from .deltas import reading as deltas
 from .digests import sha256
 from .findings import ERROR, INFO, LEVELS, WARNING, Finding, Refused, shortened
 from .folders import (
@@ -107,7 +108,7 @@ def check(base: Path, experts: dict[str, Path]) -> Report:
 
     Args:
         base: folder of the model that the experts were tuned from.
-        experts: name -> folder, of a whole model or of an adapter of the base.
+        experts: name -> folder, of a whole model or of an adapter of the base, or ``delta:FILE``.
     """
     origin, errors = read_folder("base", base)
     report = Report(origin, [], [*errors, *_by_itself(origin)])
@@ -122,6 +123,8 @@ def check(base: Path, experts: dict[str, Path]) -> Report:
 
 
 def _read_expert(name: str, folder: Path, base: Checkpoint) -> tuple[Checkpoint, list[Finding]]:
+    if deltas.behind(folder) is not None:
+        return deltas.read_delta(name, folder, base)
     return read_adapter(name, folder, base) if is_adapter(folder) else read_folder(name, folder)
 
 
@@ -174,8 +177,9 @@ def _remote_code(checkpoint: Checkpoint) -> Finding:
 
 def _compared(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
     """What is to be known of an expert beside its base."""
-    if isinstance(expert, Adapter):
-        return [*fit(expert), *_tokenizers(base, expert)]
+    if isinstance(expert, (Adapter, deltas.Delta)):
+        fitted = fit(expert) if isinstance(expert, Adapter) else deltas.fit(expert)
+        return [*fitted, *_tokenizers(base, expert)]
     older = under_names_of(base, expert)
     other = _architectures(base, expert)
     if other:
@@ -256,9 +260,8 @@ def _older(expert: Checkpoint, names: list[str]) -> list[Finding]:
     """What is to be known of tensors that the base's files call otherwise."""
     if not names:
         return []
-    cure = "nothing is to be done: the merge has the base's"
-    other = shortened(names)
-    return [Finding(INFO, str(expert.folder), "the base's names of norms", other, cure)]
+    cure, own = "nothing is to be done: the merge has the base's", shortened(names)
+    return [Finding(INFO, str(expert.folder), "the base's names of norms", own, cure)]
 
 
 def _tensors(base: Checkpoint, expert: Checkpoint) -> list[Finding]:

@@ -92,6 +92,31 @@ class Checkpoint:
         return matching(self.folder, patterns)
 
 
+@dataclass
+class Change(Checkpoint):
+    """An expert that is no model by itself, but a change of its base: to whoever reads its tensors,
+    a checkpoint with all those of the base.
+
+    Attributes:
+        base: what it is a change of.
+    """
+
+    base: Checkpoint = field(kw_only=True)
+
+    kind = "a change of a model"  # what messages call it
+    make_whole = ""  # how a model is made of it
+
+    @property
+    def place(self) -> Path:
+        """What messages name: its folder, or its one file."""
+        return self.folder
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """The base's entries, which all values are those of when they are stored."""
+        return self.base.entries
+
+
 def matching(folder: Path, patterns: Iterable[str]) -> list[str]:
     """Files in a folder and in the folders inside it whose names fit one of the patterns, relative
     to it and sorted."""

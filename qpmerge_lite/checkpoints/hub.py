@@ -19,6 +19,7 @@ from pathlib import Path
 from .adapters.reading import WEIGHTS
 from .calibration.records import require
 from .compatibility import Report, check
+from .deltas.reading import as_delta, behind
 from .findings import Refused
 from .folders import ADAPTER, INDEX, OTHERS, SINGLE, TOKENIZER, read_json
 from .headers import LARGEST, LENGTH
@@ -93,6 +94,9 @@ def local(place: Path, *, progress: bool = False) -> Path:
 
     Raises: Refused saying why the Hub does not give them.
     """
+    differences = behind(place)
+    if differences is not None:
+        return as_delta(local(differences, progress=progress))
     reference = reference_of(place)
     if reference is None:
         return place
@@ -195,6 +199,11 @@ def _bars(shown: bool) -> Iterator[None]:
         enable_progress_bars()
 
 
+def is_away(place: Path) -> bool:
+    """Whether a place is at the Hub."""
+    return reference_of(behind(place) or place) is not None
+
+
 @dataclass
 class Outlines:
     """Folders in place of those of references, with headers and holes where their weights are.
@@ -250,6 +259,9 @@ def outlined(base: Path, experts: Mapping[str, Path]) -> Iterator[Outlines]:
 
 def _outline(place: Path, root: Path, outlines: Outlines) -> Path:
     """The folder to check one place by."""
+    differences = behind(place)
+    if differences is not None:
+        return as_delta(_outline(differences, root, outlines))
     reference = reference_of(place)
     if reference is None:
         return place

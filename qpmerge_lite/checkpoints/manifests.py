@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from .compatibility import Report
@@ -50,11 +50,19 @@ def warnings_of(report: Report) -> list[dict]:
     """Warnings of a report, with names of checkpoints in place of their paths."""
     rows = []
     for finding in report.at(WARNING):
-        row = asdict(finding)
+        where = finding.where
         for checkpoint in (report.base, *report.experts):
-            row["where"] = row["where"].replace(str(checkpoint.folder), checkpoint.name)
-        rows.append(row)
+            where = _within(checkpoint, where)
+        rows.append(asdict(replace(finding, where=where)))
     return rows
+
+
+def _within(checkpoint: Checkpoint, where: str) -> str:
+    """A place in a checkpoint's folder with its name in place of the folder; others as they are."""
+    folder = str(checkpoint.folder)
+    behind = where.removeprefix(folder)
+    is_in_it = where.startswith(folder) and behind[:1] in ("", "/", ",")
+    return checkpoint.name + behind if is_in_it else where
 
 
 def input_of(checkpoint: Checkpoint, patterns: Sequence[str]) -> dict:

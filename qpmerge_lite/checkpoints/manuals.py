@@ -8,10 +8,11 @@ Merge fine-tuned models into one, without training.
 
 BASE is the folder of the model that all EXPERTs were tuned from, in the format of Hugging Face:
 config.json with model.safetensors, or with shards and their index. An EXPERT is such a folder, or
-one with an adapter of peft for BASE: adapter_config.json with adapter_model.safetensors. Each may
-be at the Hub instead, as hf:owner/name or hf:owner/name@revision. The merge is written to a
-folder of the same kind, with the base's shards, names, dtypes, tokenizer and configuration, so
-that from_pretrained loads it. merge.json in it says how it was made.
+one with an adapter of peft for BASE: adapter_config.json with adapter_model.safetensors; or
+delta:FILE, a task vector. Each may be at the Hub instead, as hf:owner/name or
+hf:owner/name@revision. The merge is written to a folder of the same kind, with the base's shards,
+names, dtypes, tokenizer and configuration, so that from_pretrained loads it. merge.json in it says
+how it was made.
 """
 MERGE_MORE = f"""
 methods:
@@ -39,6 +40,12 @@ adapters:
   LoRA and DoRA are folded into the base tensor by tensor, as peft's merge_and_unload does it, with
   whole layers, biases, embeddings and rows of these that are trained beside them. What is not
   folded is refused by name.
+
+task vectors:
+  FILE of delta:FILE is safetensors, or a folder with model.safetensors or with shards and their
+  index, without a configuration. Its tensors are differences from BASE, by the base's names; what
+  it lacks is unchanged. They are added in float64, and the sum is rounded to the base's dtype, as
+  saving the expert in it does. `qpmerge delta` writes such a file.
 
 hub:
   Configuration, tokenizer and safetensors are downloaded to where huggingface_hub keeps its files;
@@ -118,6 +125,32 @@ exit status:
 
 example:
   qpmerge moments tuned/fr --calibration fr.jsonl --out fr.moments.safetensors
+"""
+DELTA = """
+Write how an expert differs from its base: a file that is given as delta:FILE to merge, check and
+diagnose.
+
+The file has the tensors that are not the base's own, as differences in the base's names. They are
+computed in float64 and rounded to --dtype; counters stay whole numbers. Which weights they were
+made of stands in its metadata, by SHA-256.
+"""
+DELTA_MORE = """
+what comes back:
+  Base and differences give the expert bit for bit, but for the sign of zeros, where no rounding
+  was needed. In float32 that is so for weights in bfloat16 and float16 unless one of two numbers
+  is thousands of times the other (2^15 and 2^12 times are the most), and for most weights in
+  float32, but not for all: of these, numbers that have become much smaller come back with other
+  last digits. --dtype float64 keeps them, at twice the size; float16 and bfloat16 halve it and
+  round every difference. How many numbers do not come back is counted and said.
+
+exit status:
+  0  the file is there
+  1  it was refused, with the reason on the error stream; there is no file then
+  2  the command was not understood
+
+example:
+  qpmerge delta base tuned/fr --out fr.safetensors
+  qpmerge merge base fr=delta:fr.safetensors de=tuned/de --out merged
 """
 CHECK = """
 Say whether checkpoints can be merged, before any weight is read.

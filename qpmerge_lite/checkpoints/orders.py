@@ -9,7 +9,7 @@ from pathlib import Path
 from .calibration.sources import SAMPLES
 from .compatibility import refuse_errors
 from .findings import Refused
-from .hub import check_places, local, reference_of
+from .hub import check_places, is_away, local
 from .methods import CALIBRATED, FROM_MOMENTS, SETTLED, WEIGHTS_ONLY
 from .recipes.reading import Recipe
 
@@ -121,10 +121,22 @@ def check_sizes(order, *fields: str) -> None:
 def downloaded(order: Order, progress: bool = False) -> Order:
     """The order with folders in place of references to the Hub; nothing is downloaded but headers
     where these show that no merge is made."""
-    if not any(reference_of(place) for place in (order.base, *order.experts.values())):
-        return order
-    report, _ = check_places(order.base, order.experts)
-    refuse_errors(report)
-    base = local(order.base, progress=progress)
-    experts = {name: local(place, progress=progress) for name, place in order.experts.items()}
+    base, experts = fetched(order.base, order.experts, progress)
     return replace(order, base=base, experts=experts)
+
+
+def fetched(
+    base: Path, experts: Mapping[str, Path], progress: bool = False
+) -> tuple[Path, dict[str, Path]]:
+    """Base and experts with folders in place of references; nothing is downloaded but headers where
+    these show what is wrong.
+
+    Args:
+        base, experts: as of :func:`hub.check_places`.
+    """
+    if not any(is_away(place) for place in (base, *experts.values())):
+        return base, dict(experts)
+    report, _ = check_places(base, experts)
+    refuse_errors(report)
+    folders = {name: local(place, progress=progress) for name, place in experts.items()}
+    return local(base, progress=progress), folders

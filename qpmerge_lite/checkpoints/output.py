@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .. import __version__
+from .deltas.reading import behind
 from .findings import Refused, size
 from .folders import CONFIG, INDEX, OTHERS, TOKENIZER, Checkpoint, read_json
 from .headers import NAMES, read_header
@@ -26,7 +27,8 @@ def check_place(out: Path, inputs: Sequence[Path]) -> None:
         tidy(out.absolute())
     refuse_if_there(out)
     _check_parent(out)
-    for folder in inputs:
+    for place in inputs:
+        folder = behind(place) or place
         if out.resolve().is_relative_to(folder.resolve()):
             cure = "choose a folder that is not there yet"
             found = f"one in {folder}, which is an input"

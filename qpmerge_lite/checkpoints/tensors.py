@@ -12,6 +12,8 @@ from ..errors import MergeError
 from ..experts import is_number, stored
 from .adapters.folding import folded
 from .adapters.reading import Adapter
+from .deltas.adding import added
+from .deltas.reading import Delta
 from .digests import Digest
 from .findings import Refused
 from .folders import Checkpoint
@@ -70,10 +72,12 @@ def read_tensor(header: Header, name: str, digest: Digest | None = None) -> Tens
 
 
 def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
-    """Some tensors of a checkpoint, by name; those of an adapter are folded into its base's. The
-    digests of its files take their bytes."""
+    """Some tensors of a checkpoint, by name; those of an adapter are folded into its base's, and
+    differences added to them. The digests of its files take their bytes."""
     if isinstance(checkpoint, Adapter):
         return _folded_tensors(checkpoint, list(names))
+    if isinstance(checkpoint, Delta):
+        return _moved_tensors(checkpoint, list(names))
     tensors = {}
     for name in names:
         file = checkpoint.files_of_tensors[name]
@@ -89,6 +93,17 @@ def _folded_tensors(adapter: Adapter, names: Sequence[str]) -> dict[str, Tensor]
             fold = adapter.folds[name]
             parts = {part: read_tensor(adapter.header, key) for part, key in fold.parts.items()}
             tensors[name] = folded(tensors[name], fold, parts)
+    return tensors
+
+
+def _moved_tensors(delta: Delta, names: Sequence[str]) -> dict[str, Tensor]:
+    """Tensors of the base, with the differences that there are for them."""
+    tensors = read_tensors(delta.base, names)
+    for name in names:
+        if name in delta.tensors:
+            file = delta.files_of_tensors[name]
+            difference = read_tensor(delta.headers[file], name, delta.digests[file])
+            tensors[name] = added(tensors[name], difference)
     return tensors
 
 

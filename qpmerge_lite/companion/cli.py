@@ -30,7 +30,7 @@ def main(argv=None):
 def parser():
     """The command line as an ``argparse`` parser."""
     top = argparse.ArgumentParser(prog="qpmerge", description=__doc__)
-    groups = top.add_subparsers(required=True, metavar="{merge,check,moments,diagnose,book,data}")
+    groups = top.add_subparsers(required=True, metavar="{merge,check,moments,delta,diagnose,book,data}")
     add_verbs(groups)
     verbs = groups.add_parser("book", help="the executable book").add_subparsers(
         required=True, metavar="VERB"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..findings import ERROR, Finding, Refused
-from ..folders import ADAPTER, INDEX, SINGLE, Checkpoint, other_name, read_json
+from ..folders import ADAPTER, INDEX, SINGLE, Change, Checkpoint, other_name, read_json
 from ..headers import SAVE_AGAIN, Entry, Header, read_header
 from .settings import FOLD, indices_of, scale_of, settings_errors
 
@@ -57,27 +57,20 @@ class Fold:
 
 
 @dataclass
-class Adapter(Checkpoint):
-    """An adapter and the base that it is folded into: to whoever reads its tensors, a checkpoint
-    with all those of the base.
+class Adapter(Change):
+    """An adapter and the base that it is folded into.
 
     Attributes:
-        base: of which it is an adapter.
         settings: what adapter_config.json says.
         folds: tensor of the base -> how it is changed; others are the base's own.
     """
 
-    base: Checkpoint = field(kw_only=True)
     settings: dict = field(default_factory=dict)
     folds: dict[str, Fold] = field(default_factory=dict)
 
     config_file = ADAPTER
     is_sharded = False
-
-    @property
-    def entries(self) -> dict[str, Entry]:
-        """The base's entries, which all values are those of when they are stored."""
-        return self.base.entries
+    kind, make_whole = "an adapter", WHOLE
 
     @property
     def files_of_tensors(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement
 
+from ..deltas.reading import behind
 from ..findings import Refused
 from ..output import new_file
 from . import svg
@@ -52,7 +53,8 @@ def check_report(path: Path, inputs: Sequence[Path]) -> None:
     if not path.absolute().parent.is_dir():
         cure = "make that folder first"
         raise Refused(where, f"a folder {path.absolute().parent} to be in", "none", cure)
-    for folder in inputs:
+    for place in inputs:
+        folder = behind(place) or place
         if path.resolve().is_relative_to(folder.resolve()):
             cure = "choose a place outside"
             raise Refused(where, "a place of its own", f"one in {folder}, which is an input", cure)

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from ..adapters.reading import WHOLE, Adapter
 from ..findings import Refused, shortened
 from ..fingerprints import of_config, of_weights
-from ..folders import Checkpoint
+from ..folders import Change, Checkpoint
 from ..headers import Header, read_header
 
 KEY, FORMAT, SUFFIX = "qpmerge_moments", 1, ".safetensors"
@@ -248,12 +247,13 @@ def read_all(
     """The files of moments of every expert, held against the checkpoints: expert's name -> files.
 
     Raises: Refused for a file that is damaged, of other weights, or does not fit the base; for an
-        expert that is an adapter.
+        expert that is no whole model.
     """
     files = {}
     for expert in experts:
-        if isinstance(expert, Adapter):
-            raise Refused(expert.folder, "a whole model beside --moments", "an adapter", WHOLE)
+        if isinstance(expert, Change):
+            expected, cure = "a whole model beside --moments", expert.make_whole
+            raise Refused(expert.place, expected, expert.kind, cure)
         files[expert.name] = [read_moments(path) for path in given[expert.name]]
         texts = {file.about["calibration"].get("sha256") for file in files[expert.name]}
         if len(texts) < len(files[expert.name]):

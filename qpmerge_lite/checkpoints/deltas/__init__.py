@@ -1,0 +1,1 @@
+"""Task vectors as experts: read, added to the base, and written."""
