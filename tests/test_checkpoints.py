@@ -793,7 +793,7 @@ def test_experts_are_named_by_their_folders_or_by_hand(tmp_path, capsys):
 def test_texts_are_cut_to_what_is_asked_and_what_the_model_has_positions_for(families):
     family = families["bert"]
     report = check(family.base, {name: family.root / name for name in EXPERTS})
-    model = calibrated.build(report.base)
+    model, _ = calibrated.build(report.base)
     assert tokens.positions(model) == 16
     long, short = (Row(f"row {text}", (text,)) for text in ("w1 " * 30, "w2"))
     rows, cut = tokens.token_rows([long, short], tokenizer(), 16)

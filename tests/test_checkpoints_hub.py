@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 from hub import Hub
-from test_checkpoints import Family, bert, contents, llama, run, safetensors, state_of, torch
+from test_checkpoints import (
+    Family,
+    bert,
+    change,
+    contents,
+    llama,
+    run,
+    safetensors,
+    state_of,
+    torch,
+)
 from test_checkpoints_adapters import factors, product, write_adapter
 
 import qpmerge_lite as q
@@ -170,6 +180,32 @@ def test_a_check_finds_at_the_hub_what_it_finds_here(family, hub, commits, tmp_p
     assert f"hf:ours/second@{commit}/model.safetensors" in refused[2]
     spans = {span for verb, path, span in hub.requests if "/large/" in path and verb == "GET"}
     assert None not in spans  # whole files
+
+
+def test_headers_are_looked_at_before_a_model_is_run(family, hub, commits, tmp_path, capsys):
+    shutil.copytree(family.root / "second", tmp_path / "second")
+    path = tmp_path / "second" / "model.safetensors"
+    state = safetensors.load_file(path) | {"pooler.dense.weight": torch.zeros(8, 9)}
+    safetensors.save_file(state, path, metadata={"format": "pt"})
+    hub.add("ours/second", contents(tmp_path / "second"))
+    texts = family.files["first"]
+    words = ["diagnose", "hf:ours/first", "hf:ours/base", "hf:ours/second", "--calibration"]
+    status, _, err = run(capsys, *words, f"second={texts}")
+    assert status == 1 and "found shape (8, 9)" in err
+    change(tmp_path / "second", quantization_config={"quant_method": "awq"})
+    hub.add("ours/second", contents(tmp_path / "second"))
+    words = [
+        "moments",
+        "hf:ours/second",
+        "--calibration",
+        texts,
+        "--out",
+        tmp_path / "m.safetensors",
+    ]
+    status, _, err = run(capsys, *words)
+    assert status == 1 and "codes of quantised ones (awq)" in err
+    spans = {span for verb, path, span in hub.requests if "/large/" in path and verb == "GET"}
+    assert spans and None not in spans  # whole files
 
 
 def gated(hub):

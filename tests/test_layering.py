@@ -92,6 +92,7 @@ CHECKPOINTS = [
     "moments.grams",
     "architectures",
     "weights_only",
+    "conversion.layout",
     "calibrated",
     "calibration.tokens",
     "calibration.feeds",

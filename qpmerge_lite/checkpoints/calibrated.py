@@ -4,29 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..aliases import tied
 from ..errors import MergeError
 from ..merge import Merge
 from .architectures import HERE_ALONE, TROUBLES, class_of, quietly, require_transformers
-from .findings import Refused, shortened
+from .conversion.layout import Layout
+from .findings import Refused
 from .folders import Checkpoint
 from .methods import function_of
-from .tensors import TYPES, read_tensors
+from .tensors import TYPES
 from .weights_only import located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Value = TypeVar("Value")
-CONVERT = (
-    "load the model with this version of transformers and save it again, or merge by a method that "
-    "looks at weights only"
-)
 
 
 def merged_model(
@@ -47,38 +41,16 @@ def merged_model(
     Raises: Refused where transformers cannot build the model, or has other tensors than the files;
         what the method raises, with the files that were read.
     """
-    model = build(base)
+    model, layout = build(base)
     inputs = {name: cast(batches, model.dtype) for name, batches in calibration.items()}
-    names, in_model = list(base.entries), names_of(model)
-    states = {expert.name: renamed(read_tensors(expert, names), in_model) for expert in experts}
+    states = {expert.name: layout.state_of(expert) for expert in experts}
     try:
         merge = function_of(method)(model, states, inputs, progress=progress, **options)
     except MergeError as error:
-        raise located(error, [base, *experts], names) from error
-    in_files = {name: file for file, name in in_model.items()}
-    merge.state_dict = renamed(merge.state_dict, in_files)
-    merge.averaged = renamed(merge.averaged, in_files)
+        raise located(error, [base, *experts], list(base.entries)) from error
+    merge.state_dict = layout.stored(merge.state_dict)
+    merge.averaged = layout.by_file(merge.averaged)
     return merge
-
-
-def names_of(model: PreTrainedModel) -> dict[str, str]:
-    """Name in a file -> name in the model, for the tensors that the files hold as they are: some,
-    as those of vision transformers, are only called otherwise.
-
-    Args:
-        model: as ``from_pretrained`` made it, which notes how it renamed what it read.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    state = model.state_dict()
-    places = {id(value): name for name, value in state.items()}
-    stored = revert_weight_conversion(model, state)
-    return {file: places[id(value)] for file, value in stored.items() if id(value) in places}
-
-
-def renamed(values: Mapping[str, Value], names: Mapping[str, str]) -> dict[str, Value]:
-    """A mapping under other names; what has none keeps its own."""
-    return {names.get(name, name): value for name, value in values.items()}
 
 
 def cast(batches: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> list[dict[str, Tensor]]:
@@ -90,8 +62,9 @@ def cast(batches: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> list[di
     return made
 
 
-def build(base: Checkpoint) -> PreTrainedModel:
-    """The base as a model of transformers, in evaluation mode, with the weights of its files.
+def build(base: Checkpoint) -> tuple[PreTrainedModel, Layout]:
+    """The base as a model of transformers, in evaluation mode, with the weights of its files; and
+    where these are in it.
 
     Its dtype is the one that most numbers of the files have. No code of the folder is run, and
     nothing is asked of a network.
@@ -107,8 +80,7 @@ def build(base: Checkpoint) -> PreTrainedModel:
     except TROUBLES as error:
         where, cure = str(base.folder), "see that config.json belongs to these weights"
         raise Refused(where, "a model that transformers load", f"{error}", cure) from error
-    _check_entries(base, model)
-    return model.eval()
+    return model.eval(), Layout(base, model)
 
 
 def _dtype(base: Checkpoint) -> torch.dtype:
@@ -118,22 +90,3 @@ def _dtype(base: Checkpoint) -> torch.dtype:
         if entry.is_number:
             counts[entry.dtype] += entry.stop - entry.start
     return TYPES[counts.most_common(1)[0][0]] if counts else torch.float32
-
-
-def _check_entries(base: Checkpoint, model: PreTrainedModel) -> None:
-    """Refused unless the model has the tensors of the files, others only tied to these, and their
-    values."""
-    files, state, ties = renamed(base.entries, names_of(model)), model.state_dict(), tied(model)
-    unknown = [name for name in files if name not in state]
-    absent = [name for name in state if files.keys().isdisjoint(ties[name])]
-    if unknown or absent:
-        found = f"{shortened(unknown)} in the files alone" if unknown else ""
-        found += " and " if unknown and absent else ""
-        found += f"{shortened(absent)} in the model alone" if absent else ""
-        where = str(base.folder)
-        raise Refused(where, "files and model with the same tensors", found, CONVERT)
-    for name, value in state.items():
-        if name in files and tuple(value.shape) != files[name].shape:
-            found = f"{tuple(value.shape)} in the model"
-            where = f"{base.folder}, tensor {name!r}"
-            raise Refused(where, f"shape {files[name].shape}", found, CONVERT)

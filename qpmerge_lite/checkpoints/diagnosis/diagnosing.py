@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,21 +13,21 @@ from ...assess import audit
 from ...calibration import check_calibration
 from ...errors import MergeError
 from ...experts import check_experts
-from ..calibrated import build, cast, names_of, renamed
+from ..calibrated import build, cast
 from ..calibration.feeds import Feed, feed_of
 from ..calibration.sources import SAMPLES
-from ..compatibility import Report, check, refuse_errors
+from ..compatibility import check, refuse_errors
 from ..findings import WARNING, Finding
 from ..folders import CONFIG, OTHERS, TOKENIZER, Checkpoint, read_json
-from ..hub import local
 from ..manifests import input_of, warnings_of
-from ..orders import check_all_named, check_names, check_sizes
+from ..orders import check_all_named, check_names, check_sizes, fetched
 from ..output import MANIFEST, versions
 from ..planning import READERS
-from ..tensors import read_tensors
 from ..weights_only import located
 from .certificates import certify_in_passing
 from .comparing import BASE, EXPERT, MERGED, Text, compared, estimates, what_is_returned
+
+NO_EXPERT = ""  # what the merge is called beside experts, which may have every other name
 
 
 @dataclass
@@ -74,26 +74,22 @@ def diagnose_folders(question: Question, *, progress: bool = False) -> dict:
     expected = "a file for every expert, for diagnose"
     check_all_named("--calibration", question.calibration, question.experts, expected, told)
     check_sizes(question, "samples", "max_length", "batch_size")
-    base, merged = (local(place, progress=progress) for place in (question.base, question.merged))
-    experts = {name: local(place, progress=progress) for name, place in question.experts.items()}
-    of_experts = check(base, experts)
-    refuse_errors(of_experts)
-    of_merge = check(base, {MERGED: merged})
-    refuse_errors(of_merge)
-    recipe = _recipe(merged)
-    inputs = feed_of(question, of_experts)
+    places = {NO_EXPERT: question.merged, **question.experts}
+    report = check(*fetched(question.base, places, progress))
+    refuse_errors(report)
+    merged, *experts = report.experts
+    merged.name = MERGED
+    recipe = _recipe(merged.folder)
+    inputs = feed_of(question, replace(report, experts=experts))  # whose findings are shared
     calibration = inputs.as_json()
-    warnings = _seen_before(recipe, calibration)
-    for warning in [*warnings_of(of_merge), *warnings_of(of_experts)]:
-        if warning not in warnings:  # both tell of the base
-            warnings.append(warning)
-    measured = _Measuring(of_merge.experts[0], of_experts, inputs).run(progress)
+    warnings = [*_seen_before(recipe, calibration), *warnings_of(report)]
+    measured = _Measuring(report.base, merged, experts, inputs).run(progress)
     return {
         "diagnosis": 1,
         "versions": versions(True),
         **measured,
         "recipe": recipe,
-        "inputs": _inputs(of_merge.experts[0], of_experts),
+        "inputs": _inputs(report.base, merged, experts),
         "calibration": calibration,
         "warnings": warnings,
         "notes": inputs.notes,
@@ -106,10 +102,10 @@ def _recipe(merged: Path) -> dict | None:
     return read_json(path) if path.is_file() else None
 
 
-def _inputs(merged: Checkpoint, report: Report) -> list[dict]:
+def _inputs(base: Checkpoint, merged: Checkpoint, experts: Sequence[Checkpoint]) -> list[dict]:
     """Name, folder and hashes of every checkpoint."""
-    models = [input_of(merged, (CONFIG, MANIFEST)), input_of(report.base, (*OTHERS, *TOKENIZER))]
-    for expert in report.experts:
+    models = [input_of(merged, (CONFIG, MANIFEST)), input_of(base, (*OTHERS, *TOKENIZER))]
+    for expert in experts:
         models.append(input_of(expert, (expert.config_file, *READERS)))
     return models
 
@@ -132,18 +128,18 @@ def _seen_before(recipe: dict | None, calibration: Mapping[str, dict]) -> list[d
 
 
 class _Measuring:
-    """Runs the models: a merge, the base and experts of a report, and their inputs."""
+    """Runs the models: a base, a merge, experts, and their inputs."""
 
     def __init__(
         self,
+        base: Checkpoint,
         merged: Checkpoint,
-        report: Report,
+        experts: Sequence[Checkpoint],
         inputs: Feed,
     ):
-        self.merged, self.base, self.experts = merged, report.base, report.experts
-        self.model = build(report.base)
+        self.base, self.merged, self.experts = base, merged, experts
+        self.model, self.layout = build(base)
         self.model.config.return_dict = True
-        self.in_model = names_of(self.model)
         dtype = self.model.dtype
         self.batches = {name: cast(batches, dtype) for name, batches in inputs.batches.items()}
 
@@ -165,23 +161,24 @@ class _Measuring:
         kind, field = what_is_returned(self.model, numbered[first][0])
         told: dict = {"compared": {"kind": kind, "field": field, "model": _name(self.model)}}
         told["experts"], energies, changed = {}, {}, set[str]()
+        before = self.layout.stored(self.model.state_dict())
         for expert in tqdm(self.experts, desc="experts", disable=not progress):
             own = self._state(expert)
             states = {MERGED: state, EXPERT: own, BASE: self.model.state_dict()}
             texts = list(compared(self.model, states, numbered[expert.name], kind))
             told["experts"][expert.name] = _of_expert(texts)
             energies[expert.name] = self._energies(expert.name, state, own)
-            changed |= _differing(own, self.model.state_dict())
-        untouched = changed - _differing(state, self.model.state_dict())
+            changed |= _differing(self.layout.stored(own), before)
+        untouched = changed - _differing(self.layout.stored(state), before)
         certificates, left_out = self._certificates(state, progress)
         told["layers"] = _layers(energies, certificates)
         told["left_out"] = left_out
-        told["untouched"] = [name for name in self.base.entries if self._named(name) in untouched]
+        told["untouched"] = [name for name in self.base.entries if name in untouched]
         return told
 
     def _state(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """The weights of a checkpoint as the model has them."""
-        weights = renamed(read_tensors(checkpoint, list(self.base.entries)), self.in_model)
+        weights = self.layout.state_of(checkpoint)
         return check_experts(self.model, {checkpoint.name: weights}, cast=True)[checkpoint.name]
 
     def _energies(self, name: str, state, own) -> dict[str, float | None]:
@@ -203,7 +200,7 @@ class _Measuring:
 
     def _named(self, name: str) -> str:
         """What the model calls an entry of the files."""
-        return self.in_model.get(name, name)
+        return self.layout.in_model.get(name, name)
 
 
 def _name(model: nn.Module) -> str:

@@ -21,15 +21,17 @@ from ...engine.views import Table, View
 from ...sequential import Pass, PassOptions
 from .. import fingerprints
 from ..adapters.reading import WHOLE, is_adapter
-from ..calibrated import build, cast, names_of, renamed
+from ..calibrated import build, cast
 from ..calibration.feeds import Feed, feed
 from ..calibration.sources import SAMPLES
 from ..compatibility import Report, check, refuse_errors
+from ..conversion.layout import Layout
+from ..deltas.reading import WHOLE as WHOLE_OF_DELTA
+from ..deltas.reading import behind
 from ..findings import Refused
 from ..folders import Checkpoint
 from ..headers import Entry, pieces
-from ..hub import local
-from ..orders import check_sizes
+from ..orders import check_sizes, fetched
 from ..output import check_new_file, new_file, versions
 from .files import (
     FORMAT,
@@ -43,6 +45,7 @@ from .files import (
 from .grams import packed
 
 MODEL = "model"  # what messages call the one that is run
+CONVERTED = "the files have it fused with others or split, which moments are not measured for"
 NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 
 
@@ -90,7 +93,9 @@ def measure(order: Measurement, *, progress: bool = False) -> dict:
     """
     check_new_file(order.out, SUFFIX)
     check_sizes(order, "folds", "samples", "max_length", "batch_size")
-    folder = local(order.model, progress=progress)
+    if behind(order.model) is not None:
+        raise Refused(order.model, "a whole model", "a task vector", WHOLE_OF_DELTA)
+    folder, _ = fetched(order.model, {}, progress)
     if is_adapter(folder):
         raise Refused(folder, "a whole model", "an adapter", WHOLE)
     report = check(folder, {})
@@ -109,35 +114,43 @@ def measure(order: Measurement, *, progress: bool = False) -> dict:
         cure = f"add inputs, or choose --folds {count}"
         expected = f"at least {order.folds} inputs, one for every fold"
         raise Refused(order.calibration, expected, f"{count}", cure)
-    model = build(checkpoint)
+    model, layout = build(checkpoint)
     batches = cast(inputs.batches[MODEL], model.dtype)
     with new_file(order.out, "whole") as made:
         with (made / "sums").open("xb") as file:
-            in_files = {name: stored for stored, name in names_of(model).items()}
-            sums = _Sums(file, _names_in_files(checkpoint, model, in_files))
+            sums = _Sums(file, _names_in_files(checkpoint, model, layout))
             covered = record(model, batches, sums.add, folds=order.folds, progress=progress)
         about = _about(order, checkpoint, inputs)
-        layers = [sums.layers[name] for name in covered.layers]
-        averaged = renamed(covered.averaged, in_files)
+        layers, converted = _as_stored([sums.layers[name] for name in covered.layers], layout)
+        averaged = layout.by_file(covered.averaged | converted)
         told = {"layers": [asdict(layer) for layer in layers], "averaged": averaged}
         entries = sums.entries_of(layers)
         _write(made / "whole", made / "sums", entries, about | told)
         check_fits(read_moments(made / "whole"), checkpoint)
-    return about | {"layers": len(layers), "averaged": len(covered.averaged)}
+    return about | {"layers": len(layers), "averaged": len(averaged)}
+
+
+def _as_stored(layers: Sequence[Layer], layout: Layout) -> tuple[list[Layer], dict[str, str]]:
+    """The layers whose parameters the files have as the model does; and parameters of the others ->
+    why they are averaged."""
+    kept: list[Layer] = []
+    converted: dict[str, str] = {}
+    for layer in layers:
+        if any(name in layout.converted for name in layer.parameters):
+            converted |= dict.fromkeys(layer.parameters, CONVERTED)
+        else:
+            kept.append(layer)
+    return kept, converted
 
 
 def _names_in_files(
-    checkpoint: Checkpoint, model: nn.Module, in_files: Mapping[str, str]
+    checkpoint: Checkpoint, model: nn.Module, layout: Layout
 ) -> dict[str, list[str]]:
-    """Entry of the model's state dict -> its names in the files, which have most tied ones once.
-
-    Args:
-        in_files: name in the model -> name in a file, where it is another one.
-    """
+    """Entry of the model's state dict -> its names in the files, which have most tied ones once."""
     entries, names = checkpoint.entries, {}
     for name, same in tied(model).items():
-        stored = [in_files.get(other, other) for other in same]
-        names[name] = [other for other in stored if other in entries]
+        stored = [file for other in same for file in layout.names(other)]
+        names[name] = [file for file in stored if file in entries]
     return names
 
 
