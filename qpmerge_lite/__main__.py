@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from . import __version__
 from .checkpoints.arguments import add_verbs
 from .checkpoints.commands import run_command
+from .checkpoints.completion.scripts import add_completion
 
 MODULE = f"""qpmerge-lite {__version__}, the module. It merges checkpoints, or from Python:
 
@@ -47,7 +48,10 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"{REPOSITORY[0].upper()}{REPOSITORY[1:]}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_verbs(top.add_subparsers(required=True, metavar="{merge,check,moments,delta,diagnose}"))
+    verbs = "{merge,check,moments,delta,diagnose,completion}"
+    groups = top.add_subparsers(required=True, metavar=verbs)
+    add_verbs(groups)
+    add_completion(top, groups)
     return top
 
 

@@ -116,6 +116,7 @@ CHECKPOINTS = [
     "stops",
     "commands",
     "manuals",
+    "completion.scripts",
     "arguments",
 ]
 CORE += [f"checkpoints.{name}" for name in CHECKPOINTS]
@@ -136,7 +137,7 @@ ORDER = [*CORE, *(f"companion.{name}" for name in COMPANION), "__main__"]
 ALLOWED = {"torch", "numpy", "safetensors", "tqdm", "greenlet", "clarabel", "scipy"}
 # what fetches checkpoints, builds their models and reads their inputs and recipes may be used by
 # the modules that do so
-BUILDERS = {"transformers", "huggingface_hub", "pyarrow", "PIL", "jinja2", "yaml"}
+BUILDERS = {"transformers", "huggingface_hub", "pyarrow", "PIL", "jinja2", "yaml", "shtab"}
 HEAVY = [
     "datasets",
     "transformers",

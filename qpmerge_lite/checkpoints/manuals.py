@@ -152,6 +152,25 @@ example:
   qpmerge delta base tuned/fr --out fr.safetensors
   qpmerge merge base fr=delta:fr.safetensors de=tuned/de --out merged
 """
+COMPLETION = """
+Print a script that completes verbs, options, methods, folders and files of this command in a
+shell. To complete a word, the shell asks neither Python nor this package.
+
+It is written by shtab: '.[completion]'.
+"""
+COMPLETION_MORE = """
+use:
+  bash, now:         source <(qpmerge completion bash)
+  bash, always:      qpmerge completion bash > ~/.local/share/bash-completion/completions/qpmerge
+  zsh, always:       qpmerge completion zsh > DIR/_qpmerge, for a DIR that is in $fpath
+
+After an update of this package, print it anew.
+
+exit status:
+  0  the script was printed
+  1  it was not, with the reason on the error stream
+  2  the command was not understood
+"""
 CHECK = """
 Say whether checkpoints can be merged, before any weight is read.
 

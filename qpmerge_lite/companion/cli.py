@@ -12,6 +12,7 @@ from functools import partial
 
 from ..checkpoints.arguments import add_verbs
 from ..checkpoints.commands import run_command
+from ..checkpoints.completion.scripts import add_completion
 from ..errors import MergeError
 from .book import claim_pages, claims, expected, run
 from .paths import repository
@@ -30,8 +31,11 @@ def main(argv=None):
 def parser():
     """The command line as an ``argparse`` parser."""
     top = argparse.ArgumentParser(prog="qpmerge", description=__doc__)
-    groups = top.add_subparsers(required=True, metavar="{merge,check,moments,delta,diagnose,book,data}")
+    groups = top.add_subparsers(
+        required=True, metavar="{merge,check,moments,delta,diagnose,completion,book,data}"
+    )
     add_verbs(groups)
+    add_completion(top, groups)
     verbs = groups.add_parser("book", help="the executable book").add_subparsers(
         required=True, metavar="VERB"
     )
