@@ -894,7 +894,7 @@ def test_the_commands_of_the_readme_run(families, tmp_path, capsys, monkeypatch)
     blocks = re.findall("```sh\n(.*?)```", section, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
     ran = [run(capsys, *shlex.split(line, comments=True)[1:]) for line in lines]
-    assert [(status, err) for status, _, err in ran] == [(0, "")] * 7
+    assert [(status, err) for status, _, err in ran] == [(0, "")] * 9
     assert "method: auto (the default where every expert has calibration)" in ran[2][1]
     told = json.loads(Path("chosen", "merge.json").read_text(encoding="utf-8"))
     assert f"chosen: {told['choice']['chosen']}\n" in ran[2][1]
@@ -904,6 +904,7 @@ def test_the_commands_of_the_readme_run(families, tmp_path, capsys, monkeypatch)
         rtol=0,
         atol=1e-12,
     )
+    assert "base and differences give the expert back" in " ".join(said for _, said, _ in ran)
     with pytest.raises(SystemExit, match="0"):
         cli.main(["merge", "--help"])
     assert "exit status:" in capsys.readouterr().out
