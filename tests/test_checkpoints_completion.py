@@ -104,6 +104,8 @@ def test_a_script_of_zsh_is_written_too():
     pytest.importorskip("shtab")
     text = script(cli.parser(), "zsh")
     assert text.startswith("#compdef qpmerge") and f"({' '.join(METHODS)})" in text
+    assert re.search(r'"\*:folder of an expert[^\n]*:_qpmerge_named_files"', text)
+    assert "_qpmerge_named_files() {" in text
 
 
 def test_the_command_prints_the_script(written):

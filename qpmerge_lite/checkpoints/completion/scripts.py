@@ -15,8 +15,11 @@ from ..methods import METHODS
 
 SHELLS = ("bash", "zsh")
 FOLDERS = ("base", "merged", "model")  # arguments that are folders
-FILES = ("experts", "expert", "calibration", "moments", "config", "out", "report")  # or folders
-CHOICES = "_qpmerge_methods"  # function of the script that lists what fits a word
+FILES = ("config", "out", "report")  # or folders
+NAMED = ("experts", "expert", "calibration", "moments")  # files behind NAME= or delta:, too
+# functions of the script: what fits a word, and, for zsh, files behind signs that end words of bash
+AMONG, BEHIND = "_qpmerge_methods", "_qpmerge_named_files"
+BEHIND_SIGNS = f"{BEHIND}() {{\n  compset -P '*='\n  compset -P 'delta:'\n  _files\n}}"
 
 
 def add_completion(top: argparse.ArgumentParser, groups) -> None:
@@ -57,15 +60,20 @@ def script(top: argparse.ArgumentParser, shell: str) -> str:
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
         elif action.dest in FILES:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
-    return shtab.complete(top, shell)
+        elif action.dest in NAMED:
+            named = {"zsh": BEHIND, "preamble": {"zsh": BEHIND_SIGNS}}
+            action.complete = shtab.FILE | named  # type: ignore[attr-defined]
+    written = shtab.complete(top, shell)
+    # where an argument may be there several times, shtab has zsh complete the first of them alone
+    return written.replace('"(*):', '"*:') if shell == "zsh" else written
 
 
 def _among(words) -> dict:
     """How shtab is told to complete one of these words: for bash by a function, as their being
     choices of the parser would have it refuse others in words of its own."""
     listed = " ".join(words)
-    function = f'{CHOICES}() {{\n  compgen -W "{listed}" -- "$1"\n}}'
-    return {"bash": CHOICES, "zsh": f"({listed})", "preamble": {"bash": function}}
+    function = f'{AMONG}() {{\n  compgen -W "{listed}" -- "$1"\n}}'
+    return {"bash": AMONG, "zsh": f"({listed})", "preamble": {"bash": function}}
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
