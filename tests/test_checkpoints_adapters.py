@@ -13,7 +13,7 @@ import torch
 from qpmerge_lite.checkpoints import tensors
 from qpmerge_lite.checkpoints.compatibility import check
 
-from test_checkpoints import (  # isort: skip
+from checkpoint_families import (  # isort: skip
     SIZE,
     assert_same,
     contents,

@@ -8,12 +8,12 @@ import shutil
 
 import pytest
 import torch
-from hub import Hub
-from test_checkpoints import (
+from checkpoint_families import (
     EXPERTS,
     assert_same,
     contents,
     families,  # noqa: F401
+    hub,  # noqa: F401
     run,
     safetensors,
     state_of,
@@ -394,21 +394,16 @@ def test_a_merge_is_not_written_into_a_difference_s_folder(families, tmp_path, c
     assert status == 1 and "which is an input" in err
 
 
-def test_differences_come_from_the_hub(families, tmp_path, capsys, monkeypatch):
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+def test_differences_come_from_the_hub(families, hub, tmp_path, capsys):
     family = families["bert"]
     (tmp_path / "d").mkdir()
     out = tmp_path / "d" / "model.safetensors"
     written(capsys, family.base, family.root / "first", out, "--dtype", "float64")
-    with Hub() as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        commit = hub.add("ours/fr", contents(out.parent) | {"README.md": b"# French"})
-        words = [family.base, "delta:hf:ours/fr"]
-        status, told, _ = run(capsys, "check", *words, "--json")
-        assert status == 0 and json.loads(told)["downloads"] == out.stat().st_size
-        assert run(capsys, "merge", *words, "--out", tmp_path / "out")[0] == 0
+    commit = hub.add("ours/fr", contents(out.parent) | {"README.md": b"# French"})
+    words = [family.base, "delta:hf:ours/fr"]
+    status, told, _ = run(capsys, "check", *words, "--json")
+    assert status == 0 and json.loads(told)["downloads"] == out.stat().st_size
+    assert run(capsys, "merge", *words, "--out", tmp_path / "out")[0] == 0
     assert_same(tmp_path / "out", family.states["first"])
     source = json.loads((tmp_path / "out" / "merge.json").read_text())["inputs"][1]
     assert (source["name"], source["revision"]) == ("fr", commit)

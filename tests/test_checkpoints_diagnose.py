@@ -12,8 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from test_checkpoints import (
+from checkpoint_families import (
     EXPERTS,
     SIZE,
     WORDS,
@@ -25,6 +24,7 @@ from test_checkpoints import (
     state_of,
     texts,
 )
+from safetensors.torch import load_file, save_file
 
 import qpmerge_lite as q
 from qpmerge_lite.checkpoints.diagnosis import comparing, page, summary, svg
@@ -76,12 +76,7 @@ def families(tmp_path_factory):
 @pytest.fixture
 def family(families, tmp_path):
     """A copy of the BERTs, to be damaged."""
-    shutil.copytree(families["bert"].root, tmp_path / "bert")
-    copied = Family.__new__(Family)
-    copied.__dict__ |= families["bert"].__dict__
-    copied.root, copied.base = tmp_path / "bert", tmp_path / "bert" / "base"
-    copied.files = {name: copied.root / file.name for name, file in copied.files.items()}
-    return copied
+    return families["bert"].copied(tmp_path / "bert")
 
 
 def diagnosed(family, merged="merged", **sizes):

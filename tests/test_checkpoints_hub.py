@@ -8,12 +8,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hub import Hub
-from test_checkpoints import (
+from checkpoint_families import (
     Family,
     bert,
     change,
     contents,
+    hub,  # noqa: F401
     llama,
     run,
     safetensors,
@@ -38,17 +38,6 @@ def family(tmp_path_factory):
     made = Family(tmp_path_factory.mktemp("hub") / "bert", bert)
     write_adapter(made.root / "adapter", factors(LAYER, 8, 8))
     return made
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub, and its client with an empty cache."""
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    with Hub() as served:
-        monkeypatch.setenv("HF_ENDPOINT", served.url)
-        yield served
 
 
 @pytest.fixture

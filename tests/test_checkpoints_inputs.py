@@ -1,3 +1,4 @@
+# ruff: noqa: F811 (fixtures come by import)
 """What `qpmerge merge --calibration` accepts: every source gives the same inputs, every kind of
 model is given what its own processor or tokenizer makes of them, and what cannot be read is
 refused."""
@@ -11,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hub import Hub
-from test_checkpoints import (
+from checkpoint_families import (
     EXPERTS,
     SIZE,
     WORDS,
@@ -21,6 +21,7 @@ from test_checkpoints import (
     bert,
     change,
     contents,
+    hub,  # noqa: F401
     run,
     state_of,
     texts,
@@ -518,16 +519,6 @@ def test_another_processor_of_an_expert_is_a_warning_and_its_own_prepares_its_pi
 
 
 # --------------------------------------------------------------------------------------- the Hub
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    with Hub() as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        yield hub
 
 
 def test_a_data_set_of_the_hub_is_read_at_its_commit(hub, families, words, tmp_path, capsys):

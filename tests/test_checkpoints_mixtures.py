@@ -3,10 +3,11 @@ writes them: calibrated merges, moments and diagnoses of their folders are those
 
 import copy
 import json
+import socket
 
 import pytest
 import torch
-from test_checkpoints import (
+from checkpoint_families import (
     EXPERTS,
     SIZE,
     Family,
@@ -198,6 +199,19 @@ def test_a_damaged_expert_is_named_by_its_file(mixtures, tmp_path, capsys):
     assert status == 1 and not (tmp_path / "out").exists()
     assert f"{tmp_path / 'second' / 'model.safetensors'}, tensor '{name}'" in err
     assert "1 of" in err and "NaN" in err
+
+
+def test_no_network_is_asked_and_random_numbers_are_left_alone(
+    mixtures, tmp_path, capsys, monkeypatch
+):
+    def refused(*_):
+        raise AssertionError("a connection was made")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    family, state = mixtures["Mixtral"], torch.get_rng_state()
+    words = ["merge", *family.folders, *family.given, "--method", "regmean"]
+    assert run(capsys, *words, "--out", tmp_path / "out")[0] == 0
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_where_tensors_are_is_worked_out_once(tmp_path, capsys, mixtures, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoints import (
+from checkpoint_families import (
     EXPERTS,
     ROOT,
     SIZE,
@@ -77,6 +77,12 @@ class Measured(Family):
         pairs = [f"{name}={file}" for name, file in self.moments.items()]
         return [word for pair in pairs for word in ("--moments", pair)]
 
+    def copied(self, root):
+        """The same in another place."""
+        other = super().copied(root)
+        other.moments = {name: root / file.name for name, file in self.moments.items()}
+        return other
+
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory):
@@ -88,16 +94,7 @@ def families(tmp_path_factory):
 @pytest.fixture
 def family(families, tmp_path):
     """A copy of the BERTs, to be damaged."""
-    return copied(families["bert"], tmp_path / "bert")
-
-
-def copied(family, root):
-    shutil.copytree(family.root, root)
-    other = object.__new__(Measured)
-    other.__dict__ |= family.__dict__ | {"root": root, "base": root / "base"}
-    other.files = {name: root / file.name for name, file in family.files.items()}
-    other.moments = {name: root / file.name for name, file in family.moments.items()}
-    return other
+    return families["bert"].copied(tmp_path / "bert")
 
 
 def merge(capsys, family, out, *words):
@@ -281,7 +278,7 @@ def test_layers_that_read_the_same_share_their_sums(families):
 
 def test_files_of_one_expert_are_added(families, tmp_path, capsys):
     """Texts in two files of moments, of which the first has as many for each fold."""
-    family = copied(families["bert"], tmp_path / "bert")
+    family = families["bert"].copied(tmp_path / "bert")
     lines = family.files["first"].read_text(encoding="utf-8").splitlines()
     words = []
     for number, part in enumerate((lines[:4], lines[4:])):
@@ -659,7 +656,7 @@ def test_an_adapter_is_made_a_whole_model_first(families, tmp_path, capsys):
 
 
 def test_other_folds_can_be_added_up(families, tmp_path, capsys):
-    family = copied(families["bert"], tmp_path / "bert")
+    family = families["bert"].copied(tmp_path / "bert")
     words = ["moments", family.root / "first", "--calibration", family.files["first"]]
     family.moments["first"] = tmp_path / "two.safetensors"
     assert run(capsys, *words, "--out", family.moments["first"], "--folds", 2)[0] == 0

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_checkpoints import (
+from checkpoint_families import (
     DENSE,
     EXPERTS,
     KILLED,

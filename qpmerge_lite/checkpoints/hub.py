@@ -232,7 +232,7 @@ def check_places(base: Path, experts: Mapping[str, Path]) -> tuple[Report, int]:
 
     Args:
         base: folder or reference of the model that the experts were tuned from.
-        experts: name -> folder or reference.
+        experts: name -> folder or reference, or ``delta:`` and one of a task vector.
     """
     with outlined(base, experts) as outlines:
         report = check(outlines.base, outlines.experts)

@@ -20,7 +20,7 @@ class Order:
 
     Attributes:
         base: folder of the model that the experts were tuned from, or its reference at the Hub.
-        experts: name -> folder, or reference.
+        experts: name -> folder, or reference, or ``delta:FILE``.
         out: the folder to be made.
         method: a name, None for the default.
         calibration: expert's name -> file, folder, or address at the Hub, see ``sources``.

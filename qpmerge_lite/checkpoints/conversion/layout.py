@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...aliases import tied
 from ...errors import NonFinite, is_finite
-from ..architectures import TROUBLES, quietly
+from ..architectures import HERE_ALONE, TROUBLES, quietly
 from ..findings import Refused, shortened
 from ..folders import Checkpoint
 from ..tensors import read_tensors
@@ -82,16 +82,15 @@ class Layout:
             if files.keys().isdisjoint(same):
                 absent.append(file)
         if unknown or absent:
-            found = f"{shortened(unknown)} in the files alone" if unknown else ""
-            found += " and " if unknown and absent else ""
-            found += f"{shortened(sorted(absent))} in the model alone" if absent else ""
-            where = str(self.base.folder)
-            raise Refused(where, "files and model with the same tensors", found, CONVERT)
+            differing = [f"{shortened(unknown)} in the files alone"] if unknown else []
+            differing += [f"{shortened(sorted(absent))} in the model alone"] if absent else []
+            expected = "files and model with the same tensors"
+            raise Refused(self.base.folder, expected, " and ".join(differing), CONVERT)
         for file, entry in files.items():
             if shapes[file] != entry.shape:
                 where = f"{self.base.folder}, tensor {file!r}"
-                found = f"{shapes[file]} in the model"
-                raise Refused(where, f"shape {entry.shape}", found, CONVERT)
+                in_model = f"{shapes[file]} in the model"
+                raise Refused(where, f"shape {entry.shape}", in_model, CONVERT)
 
     def state_of(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """The tensors of a checkpoint of the base's architecture as the model has them: name in the
@@ -108,7 +107,7 @@ class Layout:
         model = self._model
         with quietly():
             made = type(model).from_pretrained(
-                None, config=model.config, state_dict=tensors, dtype=model.dtype
+                None, config=model.config, state_dict=tensors, dtype=model.dtype, **HERE_ALONE
             )
         return made.state_dict()
 

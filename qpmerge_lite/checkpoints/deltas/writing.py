@@ -111,9 +111,9 @@ def _changed(base: Checkpoint, expert: Checkpoint, names) -> Iterator[tuple[str,
             continue
         if kind_of(base.entries[name]) is None:
             where = f"{expert.folder / expert.files_of_tensors[name]}, tensor {name!r}"
-            found = f"others, of {base.entries[name].dtype}"
+            others = f"others, of {base.entries[name].dtype}"
             cure = "these have no differences: give the expert the base's tensor"
-            raise Refused(where, "the base's values", found, cure)
+            raise Refused(where, "the base's values", others, cure)
         yield name, origin[name], states[name]
 
 

@@ -37,7 +37,7 @@ class Question:
     Attributes:
         merged: folder of the merge, or its reference at the Hub.
         base: folder of the model that the experts were tuned from, or its reference.
-        experts: name -> folder, or reference.
+        experts: name -> folder, or reference, or ``delta:FILE``.
         calibration: expert's name -> file, folder, or address at the Hub, see ``sources``.
         columns: expert's name -> fields to read, where they are not called as is usual.
         samples: inputs of an expert at the most.
@@ -79,7 +79,7 @@ def diagnose_folders(question: Question, *, progress: bool = False) -> dict:
     refuse_errors(report)
     merged, *experts = report.experts
     merged.name = MERGED
-    recipe = _recipe(merged.folder)
+    recipe = _recipe(merged)
     inputs = feed_of(question, replace(report, experts=experts))  # whose findings are shared
     calibration = inputs.as_json()
     warnings = [*_seen_before(recipe, calibration), *warnings_of(report)]
@@ -96,10 +96,9 @@ def diagnose_folders(question: Question, *, progress: bool = False) -> dict:
     }
 
 
-def _recipe(merged: Path) -> dict | None:
+def _recipe(merged: Checkpoint) -> dict | None:
     """What the merge says of how it was made, None where it says nothing."""
-    path = merged / MANIFEST
-    return read_json(path) if path.is_file() else None
+    return read_json(merged.folder / MANIFEST) if merged.matching([MANIFEST]) else None
 
 
 def _inputs(base: Checkpoint, merged: Checkpoint, experts: Sequence[Checkpoint]) -> list[dict]:

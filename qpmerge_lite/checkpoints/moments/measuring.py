@@ -93,14 +93,7 @@ def measure(order: Measurement, *, progress: bool = False) -> dict:
     """
     check_new_file(order.out, SUFFIX)
     check_sizes(order, "folds", "samples", "max_length", "batch_size")
-    if behind(order.model) is not None:
-        raise Refused(order.model, "a whole model", "a task vector", WHOLE_OF_DELTA)
-    folder, _ = fetched(order.model, {}, progress)
-    if is_adapter(folder):
-        raise Refused(folder, "a whole model", "an adapter", WHOLE)
-    report = check(folder, {})
-    refuse_errors(report)
-    checkpoint = report.base
+    checkpoint = _whole_model(order.model, progress)
     inputs = feed(
         Report(checkpoint, [replace(checkpoint, name=MODEL)]),
         {MODEL: order.calibration},
@@ -130,17 +123,30 @@ def measure(order: Measurement, *, progress: bool = False) -> dict:
     return about | {"layers": len(layers), "averaged": len(averaged)}
 
 
+def _whole_model(place: Path, progress: bool) -> Checkpoint:
+    """The checkpoint of a folder or reference; refused for a change of a model, and for one with
+    errors."""
+    if behind(place) is not None:
+        raise Refused(place, "a whole model", "a task vector", WHOLE_OF_DELTA)
+    folder, _ = fetched(place, {}, progress)
+    if is_adapter(folder):
+        raise Refused(folder, "a whole model", "an adapter", WHOLE)
+    report = check(folder, {})
+    refuse_errors(report)
+    return report.base
+
+
 def _as_stored(layers: Sequence[Layer], layout: Layout) -> tuple[list[Layer], dict[str, str]]:
     """The layers whose parameters the files have as the model does; and parameters of the others ->
     why they are averaged."""
-    kept: list[Layer] = []
+    as_stored: list[Layer] = []
     converted: dict[str, str] = {}
     for layer in layers:
         if any(name in layout.converted for name in layer.parameters):
             converted |= dict.fromkeys(layer.parameters, CONVERTED)
         else:
-            kept.append(layer)
-    return kept, converted
+            as_stored.append(layer)
+    return as_stored, converted
 
 
 def _names_in_files(
