@@ -78,13 +78,19 @@ def of_any_size(dtype, seed, powers):
     return (signs * mantissas * 2.0**exponents / 2.0 ** (powers // 2)).to(dtype)
 
 
-@pytest.mark.parametrize(("dtype", "powers"), [(torch.bfloat16, 15), (torch.float16, 12)])
-def test_differences_of_half_precision_are_exact_in_float32_as_far_as_is_said(dtype, powers):
+@pytest.mark.parametrize(("dtype", "powers", "kept"), [
+    (torch.bfloat16, 15, torch.float32),
+    (torch.float16, 12, torch.float32),
+    (torch.float32, 28, torch.float64),
+], ids=str)  # fmt: skip
+def test_differences_are_exact_as_far_as_is_said(dtype, powers, kept):
     origin, value = (of_any_size(dtype, seed, powers + 1) for seed in (0, 1))
     ratios = torch.where(value == 0, origin, origin / value).abs()
     difference = subtracted(value, origin)
-    assert torch.equal(difference.float().double(), difference) and ratios.max() > 2 ** (powers - 1)
-    assert torch.equal(added(origin, difference.float()), value)
+    assert torch.equal(difference.to(kept).double(), difference)
+    assert torch.equal(added(origin, difference.to(kept)), value) and ratios.max() > 2 ** (
+        powers - 1
+    )
 
 
 def test_differences_beyond_that_or_of_float32_are_rounded():

@@ -140,8 +140,8 @@ what comes back:
   was needed. In float32 that is so for weights in bfloat16 and float16 unless one of two numbers
   is thousands of times the other (2^15 and 2^12 times are the most), and for most weights in
   float32, but not for all: of these, numbers that have become much smaller come back with other
-  last digits. --dtype float64 keeps them, at twice the size; float16 and bfloat16 halve it and
-  round every difference. How many numbers do not come back is counted and said.
+  last digits. --dtype float64 keeps them, up to 2^28 times, at twice the size; float16 and bfloat16
+  halve it and round every difference. How many numbers do not come back is counted and said.
 
 exit status:
   0  the file is there

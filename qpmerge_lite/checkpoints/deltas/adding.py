@@ -13,8 +13,8 @@ def added(origin: Tensor, difference: Tensor) -> Tensor:
     That is ``W_k`` bit for bit, but for the sign of a zero, where the difference is stored without
     rounding: in float32 wherever no number of base and expert is larger than 2¹² times the other
     in float16, or 2¹⁵ times in bfloat16, or either is zero; of weights in float32 as a rule only in
-    float64. Otherwise it is off by what rounded the difference. Rounding to the base's dtype drops
-    changes below half a step of it, as saving a model in that dtype does.
+    float64, up to 2²⁸ times. Otherwise it is off by what rounded the difference. Rounding to the
+    base's dtype drops changes below half a step of it, as saving a model in that dtype does.
 
     Args:
         origin: the base's tensor (…). difference: (…), of any dtype of such numbers.
