@@ -36,6 +36,19 @@ class EmptyCalibration(MergeError):
     """A task (or one of its folds) has no calibration tokens."""
 
 
+class LostProcess(MergeError):
+    """Another process that shares a merge has ended, or was silent for too long."""
+
+    def __init__(self, count, error):
+        line = str(error).partition("\n")[0]
+        line = line.partition("] ")[2] if line.startswith("[") else line  # where in its sources
+        reason = line.partition(". ")[0]
+        super().__init__(
+            f"group: expected an answer of all {count} processes, found that one has ended or was "
+            f"silent for too long ({reason}); start all of them again"
+        )
+
+
 class Infeasible(MergeError):
     """The constraints of a programme admit no point, or the solver found none."""
 

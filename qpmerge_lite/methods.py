@@ -37,6 +37,7 @@ def qp(
     anchor=None,
     products="activations",
     activations=None,
+    group=None,
     progress=False,
     **solver,
 ) -> Merge:
@@ -46,7 +47,7 @@ def qp(
         anchor: state dict of any merge. The ridge then runs from it (λ → ∞) to the programme over a
             basis that contains it.
         base, experts, calibration, inputs, targets, folds, scope, blocks, layers, products,
-            activations, progress: as in :func:`merge_sequentially`.
+            activations, group, progress: as in :func:`merge_sequentially`.
     """
     return merge_sequentially(
         base,
@@ -62,6 +63,7 @@ def qp(
         anchor=anchor,
         products=products,
         activations=activations,
+        group=group,
         progress=progress,
     )
 
@@ -82,14 +84,17 @@ def _made(solver: type[SolverType], options: dict) -> SolverType:
     return solver(**options)
 
 
-def regmean(base, experts, calibration, *, alpha=0.95, blocks=None, progress=False) -> Merge:
+def regmean(
+    base, experts, calibration, *, alpha=0.95, blocks=None, group=None, progress=False
+) -> Merge:
     """RegMean (arXiv:2212.09849): ``(Σ C'_t/N_t)⁻¹ Σ C'_t/N_t W_t``, ``C' = αC + (1-α) diag C``, on
     every expert's own inputs.
 
     Weights of dense layers only; biases, norms and embeddings are averaged.
     """
     recipe = _regmean_recipe(alpha=alpha)
-    return _one(base, experts, calibration, recipe, blocks=blocks, progress=progress)
+    options = {"blocks": blocks, "group": group, "progress": progress}
+    return _one(base, experts, calibration, recipe, **options)
 
 
 def _one(base, experts, calibration, recipe: Recipe, **options) -> Merge:
@@ -103,12 +108,13 @@ def _regmean_recipe(**solver) -> Recipe:
 
 
 def regmean_plus_plus(
-    base, experts, calibration, *, alpha=0.95, blocks=None, progress=False
+    base, experts, calibration, *, alpha=0.95, blocks=None, group=None, progress=False
 ) -> Merge:
     """RegMean++ (arXiv:2508.03121): RegMean on the merged model's block inputs, the expert running
     within the block."""
     recipe = _regmean_plus_plus_recipe(alpha=alpha)
-    return _one(base, experts, calibration, recipe, blocks=blocks, progress=progress)
+    options = {"blocks": blocks, "group": group, "progress": progress}
+    return _one(base, experts, calibration, recipe, **options)
 
 
 def _regmean_plus_plus_recipe(**solver) -> Recipe:
@@ -116,7 +122,7 @@ def _regmean_plus_plus_recipe(**solver) -> Recipe:
     return Recipe(_made(RegMean, solver), "block", "propagated", "weights", folds=1)
 
 
-def lot(base, experts, calibration, *, blocks=None, progress=False) -> Merge:
+def lot(base, experts, calibration, *, blocks=None, group=None, progress=False) -> Merge:
     """LOT Merging (arXiv:2505.23859): layer-wise feature drift on every expert's own inputs,
     ``W_0 + (Σ Δ_t C_t) (Σ C_t)⁺``.
 
@@ -135,12 +141,21 @@ def lot(base, experts, calibration, *, blocks=None, progress=False) -> Merge:
         scope="dense",
         blocks=blocks,
         products="float64",
+        group=group,
         progress=progress,
     )
 
 
 def featcal(
-    base, experts, calibration, *, ridge=0.05, anchor=0.66, blocks=None, progress=False
+    base,
+    experts,
+    calibration,
+    *,
+    ridge=0.05,
+    anchor=0.66,
+    blocks=None,
+    group=None,
+    progress=False,
 ) -> Merge:
     """FeatCal (arXiv:2605.13030): in forward order, a ridge regression of each layer to a quarter
     own and three quarters propagated targets.
@@ -150,7 +165,8 @@ def featcal(
     folded into their layers, and what no layer covers is averaged.
     """
     recipe = _featcal_recipe(ridge=ridge, anchor=anchor)
-    return _one(base, experts, calibration, recipe, blocks=blocks, progress=progress)
+    options = {"blocks": blocks, "group": group, "progress": progress}
+    return _one(base, experts, calibration, recipe, **options)
 
 
 def _featcal_recipe(**solver) -> Recipe:
@@ -167,6 +183,7 @@ def sketched(
     targets="own",
     scope="all",
     blocks=None,
+    group=None,
     progress=False,
     **solver,
 ) -> Merge:
@@ -182,6 +199,7 @@ def sketched(
         folds=1,
         scope=scope,
         blocks=blocks,
+        group=group,
         progress=progress,
     )
 

@@ -10,25 +10,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .aliases import tied
-from .calibration import check_calibration
+from .calibration import Batch, check_calibration
+from .engine.agreement import digests, refuse_differences
 from .engine.gather import Gatherer, Reads, Unreached
 from .engine.lockstep import Apart, Disordered, Forward, LeftOut, Stage, Stream, hand_over, run
 from .engine.orders import Point, predecessors, sort
 from .engine.pauses import pausing
+from .engine.processes import processes_of, refuse_idle
 from .engine.reasons import reasons_to_average
-from .engine.recipes import Making, Recipe, Solver, check_recipes, is_solution, plain, shown
+from .engine.recipes import (
+    Making,
+    Recipe,
+    Solver,
+    check_recipes,
+    is_solution,
+    plain,
+    shown,
+    with_known_layers,
+)
 from .engine.rerun import Room
 from .engine.rows import check_folds
-from .engine.survey import block_paths, survey
+from .engine.survey import Survey, block_paths, survey
 from .engine.views import Table, View
-from .errors import MergeError, MissingLayer
+from .errors import MergeError
 from .experts import check_experts, is_number, stored
 from .forwards import evaluating, is_encoder_decoder, refuse_what_cannot_run
 from .merge import Merge, average
@@ -49,12 +61,15 @@ class PassOptions:
         activations: bytes that paused forwards may hold. Where they would hold more, some wait in
             front of blocks only and run these again for every layer: the same merge, bit for bit.
             By default half a GiB, or what the layers of one block read together, if that is more.
+        group: of ``torch.distributed``, whose processes share the forwards; by default this process
+            runs them all, whether or not there are others.
     Raises: MergeError for ``products`` or ``activations`` that are none of these.
     """
 
     blocks: str | Iterable[str] | None = None
     products: str = "activations"
     activations: float | None = None
+    group: torch.distributed.ProcessGroup | None = None
 
     def __post_init__(self):
         one_of("products", self.products, PRODUCTS)
@@ -84,28 +99,11 @@ class Pass:
         recipes: Mapping[str, Recipe],
         options: PassOptions,
     ):
-        refuse_what_cannot_run(base)
-        check_recipes(recipes)
-        self.model, self.recipes, self.options = base, dict(recipes), options
-        self.experts = check_experts(base, experts, cast=True)
-        self.base = {k: v.detach() for k, v in base.state_dict().items()}
-        self.tied = tied(base)
-        device = next(iter(self.base.values())).device
-        by_task = check_calibration(
-            calibration, list(self.experts), device, is_encoder_decoder(base)
-        )
-        self.batches = [batch for batches in by_task.values() for batch in batches]
-        self.tasks = list(by_task)
-        check_folds(by_task, max(recipe.folds for recipe in self.recipes.values()))
-        self.blocks = block_paths(base, options.blocks)
-        by_block = any(recipe.inputs == "block" for recipe in self.recipes.values())
-        self.bordering = self.blocks if by_block else []
-        self.reruns = True  # whether blocks may be run again
-        self.orders: list[list[Point]] = []  # in which batches came to layers
-        with evaluating(base):
-            self.known = survey(base, self.batches, self.blocks, self.base)
-        for name, recipe in recipes.items():
-            self.recipes[name] = self._with_known_layers(recipe)
+        self.model, self.options = base, options
+        self.processes = processes_of(options.group)
+        look = partial(self._look, experts, calibration, recipes)
+        refuse_differences(self.processes.each(look))
+        self.batches = self.processes.own(self.every_batch)
         self.gatherer = Gatherer(
             self.known,
             self.tasks,
@@ -113,25 +111,37 @@ class Pass:
             base=self.base,
             experts=self.experts,
             products=options.products,
+            processes=self.processes,
         )
 
-    def _with_known_layers(self, recipe: Recipe) -> Recipe:
-        """The recipe, naming layers as the survey does. Raises: MissingLayer; MergeError for one
-        that cannot be solved on these batches."""
-        views = self.known.views_in(recipe.scope)
-        wanted = set(views)
-        if recipe.layers is not None:
-            layers = [self.known.paths.get(name, name) for name in recipe.layers]
-            recipe, wanted = replace(recipe, layers=layers), set(layers)
-        for name in sorted(wanted - views.keys()):
-            raise MissingLayer(
-                f"layer {name!r}: not among the layers of scope {recipe.scope!r}, which are "
-                f"{sorted(views)}"
-            )
-        for name, message in self.known.refusals.items():
-            if name in wanted:
-                raise MergeError(message)
-        return recipe
+    def _look(self, experts, calibration, recipes: Mapping[str, Recipe]) -> dict[str, str]:
+        """Check what the pass is given, and find out what the model does with it. Returns what all
+        processes that share the pass must agree on, name -> digest."""
+        base, options = self.model, self.options
+        refuse_what_cannot_run(base)
+        check_recipes(recipes)
+        self.experts = check_experts(base, experts, cast=True)
+        self.base = {k: v.detach() for k, v in base.state_dict().items()}
+        self.tied = tied(base)
+        device = next(iter(self.base.values())).device
+        by_task = check_calibration(
+            calibration, list(self.experts), device, is_encoder_decoder(base)
+        )
+        self.every_batch: list[Batch] = [b for batches in by_task.values() for b in batches]
+        refuse_idle(self.processes, self.every_batch)
+        self.tasks: list[str] = list(by_task)
+        check_folds(by_task, max(recipe.folds for recipe in recipes.values()))
+        self.blocks = block_paths(base, options.blocks)
+        by_block = any(recipe.inputs == "block" for recipe in recipes.values())
+        self.bordering = self.blocks if by_block else []
+        self.reruns = True  # whether blocks may be run again
+        self.orders: list[list[Point]] = []  # in which batches came to layers
+        with evaluating(base):
+            self.known: Survey = survey(base, self.every_batch, self.blocks, self.base)
+        self.recipes = {name: with_known_layers(r, self.known) for name, r in recipes.items()}
+        given = self.base, self.experts, self.every_batch, self.known, self.recipes
+        how = {"blocks": self.blocks, "products": options.products}
+        return {} if self.processes.count == 1 else digests(*given, how)
 
     def run(self, progress: bool = False) -> dict[str, Merge]:
         """Make all merges."""
@@ -162,7 +172,7 @@ class Pass:
 
         Blocks that are run again hide the order: then first without them.
         """
-        if stage.parking:
+        if any(self.processes.each(lambda: bool(stage.parking))):
             self.reruns = False
             return
         self.orders += orders
@@ -182,7 +192,8 @@ class Pass:
                 self.groups[layers[0]] = layers
         tables = {layer for layer in wanted if isinstance(self.known.views[layer], Table)}
         left, everything = len(self.groups), all(r.layers is None for r in self.recipes.values())
-        bar = tqdm(total=left, desc=self.doing, unit="layer", disable=not progress)
+        shown = progress and self.processes.number == 0
+        bar = tqdm(total=left, desc=self.doing, unit="layer", disable=not shown)
 
         def visit(point, arrived):
             nonlocal left
@@ -199,7 +210,7 @@ class Pass:
         forwards = self._forwards(stage, makings)
         with bar, pausing(stage, leaders, self.bordering, tables):
             try:
-                run(forwards, self.known.sequence, visit)
+                run(forwards, self.known.sequence, visit, self.processes)
             except torch.linalg.LinAlgError:
                 self.gatherer.check()  # what is not finite has no factors
                 raise
@@ -277,7 +288,7 @@ class Pass:
                     f"{tuple(base.shape)} and a table row (a mapping), found {shown(solution)}"
                 )
             update, facts = solution
-            self._settle(v, base + update, making)
+            self._settle(v, base + self.processes.from_first(update), making)
             making.table.append({"layer": v.name, **facts})
         for row in making.table[first:]:
             row["seconds"] = (time.perf_counter() - started) / len(views)
@@ -315,13 +326,14 @@ def merge_together(
     blocks: str | Iterable[str] | None = None,
     products: str = "activations",
     activations: int | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
     progress: bool = False,
 ) -> dict[str, Merge]:
     """Several merges in one pass, sharing the experts' forwards: name -> merge, the same as each by
     itself.
 
     Args:
-        base, experts, calibration, blocks, products, activations: as in
+        base, experts, calibration, blocks, products, activations, group: as in
             :func:`merge_sequentially`.
         recipes: name -> :class:`Recipe`. Merges on the experts' own inputs share all their sums
             too.
@@ -329,7 +341,7 @@ def merge_together(
         recipe with merged inputs.
     """
     refuse_what_cannot_run(base)
-    options = PassOptions(blocks, products, activations)
+    options = PassOptions(blocks, products, activations, group)
     check_recipes(recipes)
     for name, recipe in recipes.items():
         if recipe.solver is None:
@@ -355,6 +367,7 @@ def merge_sequentially(
     anchor: Mapping[str, Tensor] | None = None,
     products: str = "activations",
     activations: int | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
     progress: bool = True,
 ) -> Merge:
     """Merge experts into one model, layer by layer in forward order.
@@ -371,11 +384,17 @@ def merge_sequentially(
             float32 (relative error of second moments 1e-6), or ``float64`` (1e-14).
         activations: bytes that paused forwards may hold, at the price of time: the same merge. By
             default half a GiB, or what the layers of one block read together, if that is more.
+        group: of ``torch.distributed``, such as ``torch.distributed.group.WORLD``, whose N
+            processes share the forwards: each calls this with all of the same arguments, runs
+            every N-th batch, and returns the merge of all batches, which is that of one process up
+            to rounding. By default a process merges by itself, whether or not it is in a group.
     Returns: Merge; rows in forward order. Cost: one forward of every expert batch and one of the
-        merged model.
+        merged model. With a group, one all-reduce per stage, which is the layers that read one
+        tensor alike (those without a bias by themselves), of all that is added up there.
     Raises: MissingLayer, ShapeMismatch, NonFinite, EmptyCalibration; MergeError for an unknown
         option, a batch that the model does not take, or a mask that cannot be matched to what a
-        layer reads.
+        layer reads; of a group, in all processes what is raised in one, and LostProcess where one
+        has ended or was silent for longer than the group's timeout.
     """
     recipe = Recipe(solver, inputs, targets, scope, folds, layers, anchor)
     return merge_together(
@@ -386,5 +405,6 @@ def merge_sequentially(
         blocks=blocks,
         products=products,
         activations=activations,
+        group=group,
         progress=progress,
     )["merge"]

@@ -716,6 +716,14 @@ def test_norms_may_have_older_names(families, older, tmp_path, capsys):
         assert all(torch.equal(merged[name], value) for name, value in state_of(same).items())
 
 
+def launched(program, *words):
+    """Exit status of what torchrun starts, on a free port."""
+    assert program == "torchrun"
+    more = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words]
+    return subprocess.run(command, env=os.environ | more, timeout=120).returncode
+
+
 def test_the_commands_of_the_readme_run(families, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     family = families["bert"]
@@ -729,8 +737,19 @@ def test_the_commands_of_the_readme_run(families, tmp_path, capsys, monkeypatch)
     section = readme.partition("### From the command line")[2].partition("\n## ")[0]
     blocks = re.findall("```sh\n(.*?)```", section, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
-    ran = [run(capsys, *shlex.split(line, comments=True)[1:]) for line in lines]
+    ran = []
+    for program, *words in (shlex.split(line, comments=True) for line in lines):
+        if program == "qpmerge":
+            ran.append(run(capsys, *words))
+        else:
+            assert launched(program, *words) == 0
     assert [(status, err) for status, _, err in ran] == [(0, "")] * 9
+    torch.testing.assert_close(
+        state_of(tmp_path / "halves"),
+        q.featcal(family.model, family.states, family.calibration()).state_dict,
+        rtol=0,
+        atol=1e-5,
+    )
     assert "method: auto (the default where every expert has calibration)" in ran[2][1]
     told = json.loads(Path("chosen", "merge.json").read_text(encoding="utf-8"))
     assert f"chosen: {told['choice']['chosen']}\n" in ran[2][1]

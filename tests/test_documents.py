@@ -80,6 +80,8 @@ def test_every_command_is_known(name):
             assert words[0] in targets, command
         elif program in ("qpmerge", ".venv/bin/qpmerge"):
             cli.parser().parse_args(words)
+        elif program == "torchrun":
+            cli.parser().parse_args(words[words.index("qpmerge_lite") + 1 :])
         elif "pytest" in words:
             files = [word for word in words if word.startswith("tests/")]
             assert files and all((ROOT / file).exists() for file in files), command

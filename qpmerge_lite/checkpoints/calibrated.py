@@ -20,6 +20,7 @@ from .tensors import TYPES
 from .weights_only import located
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from transformers import PreTrainedModel
 
 
@@ -30,6 +31,7 @@ def merged_model(
     method: str,
     options: Mapping[str, object],
     *,
+    group: ProcessGroup | None = None,
     progress: bool = False,
 ) -> Merge:
     """The merge of whole models by a method that runs them.
@@ -37,6 +39,7 @@ def merged_model(
     Args:
         calibration: expert's name -> batches, as of ``feeds``: of token ids (B, S), or of pictures
             (B, C, H, W), which are taken in the dtype of the model.
+        group: of ``torch.distributed``, whose processes share the forwards.
     Returns: a merge whose entries have the names of the base's files, and others tied to them.
     Raises: Refused where transformers cannot build the model, or has other tensors than the files;
         what the method raises, with the files that were read.
@@ -45,7 +48,8 @@ def merged_model(
     inputs = {name: cast(batches, model.dtype) for name, batches in calibration.items()}
     states = {expert.name: layout.state_of(expert) for expert in experts}
     try:
-        merge = function_of(method)(model, states, inputs, progress=progress, **options)
+        given = {"group": group, "progress": progress, **options}
+        merge = function_of(method)(model, states, inputs, **given)
     except MergeError as error:
         raise located(error, [base, *experts], list(base.entries)) from error
     merge.state_dict = layout.stored(merge.state_dict)

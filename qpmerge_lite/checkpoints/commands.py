@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,25 +17,47 @@ from .deltas.reading import behind
 from .findings import WARNING, Finding, Refused, size
 from .hub import check_places, reference_of
 from .methods import METHODS, assignment, literal
-from .stops import status_of, told_to_stop
+from .processes.joining import Party, launch_of, silent_unless_first
+from .stops import Terminated, status_of, told_to_stop
 
 MEMORY = "memory beside what Python and its packages take"
 
 
 def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
     """Parse a command line, by default that of the process, and run the ``command`` that it sets.
-    Returns the exit status: 0 done, 1 refused or failed, 130 or 143 stopped; ``argparse`` leaves
-    with 2 at wrong usage."""
-    parsed = parser.parse_args(arguments)
+
+    Of several processes that a launcher has started, all run a merge, and the first alone runs
+    everything else; it alone prints, and all end alike.
+
+    Returns: the exit status: 0 done, 1 refused or failed, 130 or 143 stopped; ``argparse`` leaves
+        with 2 at wrong usage.
+    """
+    launch = launch_of(os.environ)
+    with silent_unless_first(launch):
+        parsed = parser.parse_args(arguments)
+        parsed.party = Party(launch)
+        return _status(parsed)
+
+
+def _status(parsed) -> int:
+    """Run the command of a command line; its exit status."""
+    party = parsed.party
     try:
         with told_to_stop():
-            return parsed.command(parsed)
+            party.join()
+            has_work = party.number == 0 or parsed.command is run_merge
+            return party.ended(parsed.command(parsed) if has_work else 0)
     except MergeError as error:
-        print(_with_notes(f"qpmerge: {error}", error), file=sys.stderr)
+        party.tell(_with_notes(f"qpmerge: {error}", error))
         return 1
     except KeyboardInterrupt as stop:
-        print(_with_notes("qpmerge: stopped", stop), file=sys.stderr)
+        if party.count > 1 and isinstance(stop, Terminated):
+            stop.add_note("launchers such as torchrun end all processes where one is lost")
+        if party.number == 0 or isinstance(stop, Terminated):  # Ctrl-C comes to all
+            party.tell(_with_notes("qpmerge: stopped", stop))
         return status_of(stop)
+    finally:
+        party.leave()  # the others see it, and should be told why before
 
 
 def _with_notes(words: str, error: BaseException) -> str:
@@ -121,20 +144,26 @@ def _print_costs(costs: dict[str, Costs]) -> None:
 
 
 def run_merge(arguments) -> int:
-    from .merging import carry_out, silent
+    from .merging import carry_out, silent, take_part
     from .planning import plan_of
 
-    order = _order(arguments)
+    order, party = _order(arguments), arguments.party
+    if party.number > 0:
+        take_part(order, party.group)
+        return 0
     talks = not (arguments.quiet or arguments.json)
     shows = talks and sys.stderr.isatty()
-    plan = plan_of(order, progress=shows)
+    plan = plan_of(order, progress=shows, group=party.group)
+    if talks and party.count > plan.processes:
+        _say(f"one of the {party.count} processes makes this merge: it runs no model")
     estimate = None
     if order.recipe is None and not order.moments:  # these hold a tensor or a layer at a time
         estimate = estimated(plan.report, plan.method, plan.order.options)
     if talks and estimate is not None:
+        of_each = f", in each of {plan.processes} processes" if plan.processes > 1 else ""
         print(
             f"estimated: {size(estimate.memory)} of memory, reads {size(estimate.read)}, writes "
-            f"{size(estimate.written)} ({MEMORY})",
+            f"{size(estimate.written)} ({MEMORY}{of_each})",
             flush=True,
         )
     with measured() as found:

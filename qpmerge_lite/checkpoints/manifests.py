@@ -26,9 +26,10 @@ def manifest_of(plan: Plan) -> dict:
     models = [input_of(report.base, (*OTHERS, *TOKENIZER))]
     for expert in report.experts:
         models.append(input_of(expert, (expert.config_file, *(READERS if runs else ()))))
+    shared = {"processes": str(plan.processes)} if plan.processes > 1 else {}
     return {
         "manifest": 1,
-        "versions": versions(runs),
+        "versions": versions(runs) | shared,
         "method": plan.method,
         "why": plan.why,
         "options": order.options,

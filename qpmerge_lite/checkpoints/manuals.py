@@ -80,6 +80,15 @@ stopped half-way:
   check` tells, start anew, and so do all that take calibration. Another command leaves the folder
   alone and says so; it can be deleted.
 
+several processes:
+  torchrun --nproc-per-node N -m qpmerge_lite merge ... shares the forwards of a method that takes
+  calibration: each of N processes runs every N-th batch (--batch-size says how large they are; N
+  must not be more than there are), sums are added up once for the layers that read one tensor,
+  and the merge is that of one process to rounding. Every process holds all models. The first one
+  writes DIR, which the others need not see, and all end with its status. A process that is lost,
+  or gives no answer for ten minutes, ends all: no DIR then, and the same command starts anew.
+  Merges that run no model are made by the first process alone.
+
 costs:
   Memory, and what is read and written, are estimated before a merge, by `qpmerge check` for every
   method; memory and time are measured after it. The time that is left is shown while it runs, on
@@ -100,6 +109,8 @@ examples:
   qpmerge merge base fr=tuned/fr de=tuned/de --out merged \\
       --moments fr=fr.moments.safetensors --moments de=de.moments.safetensors
   qpmerge merge --config recipe.yml --out merged
+  torchrun --nproc-per-node 2 -m qpmerge_lite merge base fr=tuned/fr de=tuned/de --out merged \\
+      --calibration fr=fr.jsonl --calibration de=de.txt
 """
 MOMENTS = """
 Measure what a model's layers read of its own data, so that others can merge it without them.

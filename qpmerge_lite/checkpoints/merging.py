@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 
 from .folders import Checkpoint
 from .manifests import choice_of, manifest_of, without_time
+from .methods import CALIBRATED
 from .orders import Order
 from .output import CARD, MANIFEST, card, check_room, copy_files, say_dtype, write_json
 from .partial import Partial, all_or_nothing
-from .planning import Plan, plan_of, refuse_changes
+from .planning import Plan, plan_of, refuse_changes, settled
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from ..merge import Merge
 
 
@@ -57,6 +60,16 @@ def carry_out(plan: Plan, *, progress: bool = False, say: Callable[[str], None] 
         (partial.merged / CARD).write_text(card(manifest), encoding="utf-8")
         refuse_changes(plan)
     return manifest
+
+
+def take_part(order: Order, group: ProcessGroup) -> None:
+    """Run a share of a merge's forwards, for the process of a group that writes the merge. Nothing
+    is done for a merge that has no forwards."""
+    _, method, _ = settled(order)
+    if method in CALIBRATED and not order.moments:
+        plan = plan_of(order, group=group, writes=False)
+        for _ in _merges(plan, {}, progress=False):
+            pass
 
 
 def _written(plan: Plan, partial: Partial, progress: bool) -> dict:
@@ -122,5 +135,7 @@ def _merges(plan: Plan, wanted: Mapping[str, str], progress: bool) -> Iterator[M
     else:
         from .calibrated import merged_model
 
-        inputs = plan.inputs.batches
-        yield merged_model(base, experts, inputs, plan.method, order.options, progress=progress)
+        inputs, method, options = plan.inputs.batches, plan.method, order.options
+        yield merged_model(
+            base, experts, inputs, method, options, group=plan.group, progress=progress
+        )

@@ -47,7 +47,7 @@ WHY_BY_MOMENTS = (
 SETTLED = ("inputs", "targets", "products", "activations")  # options that moments have settled
 SOLVERS = {"qp": "QP", "sketched": "Sketched"}  # whose fields are options of a method too
 # what a method is given anyhow, or what no command line can say
-NOT_OPTIONS = ("base", "experts", "calibration", "blocks", "heads", "anchor", "progress")
+NOT_OPTIONS = ("base", "experts", "calibration", "blocks", "heads", "anchor", "group", "progress")
 ONE_STREAM = ("dare", "della")  # one stream of random numbers for the whole model
 TENSORS, SHAPES, MODEL = "a tensor", "all tensors of one shape", "the whole model"
 

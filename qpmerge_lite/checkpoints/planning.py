@@ -20,6 +20,8 @@ from .output import check_place, plain, versions
 from .recipes.plans import settle_dtypes, stored_headers
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from .calibration.feeds import Feed
 
 READERS = (*TOKENIZER, *PROCESSOR)
@@ -37,6 +39,8 @@ class Plan:
         moments: expert's name -> its files of moments, in place of calibration.
         stamps: path of every file that is used -> its bytes, and when it was changed, in
             nanoseconds.
+        group: of ``torch.distributed``, whose processes share the forwards; None where one process
+            does it all.
     """
 
     order: Order
@@ -46,6 +50,12 @@ class Plan:
     inputs: Feed | None
     moments: Mapping[str, Sequence[MomentsFile]]
     stamps: dict[str, tuple[int, int] | None]
+    group: ProcessGroup | None = None
+
+    @property
+    def processes(self) -> int:
+        """How many processes share the forwards."""
+        return 1 if self.group is None else self.group.size()
 
     @property
     def headers(self) -> dict[str, Header]:
@@ -75,19 +85,30 @@ class Plan:
             order.recipe and order.recipe.as_json(order.random_seed),
             versions(self.inputs is not None),
         ]
+        if self.processes > 1:
+            ordered.append(self.processes)
         text = json.dumps(plain(ordered), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def plan_of(order: Order, *, progress: bool = False) -> Plan:
+def plan_of(
+    order: Order,
+    *,
+    progress: bool = False,
+    group: ProcessGroup | None = None,
+    writes: bool = True,
+) -> Plan:
     """The plan of an order.
 
     Args:
         progress: whether downloads show theirs.
+        group: of ``torch.distributed``, whose processes share the forwards where there are any.
+        writes: whether this process is to write the output, which has to have a place then.
     Raises: MergeError for whatever can be seen before a weight is read.
     """
     order, method, why = settled(order)
-    check_place(order.out, [order.base, *order.experts.values()])
+    if writes:
+        check_place(order.out, [order.base, *order.experts.values()])
     order = downloaded(order, progress)
     report = check(order.base, order.experts)
     refuse_errors(report)
@@ -103,7 +124,9 @@ def plan_of(order: Order, *, progress: bool = False) -> Plan:
         from .calibration.feeds import feed_of
 
         inputs = feed_of(order, report)
-    return Plan(order, method, why, report, inputs, moments, stamps_of(order, report))
+    stamps = stamps_of(order, report)
+    shared_by = None if inputs is None else group
+    return Plan(order, method, why, report, inputs, moments, stamps, shared_by)
 
 
 def settled(order: Order) -> tuple[Order, str, str]:

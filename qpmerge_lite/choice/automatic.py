@@ -73,6 +73,7 @@ def auto(
     *,
     heads: Heads | None = None,
     blocks=None,
+    group=None,
     progress: bool = False,
 ) -> AutoMerge:
     """The merge to begin with: choices are made on calibration inputs, without labels.
@@ -85,8 +86,8 @@ def auto(
     candidates is returned.
 
     Args:
-        base, experts, calibration, blocks: as in :func:`merge_sequentially`; at least two inputs
-            for every task.
+        base, experts, calibration, blocks, group: as in :func:`merge_sequentially`; at least two
+            inputs for every task.
         heads: task -> function from what the model returns to logits (N, classes). Without them
             there is no choice between blends: energies of outputs prefer short priors, which are
             worse (the book measures it).
@@ -97,9 +98,9 @@ def auto(
     refuse_what_cannot_run(base)
     batches = checked(base, experts, calibration, heads)
     solved_on, left_out = halves(batches)
-    options = {"blocks": blocks, "progress": progress}
+    options = {"blocks": blocks, "group": group, "progress": progress}
     tried = Candidates(base, experts, solved_on, **options)
-    judge = Criterion(base, check_experts(base, experts, cast=True), left_out, heads)
+    judge = Criterion(base, check_experts(base, experts, cast=True), left_out, heads, group)
     errors = {name: judge.errors(tried.merge(name).state_dict) for name in NAMES}
     chosen = choose(judge, errors)
     everything = {task: [batch.arguments for batch in own] for task, own in batches.items()}
@@ -160,7 +161,7 @@ class Candidates:
     """What is chosen from: blends, and the bounds that they have to reach.
 
     Args:
-        base, experts, calibration, blocks, progress: as in ``merge_sequentially``.
+        base, experts, calibration, blocks, group, progress: as in ``merge_sequentially``.
         only: one candidate, if no other is wanted.
     """
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..calibration import Batch
+from ..engine.processes import processes_of
 from ..errors import MergeError, NonFinite, is_finite
 from ..experts import State
 from ..forwards import evaluating, main_output
@@ -37,6 +39,8 @@ class Criterion:
         experts: task -> state dict, as ``check_experts`` returns them.
         batches: task -> batches that no merge to be judged was solved on.
         heads: task -> function from what the model returns to logits (N, classes), or None.
+        group: of ``torch.distributed``, whose processes share the batches; each is given all, and
+            judges by all.
     Attributes:
         name: ``captured divergence`` or ``captured energy``.
     """
@@ -48,16 +52,25 @@ class Criterion:
         experts: Mapping[str, State],
         batches: Mapping[str, list[Batch]],
         heads: Heads | None = None,
+        group: torch.distributed.ProcessGroup | None = None,
     ):
         self.name = ENERGY if heads is None else DIVERGENCE
         self._base, self._heads, self._batches = base, heads, batches
+        self._processes = processes_of(group)
+        every = [batch for of_task in batches.values() for batch in of_task]
+        self._own = self._processes.own(every)
         self._expected: dict[tuple[str, int], Tensor] = {}
-        with evaluating(base):
-            for task, own in batches.items():
-                for batch in own:
-                    self._expected[task, batch.number] = self._output(experts[task], batch)
+        self._processes.each(partial(self._expect, experts))
         self._of_base = self.errors(base.state_dict())
         self._total = sum(float(errors.mean()) for errors in self._of_base.values())
+
+    @torch.no_grad()
+    def _expect(self, experts: Mapping[str, State]) -> None:
+        """Note what the experts put out on the batches of this process."""
+        with evaluating(self._base):
+            for batch in self._own:
+                key = batch.task, batch.number
+                self._expected[key] = self._output(experts[batch.task], batch)
 
     @torch.no_grad()
     def errors(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,11 +80,20 @@ class Criterion:
             state: weights of any model of the base's architecture, names as in its state dict.
         Raises: NonFinite naming task and batch for outputs that are not finite.
         """
+        told = self._processes.each(partial(self._own_errors, state))
+        every = {key: errors for of_one in told for key, errors in of_one.items()}
         divergences = {}
-        with evaluating(self._base):
-            for task, batches in self._batches.items():
-                divergences[task] = torch.cat([self._errors(state, batch) for batch in batches])
+        for task, batches in self._batches.items():
+            divergences[task] = torch.cat([every[task, batch.number] for batch in batches])
         return divergences
+
+    def _own_errors(self, state: Mapping[str, Tensor]) -> dict[tuple[str, int], Tensor]:
+        """Errors on the CPU of the inputs of every batch of this process, by task and number."""
+        errors = {}
+        with evaluating(self._base):
+            for batch in self._own:
+                errors[batch.task, batch.number] = self._errors(state, batch).cpu()
+        return errors
 
     def captured(self, errors: Mapping[str, Tensor]) -> float:
         """The criterion of a model with these errors; 1 where base and experts agree and it does

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,10 @@ from ..experts import State
 from ..moments import Moments
 from .layouts import Layout
 from .lockstep import Forward, LeftOut, Stream
+from .processes import ALONE, Processes
+from .reading import Reader, Rows
 from .recipes import LayerMoments, Making, Recipe, looks_at
-from .rows import Samples, Selection, joined, selection
+from .rows import Samples, joined
 from .sums import Buffers, Sums
 from .survey import Survey
 from .views import Table, View
@@ -25,14 +28,6 @@ ROWS = 4096  # rows whose products are taken together, at least
 # (stream, task, number of the batch) -> the forward that waits at the layer
 Reads = Mapping[tuple, Forward]
 CURE = "check this task's calibration data and weights"
-
-
-class Rows(NamedTuple):
-    """Rows (N, d) that a layer reads and are no padding, those of a fold side by side, and how many
-    each fold has."""
-
-    rows: Tensor
-    counts: list[int]
 
 
 class Tokens(NamedTuple):
@@ -66,9 +61,11 @@ class Gatherer:
     """Moments of layers from what the forwards of a pass are about to read.
 
     Args:
-        known: what the survey found. tasks, batches: of the calibration.
+        known: what the survey found. tasks: of the calibration.
+        batches: those whose forwards this process runs.
         base, experts: their entries, on the device of the model.
         products: precision of products of activations, ``activations`` or ``float64``.
+        processes: that share the pass.
     """
 
     def __init__(
@@ -80,15 +77,15 @@ class Gatherer:
         base: State,
         experts: Mapping[str, State],
         products: str,
+        processes: Processes = ALONE,
     ):
         self.known, self.tasks, self.batches = known, tasks, batches
         self.base, self.experts, self.products = base, experts, products
+        self.processes = processes
         self.device = next(iter(base.values())).device
         self.looks = looks_at(self.device)
         self._finite: dict[str, Tensor] = {}
-        self._selections: dict[tuple, Selection] = {}
-        self._widths: dict[str, int] = {}
-        self._row_counts: dict[tuple, torch.Size] = {}
+        self._reader = Reader(known, processes)
         self._buffers = Buffers(self.device)
 
     def moments(
@@ -151,8 +148,8 @@ class Gatherer:
             g, _, n = shapes[0]
             outputs = sum(m for _, m, _ in shapes)
             cache[key] = self._opened((g, outputs, n), recipe, reused=cache is not shared)
-            for task in self.tasks:
-                self._add_task(task, views, cache[key], reads, making)
+            self._reader.in_step(first, partial(self._add_own, views, cache[key], reads, making))
+            cache[key].add_up(self.processes)
         sums = cache[key]
         self._check_reached(sums.counts)
         self._finite[first.name] = finite = sums.finite()
@@ -173,6 +170,11 @@ class Gatherer:
             drift=bool(recipe.own_weight),
             full_energy=recipe.keeps_full_energy,
         )
+
+    def _add_own(self, views: list[View], sums: Sums, reads: Reads, making: Making) -> None:
+        """Add the batches of this process to the sums of layers that read alike."""
+        for task in self.tasks:
+            self._add_task(task, views, sums, reads, making)
 
     def _add_task(
         self, task: str, views: list[View], sums: Sums, reads: Reads, making: Making
@@ -217,57 +219,26 @@ class Gatherer:
     def _inputs(self, v: View, read: Tensor, batch: Batch, folds: int) -> Rows:
         """What a layer makes of the rows that it reads, in the precision that products are taken
         in."""
-        rows, counts = self._rows(v, read, batch, folds)
+        rows, counts = self._reader.rows(v, read, batch, folds)
         Z = v.samples(rows)
         return Rows(Z.double() if self.products == "float64" else Z, counts)
-
-    def _rows(
-        self, v: View, read: Tensor, batch: Batch, folds: int, later: Layout | None = None
-    ) -> Rows:
-        """Rows of a batch that are no padding, from what the module reads.
-
-        Args:
-            later: layout of tokens that are read behind the first call of a table.
-        """
-        rows = v.rows(read)
-        layout = self.known.layout(v.name, batch) if later is None else later
-        if not layout.fits(rows, batch):
-            raise LeftOut(v.name, "its rows are laid out differently from batch to batch")
-        if later is None:
-            self._check_count(v, rows, batch)
-        width = self._widths.setdefault(v.name, rows.shape[-1])
-        if rows.shape[-1] != width:
-            raise MergeError(
-                f"task {batch.task!r}, batch {batch.number}: layer {v.name!r} expects rows of "
-                f"width {width}, found {rows.shape[-1]}; give all batches inputs of one kind"
-            )
-        rows = layout.arrange(rows, batch.size)
-        key = (batch.task, batch.number, folds, layout.mask, rows.shape[:-1])
-        if key not in self._selections:
-            self._selections[key] = selection(rows.shape[:-1], batch, folds, layout.mask)
-        places, counts = self._selections[key]
-        rows = rows.reshape(-1, rows.shape[-1])
-        return Rows(rows if places is None else rows.index_select(0, places), counts)
-
-    def _check_count(self, v: View, rows: Tensor, batch: Batch) -> None:
-        """LeftOut where the shapes of a batch do not settle how many rows a layer reads: they are
-        chosen by what they hold."""
-        shapes = tuple((k, z.shape) for k, z in batch.arguments.items() if isinstance(z, Tensor))
-        if self._row_counts.setdefault((v.name, shapes), rows.shape[:-1]) != rows.shape[:-1]:
-            raise LeftOut(v.name, "which rows it reads depends on what they hold")
 
     def _refuse_not_finite(self, task: str, v: View, reads: Reads, making: Making) -> None:
         """NonFinite naming what is not finite in a task's inputs; MergeError where only products
         are."""
-        for batch in self.batches:
-            read = reading(reads, making.stream, batch) if batch.task == task else None
-            if read is not None:
-                rows = self._rows(v, read, batch, 1).rows
-                if not bool(v.samples(rows).isfinite().all()):
-                    raise NonFinite(f"layer {v.name}, task {task}, inputs", rows, CURE)
+        self.processes.each(partial(self._check_finite, task, v, reads, making))
         raise MergeError(
             f"layer {v.name}, task {task}: products of its inputs overflow; use products='float64'"
         )
+
+    def _check_finite(self, task: str, v: View, reads: Reads, making: Making) -> None:
+        """NonFinite for what a layer reads in this process of a task."""
+        for batch in self.batches:
+            read = reading(reads, making.stream, batch) if batch.task == task else None
+            if read is not None:
+                rows = self._reader.rows(v, read, batch, 1).rows
+                if not bool(v.samples(rows).isfinite().all()):
+                    raise NonFinite(f"layer {v.name}, task {task}, inputs", rows, CURE)
 
     def _check_reached(self, counts: list[list[int]]) -> None:
         """Unreached unless every task and fold has rows."""
@@ -280,7 +251,7 @@ class Gatherer:
     ) -> Tokens:
         """Tokens of a batch, from what the module reads; ``later`` is their layout behind its first
         call."""
-        rows, counts = self._rows(table, read, batch, folds, later)
+        rows, counts = self._reader.rows(table, read, batch, folds, later)
         fold = torch.arange(folds).repeat_interleave(torch.tensor(counts))
         return Tokens(rows[:, 0], fold.to(rows.device))
 
@@ -298,11 +269,31 @@ class Gatherer:
                 tokens[batch.task].append(self._tokens(table, argument, batch, folds, layout))
         return tokens
 
+    def _of_all_processes(
+        self, table: Table, own: dict[str, list[Tokens]], folds: int
+    ) -> dict[str, list[Tokens]]:
+        """Tokens of all processes, task -> tokens, those of several processes as of one call."""
+        if self.processes.count == 1:
+            return own
+        rows = table.module.num_embeddings
+        shape = len(own), folds * rows
+        counts = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        for of_task, parts in zip(counts, own.values()):
+            for part in parts:
+                of_task += (part.fold * rows + part.ids).bincount(minlength=folds * rows)
+        self.processes.add([counts])
+        tokens: dict[str, list[Tokens]] = {}
+        for task, of_task in zip(own, counts):
+            places = torch.arange(folds * rows, device=self.device).repeat_interleave(of_task)
+            tokens[task] = [Tokens(places % rows, places // rows)] if len(places) else []
+        return tokens
+
     def _counted(self, table: Table, reads: Reads, making: Making) -> LayerMoments:
         """A table of the tokens that occur, and its moments: how often each does. All targets agree
         on it."""
         folds = making.recipe.folds
-        tokens = self._looked_up(table, reads, making)
+        own = self._reader.in_step(table, partial(self._looked_up, table, reads, making))
+        tokens = self._of_all_processes(table, own, folds)
         every = [part.ids for parts in tokens.values() for part in parts]
         if not every:
             raise Unreached("no calibration input reaches it")

@@ -19,7 +19,9 @@ never copied; its parameters and buffers are pointed to the weights of whichever
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from greenlet import greenlet
@@ -29,11 +31,12 @@ from torch.utils._pytree import tree_map
 from ..calibration import Batch
 from .effects import ABSENT, Traces, blaming, copied, modes, set_modes, version_of
 from .orders import Point
+from .processes import ALONE, Processes, Restart
 
 Stream = str | tuple[str, str]  # whose inputs are read: "expert", or a kind of inputs and a merge
 
 
-class LeftOut(BaseException):  # no model may take it for an error of its own
+class LeftOut(Restart):
     """A layer turned out not to be one that a pass can solve: the pass starts again without it."""
 
     def __init__(self, layer: str, reason: str):
@@ -41,7 +44,7 @@ class LeftOut(BaseException):  # no model may take it for an error of its own
         self.layer, self.reason = layer, reason
 
 
-class Apart(BaseException):
+class Apart(Restart):
     """Two layers that read one tensor in the survey read two in another batch: the pass starts
     again with them apart."""
 
@@ -50,7 +53,7 @@ class Apart(BaseException):
         self.layer = layer
 
 
-class Disordered(BaseException):
+class Disordered(Restart):
     """A forward came to a layer that was visited without it: the pass starts again, knowing in
     which order each comes to them.
 
@@ -222,7 +225,10 @@ class Forward(greenlet):
 
 
 def run(
-    forwards: list[Forward], sequence: list[Point], visit: Callable[[Point, list[Forward]], bool]
+    forwards: list[Forward],
+    sequence: list[Point],
+    visit: Callable[[Point, list[Forward]], bool],
+    processes: Processes = ALONE,
 ) -> None:
     """Run forwards in lockstep: all that come to a point wait there, ``visit`` is called, and they
     go on.
@@ -231,9 +237,10 @@ def run(
         sequence: every point at which a forward may wait. Of the points where some wait, the first
             is visited.
         visit: called with the point and the forwards there; whether to go on.
+        processes: that have forwards of their own. All visit the points where one of them waits.
     Raises: Disordered when a forward comes to a layer that was visited without it.
     """
-    visited, order = set(), {point: rank for rank, point in enumerate(sequence)}
+    visited, places = set(), {point: place for place, point in enumerate(sequence)}
     came: dict[Forward, list[Point]] = {forward: [] for forward in forwards}
 
     def advance(forward):
@@ -241,23 +248,36 @@ def run(
         if forward.at is not None and forward.at[0] == "layer":
             came[forward].append(forward.at)
 
-    try:
-        for forward in forwards:
+    def go_on(some: list[Forward]) -> set[int]:
+        """Advance some of the forwards; the places in the sequence where any of all then wait."""
+        for forward in some:
             advance(forward)
-        while waiting := {forward.at for forward in forwards if forward.at is not None}:
-            point = min(waiting, key=order.__getitem__)
+        return {places[forward.at] for forward in forwards if forward.at is not None}
+
+    def end() -> list[list[Point]]:
+        """Advance all forwards to their ends; the layers that each came to."""
+        for forward in forwards:
+            while forward.at is not None:
+                advance(forward)
+        return list(came.values())
+
+    with _ended(forwards):
+        arrived = forwards
+        while waiting := set().union(*processes.each(partial(go_on, arrived))):
+            point = sequence[min(waiting)]
             if point in visited and point[0] == "layer":
-                for forward in forwards:
-                    while forward.at is not None:
-                        advance(forward)
-                raise Disordered(list(came.values()))
+                raise Disordered([order for own in processes.each(end) for order in own])
             visited.add(point)
             arrived = [forward for forward in forwards if forward.at == point]
-            others_wait = any(forward.at not in (None, point) for forward in forwards)
-            if not visit(point, arrived) and not others_wait:
+            if not visit(point, arrived) and len(waiting) == 1:
                 return
-            for forward in arrived:
-                advance(forward)
+
+
+@contextmanager
+def _ended(forwards: list[Forward]) -> Iterator[None]:
+    """Forwards of which none is left waiting in the end."""
+    try:
+        yield
     finally:
         outside = modes()
         for forward in forwards:

@@ -16,6 +16,12 @@ def add_gram(C: Tensor, Z: Tensor, fresh: bool, width: int = 256) -> None:
         accumulate(C[start:stop, :stop], Z[:, start:stop].mT @ Z[:, :stop], fresh)
 
 
+def lower_blocks(C: Tensor, width: int = 256) -> list[Tensor]:
+    """C (…, n, n) on and below the diagonal as :func:`add_gram` fills it, as views (…, w, w')."""
+    starts = range(0, C.shape[-1], width)
+    return [C[..., start : start + width, : start + width] for start in starts]
+
+
 def mirror(C: Tensor, width: int = 256) -> None:
     """Fill C (…, n, n), in place, from below the diagonal: what :func:`add_gram` leaves open, and
     its blocks on the diagonal, which on some processors are symmetric only to rounding."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import MergeError
+from ..errors import MergeError, MissingLayer
 from ..moments import Moments
 from ..options import flag, number, one_of, whole, words
 from .layers import SCOPES
 from .lockstep import Stream
+from .survey import Survey
 from .views import View
 
 INPUTS = ("merged", "expert", "block")
@@ -165,3 +166,24 @@ def shown(answer) -> str:
     if isinstance(answer, tuple):
         return f"({', '.join(shown(part) for part in answer)})"
     return f"Tensor {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+
+
+def with_known_layers(recipe: Recipe, known: Survey) -> Recipe:
+    """The recipe, naming layers as a survey does.
+
+    Raises: MissingLayer; MergeError for a layer that cannot be solved on these batches.
+    """
+    views = known.views_in(recipe.scope)
+    wanted = set(views)
+    if recipe.layers is not None:
+        layers = [known.paths.get(name, name) for name in recipe.layers]
+        recipe, wanted = replace(recipe, layers=layers), set(layers)
+    for name in sorted(wanted - views.keys()):
+        raise MissingLayer(
+            f"layer {name!r}: not among the layers of scope {recipe.scope!r}, which are "
+            f"{sorted(views)}"
+        )
+    for name, message in known.refusals.items():
+        if name in wanted:
+            raise MergeError(message)
+    return recipe

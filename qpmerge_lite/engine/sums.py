@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..moments import Moments
-from .products import accumulate, mirror, output_products
+from .processes import Processes
+from .products import accumulate, lower_blocks, mirror, output_products
 from .rows import Samples
 from .views import View
 
@@ -131,6 +132,21 @@ class Sums:
         or their squares, (g, m)."""
         products = r.mT @ r if self.full_energy and shape[0] == 1 else r.square().sum(0)
         return products.reshape(shape)
+
+    def add_up(self, processes: Processes) -> None:
+        """Add what other processes have added to sums of the same shape; each then has all of
+        it."""
+        if processes.count == 1:
+            return
+        counts = torch.tensor(self.counts, dtype=torch.float64).to(self.C.device)
+        noise = torch.zeros(processes.count).to(counts)
+        noise[processes.number] = self.rtol
+        sums = [self.C, *(self.drift or ())]
+        for of_all in sums:
+            of_all[counts == 0] = 0.0  # where nothing was written yet
+        processes.add([counts, noise, *lower_blocks(sums[0]), *sums[1:]])
+        self.counts = [[int(count) for count in of_task] for of_task in counts.tolist()]
+        self.rtol = float(noise.max())
 
     def finite(self) -> Tensor:
         """Whether the second moments of every task are finite, boolean (T,); every fold must have

@@ -44,6 +44,7 @@ def esm(
     scale: float = 1.0,
     by_weights: Sequence[str] = OUT_PROJECTIONS,
     blocks=None,
+    group=None,
     progress: bool = False,
 ) -> Merge:
     """ESM (arXiv:2606.19164): the leading eigenvectors of every expert's output shifts, made
@@ -57,7 +58,7 @@ def esm(
     the same shape, and that an expert has changed.
 
     Args:
-        base, experts, calibration, blocks, progress: as in :func:`merge_sequentially`.
+        base, experts, calibration, blocks, group, progress: as in :func:`merge_sequentially`.
         scale: of the whole update; the authors search it on validation data.
         by_weights: how the names of dense layers end that are merged by TSV-M all the same. The
             authors do so with the projection behind attention, which libraries call by these names.
@@ -71,6 +72,7 @@ def esm(
         [scale],
         by_weights=by_weights,
         blocks=blocks,
+        group=group,
         progress=progress,
     )
     return next(merges)
@@ -84,12 +86,14 @@ def esm_at_scales(
     *,
     by_weights: Sequence[str] = OUT_PROJECTIONS,
     blocks=None,
+    group=None,
     progress: bool = False,
 ) -> Iterator[Merge]:
     """:func:`esm` at several scales, for one pass and one decomposition."""
     checked = [number("scale", scale) for scale in scales]
     endings = tuple(words("by_weights", by_weights))
-    solved = _solved(base, experts, calibration, endings, blocks, progress)
+    options = PassOptions(blocks, "float64", group=group)
+    solved = _solved(base, experts, calibration, endings, options, progress)
     experts = check_experts(base, experts)
     update = {}
     for name, vectors in differences(base, experts).items():
@@ -122,13 +126,17 @@ class _Solver:
 
 
 def _solved(
-    base: nn.Module, experts, calibration, endings: tuple[str, ...], blocks, progress: bool
+    base: nn.Module,
+    experts,
+    calibration,
+    endings: tuple[str, ...],
+    options: PassOptions,
+    progress: bool,
 ) -> dict[str, Tensor]:
     """Updates of the weights of dense layers, in the shapes of the model: parameter name -> (m, n)
     or, where it is stored transposed, (n, m)."""
     solver = _Solver(endings)
     recipe = Recipe(solver, "expert", "propagated", "weights", folds=1)
-    options = PassOptions(blocks, "float64")
     making = Pass(base, experts, calibration, {"esm": recipe}, options).makings(progress)[0]
     parts: dict[str, Tensor] = {}
     for row in making.table:

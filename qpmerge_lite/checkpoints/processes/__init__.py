@@ -1,0 +1,1 @@
+"""A command that several processes carry out, as torchrun starts them."""
