@@ -179,6 +179,14 @@ def test_the_tier_that_decides_may_come_first(pages, tmp_path):
     assert re.search(r"standard +smoke +b +0\.50 +0\.12 ", re.sub(r"<[^>]+>|\s+", " ", html))
 
 
+def test_ids_are_read_in_the_words_of_the_book(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXTENSIONS))
+    import results
+
+    assert results.called("best_neighbour") == "best baseline"
+    assert results.called("qp_rotated_rows") == "QP rotated rows"
+
+
 def test_tiers_need_the_built_one(pages, tmp_path):
     (tmp_path / "_records" / "smoke" / "01_a.json").unlink()
     status, problems, _ = pages("```{tiers} *.b\n```")
@@ -191,6 +199,13 @@ def offline(monkeypatch):
     import offline
 
     return offline
+
+
+def test_no_page_asks_for_a_style_sheet_that_is_not_there(offline):
+    styles = [("sphinx-thebe.css", {}), ("book.css", {"priority": 500})]
+    registry, events = SimpleNamespace(css_files=styles), SimpleNamespace(listeners={})
+    offline.disconnect_thebe(SimpleNamespace(registry=registry, events=events))
+    assert styles == [("book.css", {"priority": 500})]
 
 
 def test_without_npm_the_pages_point_at_the_cdn(offline, tmp_path, monkeypatch):

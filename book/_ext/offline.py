@@ -64,6 +64,8 @@ def disconnect_thebe(app):
     for listeners in app.events.listeners.values():
         for listener in [item for item in listeners if item.handler.__module__ == "sphinx_thebe"]:
             app.disconnect(listener.id)
+    styles = app.registry.css_files  # its style sheet would be asked for and not be there
+    styles[:] = [(name, options) for name, options in styles if name != "sphinx-thebe.css"]
 
 
 def setup(app):

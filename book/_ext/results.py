@@ -44,6 +44,13 @@ def explain(record, tier):
     return " · ".join(part for part in parts if part)
 
 
+def called(id):
+    """Part of a record's id in the words of the book, which says baseline where ids say
+    neighbour."""
+    words = {"neighbour": "baseline", "qp": "QP"}
+    return " ".join(words.get(word, word) for word in id.split("_"))
+
+
 class Result(SphinxRole):
     """``{res}`id` ``, ``{res}`id .3f ci` ``, ``{res}`standard:id pct` ``: a record of the built
     tier, or of the named one; see ``claims.format_record``."""
@@ -156,7 +163,7 @@ class Tiers(SphinxDirective):
         )
         rows = [
             [
-                id.removeprefix(start).removesuffix(end).replace("_", " "),
+                called(id.removeprefix(start).removesuffix(end)),
                 *(self.cell(f.get(id)) for f in found.values()),
             ]
             for id in ids
