@@ -200,11 +200,24 @@ def drawn():
         {"a": ([1, 2], [1, 2], "x", "y"), "b": ([1, 2], [2, 1], "x", "y")}, ["p", "q"]
     )
     frame = pd.DataFrame({"x": [1, 2, 3], "y": [1, 2, 3], "kind": ["p", "q", "p"]})
+    yield figures.agreement(
+        {"a": ([1e-4, 1], [-1e-4, 1], "x", "y"), "b": ([1, 2], [2, 1], "x", "y")},
+        ["p", "q"],
+        lined=2,
+        linear=1e-3,
+    )
     yield figures.correlations({"a": frame, "b": frame, "c": frame}, "x", "y", "x", "y")
     yield figures.depth(
         ["one", "a longer name"],
         {"a": {"p": [1, 2], "q": [2, 1]}, "b": {"p": [1, 2], "q": [1, 1]}},
         "layer",
+    )
+    yield figures.depth(
+        ["embed", "blocks.0.up", "blocks.0.down", "blocks.1.up"],
+        {title: {"p": [1, 2, 3, 4], "level": [2, 2, 2, 2]} for title in ("a", "b", "c")},
+        "layer",
+        "y",
+        columns=2,
     )
     yield figures.bars(
         ["one", "two"],

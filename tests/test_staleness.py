@@ -103,6 +103,15 @@ def test_comments_docstrings_and_layout_remake_nothing(checkout, change):
     assert run.fingerprint(path, {}) == before
 
 
+def test_a_caption_remakes_its_chapter(checkout):
+    path = notebook(checkout, SOLVE)
+    before = run.fingerprint(path, {})
+    content = json.loads(path.read_text())
+    content["cells"][0]["metadata"] = {"mystnb": {"figure": {"caption": "A curve that falls."}}}
+    path.write_text(json.dumps(content))
+    assert run.fingerprint(path, {}) != before
+
+
 USES = {
     "the module": SOLVE,
     "a module that imports it": "from qpmerge_lite.methods import qp",

@@ -13,6 +13,8 @@ import seaborn as sns
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
+from .axes import CALLED, logarithmic, name_layers
+
 WIDTH = 7.4  # inches: the text column
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "p")
 HATCHES = ("", "////", "....", "xx", "++")
@@ -220,7 +222,7 @@ def cumulative(curves: dict, xlabel: str, ylabel: str) -> Figure:
     return finish(figure, axis, 2)
 
 
-def phases(x, y, panels: dict, columns, xlabel: str, ylabel: str) -> Figure:
+def phases(x, y, panels: dict, columns, xlabel: str, ylabel: str, label: str = "") -> Figure:
     """Heat maps of a difference around zero: one row per panel, one column per setting.
 
     Cells that lose more than NOTHING are hatched, and a thick contour bounds them.
@@ -229,6 +231,7 @@ def phases(x, y, panels: dict, columns, xlabel: str, ylabel: str) -> Figure:
         x, y: (a,), (b,) grid values.
         panels: row title -> (columns, b, a) values.
         columns: their titles.
+        label: of the colour bars.
     """
     figure, axes = plt.subplots(
         len(panels),
@@ -261,7 +264,7 @@ def phases(x, y, panels: dict, columns, xlabel: str, ylabel: str) -> Figure:
                 )
             axis.set_title(f"{title if axis is row[0] else ''}\n{column}")
             axis.grid(False)
-        bar = figure.colorbar(image, ax=list(row), shrink=0.9)
+        bar = figure.colorbar(image, ax=list(row), shrink=0.9, label=label)
         bar.ax.tick_params(labelsize=9)
     figure.supxlabel(xlabel, fontsize=10)
     figure.supylabel(ylabel, fontsize=10)
@@ -302,12 +305,13 @@ def scatter(panels: dict, groups, label: str) -> Figure:
     return finish(figure, axis, len(np.unique(groups)))
 
 
-def agreement(panels: dict, labels, lined: int = 1) -> Figure:
+def agreement(panels: dict, labels, lined: int = 1, linear: float | None = None) -> Figure:
     """One scatter per panel, title -> (x, y, xlabel, ylabel), a line at y = 0 and, in the first
     ``lined`` ones, where y = x.
 
     Args:
         labels: (N,) names of the points' groups, told apart by marker and colour.
+        linear: both axes are logarithmic beyond this distance from zero.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.9))
     labels = np.asarray(labels)
@@ -326,9 +330,12 @@ def agreement(panels: dict, labels, lined: int = 1) -> Figure:
             )
         axis.axhline(0, color="black", linewidth=1)
         if number < lined:
-            axis.axline((0, 0), slope=1, color="0.4", linewidth=1, linestyle="--")
+            axis.axline((0, 0), (1, 1), color="0.4", linewidth=1, linestyle="--")
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        axis.locator_params(axis="x", nbins=3)
+        if linear is None:
+            axis.locator_params(axis="x", nbins=3)
+        else:
+            logarithmic(axis, linear)
     return finish(figure, axis, 2)
 
 
@@ -343,7 +350,8 @@ def correlations(
         for (kind, part), marker, colour in zip(
             frame.groupby("kind"), MARKERS, sns.color_palette()
         ):
-            _point(axis, part[x], part[y], marker, colour, size=5, markeredgewidth=0.5, label=kind)
+            label = CALLED.get(kind, kind)
+            _point(axis, part[x], part[y], marker, colour, size=5, markeredgewidth=0.5, label=label)
         axis.set(
             title=title,
             ylabel=ylabel if axis in axes[:, 0] else "",
@@ -418,7 +426,12 @@ def heat(table, label: str, low: float, high: float, fmt: str = ".2f") -> Figure
 
 def bars(names, panels: dict, ylabel: str, columns: int = 2) -> Figure:
     """Stacked bars: panel title -> label -> heights; hatches tell the parts apart without colour.
-    ``names`` of the bars, or those of each panel."""
+    ``names`` of the bars, or those of each panel. A part without height anywhere is left out."""
+    there = {label for parts in panels.values() for label, high in parts.items() if np.any(high)}
+    panels = {
+        title: {label: high for label, high in parts.items() if label in there}
+        for title, parts in panels.items()
+    }
     rows, shared = -(-len(panels) // columns), not isinstance(names, dict)
     names = dict.fromkeys(panels, names) if shared else names
     height = (1.25 if shared else 2.2) * rows + (2.0 if shared else 0.8)
@@ -447,21 +460,29 @@ def bars(names, panels: dict, ylabel: str, columns: int = 2) -> Figure:
     return finish(figure, axes.flat[0] if len(parts) > 1 else None, 2)
 
 
-def depth(names, panels: dict, xlabel: str = "") -> Figure:
-    """Curves over the layers or blocks of a model: panel title -> label -> value per layer, the
-    layers' names under the last panel."""
-    names = list(map(str, names))
-    longest = max(map(len, names))
-    below = 0.8 + 0.08 * longest if longest > 4 else 1.6  # inches for names that stand upright
+def depth(names, panels: dict, xlabel: str = "", ylabel: str = "", columns: int = 1) -> Figure:
+    """Curves over the layers or blocks of a model, or over any steps: panel title -> label -> value
+    per step, the steps' names under the last panels. What is the same at all steps has no markers.
+
+    Args:
+        columns: panels side by side, row by row.
+    """
+    names, rows = list(map(str, names)), -(-len(panels) // columns)
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=(WIDTH, 2.1 * len(panels) + below), sharex=True
+        rows, columns, figsize=(WIDTH, 2.1 * rows + 1.4), sharex=True, squeeze=False
     )
-    for axis, (title, curves) in zip(np.atleast_1d(axes), panels.items()):
+    for axis, (title, curves) in zip(axes.flat, panels.items()):
         for (label, values), line, marker in zip(curves.items(), LINES, MARKERS):
             axis.plot(
-                range(len(values)), values, linestyle=line, marker=marker, markersize=5, label=label
+                range(len(values)),
+                values,
+                linestyle=line,
+                marker=marker if len(set(values)) > 1 else None,
+                markersize=5,
+                label=label,
             )
         axis.set_title(title)
-        axis.set_xticks(range(len(names)), names, rotation=90 if longest > 4 else 0, fontsize=9)
-    axis.set_xlabel(xlabel)
-    return finish(figure, axis, 3)
+        name_layers(axis, names)
+    plt.setp(axes[-1], xlabel=xlabel)
+    figure.supylabel(ylabel, fontsize=10)
+    return finish(figure, axes.flat[0], 3)

@@ -53,5 +53,7 @@ def points(panels: dict, xlabel: str, line: float | None = None) -> Figure:
         axis.set(title=title, xlabel=xlabel)
         axis.set_yticks(range(len(estimates)), list(estimates))
         axis.grid(axis="y", visible=False)
+        if len(panels) > 1:
+            axis.locator_params(axis="x", nbins=9 // len(panels) + 1)
     axes[0, 0].set_ylim(len(first) - 0.4, -0.6)
     return finish(figure, axes[0, 0] if len(labels) > 1 else None, len(labels))

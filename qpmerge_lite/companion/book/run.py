@@ -107,11 +107,12 @@ def overrides(path, given):
 
 
 def fingerprint(path, parameters):
-    """sha256 of all that decides a notebook's outputs: its cells, the modules of the package that
-    they reach (see ``staleness``), the suites' weights, parameters, lock and data manifests."""
+    """sha256 of all that decides a chapter: its cells with tags and captions, the modules of the
+    package that they reach (see ``staleness``), the suites' weights, parameters, lock and data
+    manifests."""
     root = path.parent.parent
     cells = [
-        (cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", []))
+        (cell["cell_type"], "".join(cell["source"]), cell["metadata"])
         for cell in _read_notebook(path)["cells"]
     ]
     digest = hashlib.sha256(json.dumps([cells, parameters], sort_keys=True).encode())

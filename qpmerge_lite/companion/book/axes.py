@@ -1,0 +1,29 @@
+"""How axes of ``figures`` are divided, and what the book calls what stands along them."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+CALLED = {"neighbours": "baselines"}  # a kind of merges: what records call it, and the book
+
+
+def name_layers(axis, names: list[str]) -> None:
+    """Ticks of a horizontal axis of steps. Layers of a block, named ``blocks.3.…``, share one name
+    in their middle, with lines between the blocks; every other step has its own."""
+    blocks = [re.sub(r"^blocks\.(\d+)\..*", r"block \1", name) for name in names]
+    places = {block: [i for i, b in enumerate(blocks) if b == block] for block in blocks}
+    axis.set_xticks([np.mean(place) for place in places.values()], list(places), fontsize=9)
+    if blocks == names:
+        return
+    axis.grid(axis="x", visible=False)
+    for place in range(1, len(blocks)):
+        if blocks[place] != blocks[place - 1]:
+            axis.axvline(place - 0.5, color="0.8", linewidth=0.8)
+
+
+def logarithmic(axis, linear: float) -> None:
+    """Both axes logarithmic beyond the distance ``linear`` from zero, and linear within."""
+    axis.set_xscale("symlog", linthresh=linear)
+    axis.set_yscale("symlog", linthresh=linear)
