@@ -120,6 +120,19 @@ def test_its_words(path):
 
 
 @every_notebook
+def test_a_figure_has_a_caption_and_a_description(path):
+    """In the metadata of the cell that ends with it, as sentences and without a typed result."""
+    for cell in cells(path, "code"):
+        if not re.search(r"^(?:figures\.(?!style)\w+|points)\(", source(cell), re.MULTILINE):
+            continue
+        said = cell["metadata"].get("mystnb", {})
+        texts = [said.get("figure", {}).get("caption", ""), said.get("image", {}).get("alt", "")]
+        for text in texts:
+            assert text.endswith(".") and 5 <= len(text.split()) <= 70, (source(cell), text)
+            assert not re.search(r"\d\.\d|\d\s?%", text), text
+
+
+@every_notebook
 def test_its_records_carry_its_name(path):
     code = "\n".join(source(cell) for cell in cells(path, "code"))
     assert re.findall(r"Records\(\s*[\"']([^\"']+)", code) == [path.stem]
