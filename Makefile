@@ -4,6 +4,7 @@
 # make bench      time a merge        make lock   resolve the pins anew   make clean  drop chapters, records and pages
 # make oracles    hold the methods to other people's implementations of them, in a second environment
 # make peers      time them and their memory beside fusion_bench's, in the same one: half an hour
+# make peers-merge  the same of merges of folders, beside mergekit's: half an hour, 6 GB of disk, 10 GB of memory
 #
 # Options of the two benchmarks: make bench BENCH="--plot time.png --repeats 5"; make peers BENCH="--experts 3 --repeats 1"
 # Versions of make core: those of the locks, or with OLDEST=1 the oldest that pyproject.toml allows.
@@ -32,7 +33,7 @@ LOWER_BOUNDS = sed -nE '/^dependencies = /{s/[^"]*"([^"]*)>=([^"]*)"[^"]*/\1==\2
 OLDEST ?=
 export QPMERGE_TIER := $(TIER)
 
-.PHONY: book test notebooks html check core bench oracles peers lock clean
+.PHONY: book test notebooks html check core bench oracles peers peers-merge lock clean
 .DELETE_ON_ERROR:
 
 book: notebooks
@@ -67,6 +68,9 @@ oracles: $(VENV)-oracles/.installed
 
 peers: $(VENV)-oracles/.installed
 	$(VENV)-oracles/bin/python tests/peers.py $(BENCH)
+
+peers-merge: $(VENV)-oracles/.installed
+	$(VENV)-oracles/bin/python tests/peers_merge.py $(BENCH)
 
 # our pins hold there too
 $(VENV)-oracles/.installed: requirements.lock requirements-torch.txt pyproject.toml

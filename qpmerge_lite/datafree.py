@@ -17,11 +17,13 @@ from torch import Tensor
 from .aliases import as_loaded
 from .errors import MergeError
 from .merge import (
+    Computed,
     Merge,
     add_update,
     average,
     check_experts,
     differences,
+    differences_one_by_one,
     is_number,
     parameters_of,
     stored,
@@ -150,7 +152,7 @@ def model_stock(base, experts, calibration=None) -> Merge:
     if len(experts) < 2:
         raise MergeError(f"model_stock: expected at least two experts, found {len(experts)}")
     update = {}
-    for name, vectors in differences(base, experts).items():
+    for name, vectors in differences_one_by_one(base, experts).items():
         k, parts = len(vectors), _real(vectors)
         flat = parts.reshape(k, parts[0].numel())
         lengths = flat.norm(dim=1)
@@ -173,10 +175,13 @@ def task_arithmetic(
     experts = check_experts(base, experts)
     given = [scale] * len(experts) if isinstance(scale, Real) else scale
     scales = torch.tensor(numbers("scale", given, len(experts)), dtype=torch.float64)
-    update = {}
-    for name, vectors in differences(base, experts).items():
-        update[name] = torch.tensordot(scales.to(vectors), vectors, 1)
-    return add_update(base, experts, update)
+    vectors = differences_one_by_one(base, experts)
+
+    def update(name: str) -> Tensor:
+        of_name = vectors[name]
+        return torch.tensordot(scales.to(of_name), of_name, 1)
+
+    return add_update(base, experts, Computed(vectors, update))
 
 
 def wudi(

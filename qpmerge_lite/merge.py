@@ -7,7 +7,7 @@ always averaged. Entries that are no numbers to average (codes, counters, masks)
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from .errors import is_finite
 from .experts import State, agreed, check_experts, equal, is_number, stored, wide
 from .options import number
 
+PIECE = 1 << 15  # numbers averaged at a time: in the caches, and not worth a second thread
 AVERAGED_BUFFER = "a buffer, which no method changes: the mean of the experts'"
 
 
@@ -91,20 +92,31 @@ def _mean(name: str, values: list[Tensor], weights: Sequence[float], like: Tenso
     alike = affine and all(equal(first, other) for other in values[1:])
     if alike and not is_finite(first):  # checked: as in the base
         return first.to(like, copy=True)
-    mean = torch.zeros_like(wide(first))
+    mean = torch.empty_like(first, dtype=like.dtype, device=like.device)
+    tensors = [mean, *values]
+    if all(tensor.is_contiguous() for tensor in tensors):
+        tensors = [tensor.view(-1) for tensor in tensors]
+    for piece, *parts in zip(*(tensor.split(PIECE) for tensor in tensors)):
+        piece.copy_(stored(f"parameter {name!r}", _mean_of_piece(parts, weights, affine), like))
+    return mean
+
+
+def _mean_of_piece(values: list[Tensor], weights: Sequence[float], affine: bool) -> Tensor:
+    """Weighted mean (…) of some numbers of an entry, in double precision; ``affine`` weights sum to
+    one."""
+    mean = torch.zeros_like(wide(values[0]))
     for weight, value in zip(weights, values):
         mean += weight * wide(value)
-    if affine:
-        mean = torch.where(_shared(values), wide(first), mean)
-    return stored(f"parameter {name!r}", mean, like)
+    return torch.where(_shared(values), wide(values[0]), mean) if affine else mean
 
 
 def _shared(values: list[Tensor]) -> Tensor:
     """Where all tensors have one value: boolean, of their shape."""
-    first = wide(values[0])
+    first = values[0]
     shared = torch.ones_like(first, dtype=torch.bool)
     for other in values[1:]:
-        shared &= wide(other) == first
+        alike = other.dtype == first.dtype and first.itemsize > 1
+        shared &= other == first if alike else wide(other) == wide(first)
     return shared
 
 
@@ -117,6 +129,31 @@ def task_vectors(base: nn.Module, experts: Mapping[str, State]) -> dict[str, Ten
     return differences(base, check_experts(base, experts))
 
 
+class Computed(Mapping[str, Tensor]):
+    """Tensors by name that are computed whenever they are asked for, and not kept.
+
+    Args:
+        names: in the order of the mapping. compute: from a name to its tensor (…).
+    """
+
+    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]):
+        self._names, self._compute = dict.fromkeys(names), compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._compute(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def differences(base: nn.Module, experts: Mapping[str, State]) -> dict[str, Tensor]:
     r"""Updates ``τ_k = θ_k - θ_0`` of every parameter: name -> (K, …), float64 or complex128.
 
@@ -126,17 +163,21 @@ def differences(base: nn.Module, experts: Mapping[str, State]) -> dict[str, Tens
     Args:
         experts: as :func:`check_experts` returns them.
     """
-    parameters = parameters_of(base)
-    vectors = {}
-    for name, origin in base.state_dict().items():
-        if name not in parameters:
-            continue
-        stacked = torch.stack([wide(state[name]) for state in experts.values()])
-        if is_finite(origin):
-            vectors[name] = stacked - wide(origin)
-        else:  # checked: all experts have the base's values, so that nothing changes
-            vectors[name] = torch.zeros_like(stacked)
-    return vectors
+    return dict(differences_one_by_one(base, experts))
+
+
+def differences_one_by_one(base: nn.Module, experts: Mapping[str, State]) -> Computed:
+    """The same as :func:`differences`, of which one is in memory at a time."""
+    parameters, state = parameters_of(base), base.state_dict()
+
+    def difference(name: str) -> Tensor:
+        stacked = torch.stack([wide(expert[name]) for expert in experts.values()])
+        if is_finite(state[name]):
+            return stacked - wide(state[name])
+        # checked: all experts have the base's values, so that nothing changes
+        return torch.zeros_like(stacked)
+
+    return Computed([name for name in state if name in parameters], difference)
 
 
 def add_update(
@@ -154,7 +195,8 @@ def add_update(
 
     Args:
         experts: as :func:`check_experts` returns them.
-        update: parameter name -> tensor (…) of its shape, float64 or complex128.
+        update: parameter name -> tensor (…) of its shape, float64 or complex128. Each is asked for
+            once.
     Raises: MergeError for a scale that is no number; NonFinite for weights that are not finite, or
         that the base's dtype cannot hold.
     """
@@ -162,6 +204,7 @@ def add_update(
     parameters, ties = parameters_of(base), tied(base)
     even = [1 / len(experts)] * len(experts)
     merged, averaged = {}, {}
+    updated: dict[str, str] = {}  # name of an update -> the parameter that it was added to
     for name, origin in base.state_dict().items():
         source = next((n for n in ties[name] if n in update), None)
         if name not in parameters:
@@ -171,7 +214,10 @@ def add_update(
                 averaged[name] = AVERAGED_BUFFER
         elif source is None or not is_finite(origin):
             merged[name] = origin.clone()
+        elif source in updated:  # of a parameter with several names
+            merged[name] = merged[updated[source]].clone()
         else:
             value = wide(origin) + scale * update[source]
             merged[name] = stored(f"parameter {name!r}", value, origin)
+            updated[source] = name
     return Merge(as_loaded(base, merged), averaged=averaged)

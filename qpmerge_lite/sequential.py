@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,6 +20,7 @@ from .aliases import tied
 from .calibration import Batch, check_calibration
 from .engine.agreement import digests, refuse_differences
 from .engine.gather import Gatherer, Reads, Unreached
+from .engine.keeping import Keeper, keeper_of_next_pass
 from .engine.lockstep import Apart, Disordered, Forward, LeftOut, Stage, Stream, hand_over, run
 from .engine.orders import Point, predecessors, sort
 from .engine.pauses import pausing
@@ -28,6 +28,7 @@ from .engine.processes import processes_of, refuse_idle
 from .engine.reasons import reasons_to_average
 from .engine.recipes import (
     Making,
+    PassOptions,
     Recipe,
     Solver,
     check_recipes,
@@ -44,37 +45,6 @@ from .errors import MergeError
 from .experts import check_experts, is_number, stored
 from .forwards import evaluating, is_encoder_decoder, refuse_what_cannot_run
 from .merge import Merge, average
-from .options import number, one_of
-
-PRODUCTS = ("activations", "float64")
-
-
-@dataclass(frozen=True)
-class PassOptions:
-    """What holds for all merges of a pass.
-
-    Attributes:
-        blocks: paths of the lists whose members are blocks, for ``inputs="block"``; all outermost
-            lists by default.
-        products: precision of products of activations: that of the ``activations``, at least
-            float32, or ``float64``.
-        activations: bytes that paused forwards may hold. Where they would hold more, some wait in
-            front of blocks only and run these again for every layer: the same merge, bit for bit.
-            By default half a GiB, or what the layers of one block read together, if that is more.
-        group: of ``torch.distributed``, whose processes share the forwards; by default this process
-            runs them all, whether or not there are others.
-    Raises: MergeError for ``products`` or ``activations`` that are none of these.
-    """
-
-    blocks: str | Iterable[str] | None = None
-    products: str = "activations"
-    activations: float | None = None
-    group: torch.distributed.ProcessGroup | None = None
-
-    def __post_init__(self):
-        one_of("products", self.products, PRODUCTS)
-        if self.activations is not None:
-            number("activations", self.activations, low=0)
 
 
 class Pass:
@@ -136,6 +106,7 @@ class Pass:
         self.bordering = self.blocks if by_block else []
         self.reruns = True  # whether blocks may be run again
         self.orders: list[list[Point]] = []  # in which batches came to layers
+        self.keeper = Keeper()
         with evaluating(base):
             self.known: Survey = survey(base, self.every_batch, self.blocks, self.base)
         self.recipes = {name: with_known_layers(r, self.known) for name, r in recipes.items()}
@@ -145,6 +116,8 @@ class Pass:
 
     def run(self, progress: bool = False) -> dict[str, Merge]:
         """Make all merges."""
+        if self.processes.count == 1:  # others would have to know what this one need not solve
+            self.keeper = keeper_of_next_pass()
         return {making.name: self._finished(making) for making in self.makings(progress)}
 
     @torch.no_grad()
@@ -184,6 +157,7 @@ class Pass:
 
     def _sweep(self, stage: Stage, progress: bool) -> list[Making]:
         """One attempt: all forwards in lockstep, every stage visited once."""
+        self.keeper.begin(self.known, self.reruns)
         makings = [self._begun(name, recipe) for name, recipe in self.recipes.items()]
         wanted = set().union(*(making.views for making in makings))
         self.groups: dict[str, list[str]] = {}  # the first of the layers that read a tensor -> all
@@ -266,10 +240,15 @@ class Pass:
             for v in (making.views[layer] for layer in group if layer in making.views):
                 alike.setdefault(v.reads, []).append(v)
             for views in alike.values():
+                if self.keeper.sets(views, making, self.tied):
+                    continue
+                first = len(making.table)
                 try:
                     self._solve(views, reads, making, shared)
                 except Unreached as reason:
                     making.left_out |= dict.fromkeys((v.name for v in views), str(reason))
+                else:
+                    self.keeper.keep(views, making, first)
 
     def _solve(self, views: list[View], reads: Reads, making: Making, shared: dict | None) -> None:
         """Solve layers that read alike, for one merge."""

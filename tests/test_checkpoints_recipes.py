@@ -12,6 +12,7 @@ import qpmerge_lite as q
 from qpmerge_lite.checkpoints.calibration import records
 from qpmerge_lite.checkpoints.merging import merge_folders
 from qpmerge_lite.checkpoints.orders import ordered
+from qpmerge_lite.checkpoints.recipes import arithmetic
 from qpmerge_lite.checkpoints.recipes.reading import read_recipe
 from qpmerge_lite.companion import cli
 
@@ -411,3 +412,15 @@ def test_the_bases_tokenizer_is_taken_where_mergekit_changes_no_row(tokens, word
         assert (status, err) == (0, "") and (here / "made" / "tokenizer.json").is_file()
     else:
         assert status == 1 and all(word in err for word in words)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_linear_merge_is_the_same_in_pieces_of_any_size(dtype, monkeypatch):
+    values = [torch.randn(5, 401).to(dtype) for _ in range(3)]
+    weights = [0.2, 0.3, 0.7]
+    expected = {n: arithmetic.linear(values, weights, n) for n in (True, False)}
+    for piece in (1, 64, 1000):
+        monkeypatch.setattr(arithmetic, "PIECE", piece)
+        for normalize, value in expected.items():
+            found = arithmetic.linear(values, weights, normalize)
+            assert found.shape == value.shape and torch.equal(found, value)

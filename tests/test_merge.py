@@ -325,3 +325,33 @@ def test_an_update_of_some_parameters_leaves_the_others_the_bases():
     assert torch.equal(merge.state_dict["0.bias"], origin["0.bias"])
     assert torch.equal(merge.state_dict["1.running_var"], average(base, experts)["1.running_var"])
     assert merge.model(base)[0].weight.data_ptr() != base[0].weight.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_an_average_is_the_same_in_pieces_of_any_size(dtype, monkeypatch):
+    base = nn.Linear(70, 40).to(dtype)
+    experts = tuned(base)
+    for state in experts.values():
+        state["weight"][:3] = 0.5  # which all have in common
+    experts = check_experts(base, experts)
+    whole = average(base, experts)
+    for piece in (1, 7, 1000):
+        monkeypatch.setattr(qpmerge_lite.merge, "PIECE", piece)
+        found = average(base, experts)
+        assert all(torch.equal(found[name], value) for name, value in whole.items())
+    turned = {
+        task: changed(s, "weight", s["weight"].T.contiguous().T) for task, s in experts.items()
+    }
+    assert all(torch.equal(average(base, turned)[name], value) for name, value in whole.items())
+
+
+def test_updates_that_are_computed_when_they_are_asked_for_are_those_of_all():
+    base = Tied()
+    experts = check_experts(base, tuned(base))
+    one_by_one = qpmerge_lite.merge.differences_one_by_one(base, experts)
+    every = qpmerge_lite.merge.differences(base, experts)
+    assert list(one_by_one) == list(every) and len(one_by_one) == len(every)
+    assert all(torch.equal(one_by_one[name], value) for name, value in every.items())
+    assert "nonesuch" not in one_by_one
+    with pytest.raises(KeyError):
+        one_by_one["nonesuch"]

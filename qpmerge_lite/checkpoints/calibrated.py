@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..engine.keeping import keeping
 from ..errors import MergeError
+from ..experts import equal
 from ..merge import Merge
 from .architectures import HERE_ALONE, TROUBLES, class_of, quietly, require_transformers
 from .conversion.layout import Layout
 from .findings import Refused
 from .folders import Checkpoint
-from .methods import function_of
+from .large.mapped import mapped_tensors
+from .large.solved import SolvedLayers
+from .methods import OWN_PRECISION, function_of
 from .tensors import TYPES
 from .weights_only import located
 
@@ -32,24 +37,31 @@ def merged_model(
     options: Mapping[str, object],
     *,
     group: ProcessGroup | None = None,
+    solved: SolvedLayers | None = None,
     progress: bool = False,
 ) -> Merge:
-    """The merge of whole models by a method that runs them.
+    """The merge of whole models by a method that runs them; those of the files stay there until
+    they are used.
 
     Args:
         calibration: expert's name -> batches, as of ``feeds``: of token ids (B, S), or of pictures
             (B, C, H, W), which are taken in the dtype of the model.
         group: of ``torch.distributed``, whose processes share the forwards.
+        solved: layers that an earlier run has solved, to which those that this one solves are
+            added; None keeps none.
     Returns: a merge whose entries have the names of the base's files, and others tied to them.
     Raises: Refused where transformers cannot build the model, or has other tensors than the files;
         what the method raises, with the files that were read.
     """
     model, layout = build(base)
     inputs = {name: cast(batches, model.dtype) for name, batches in calibration.items()}
-    states = {expert.name: layout.state_of(expert) for expert in experts}
+    rounds = method not in OWN_PRECISION  # what is run is rounded anyhow
+    room = None if solved is None else solved.folder.parent
+    states = {e.name: layout.state_of(e, rounds, room) for e in experts}
+    given = {"group": group, "progress": progress, **options}
     try:
-        given = {"group": group, "progress": progress, **options}
-        merge = function_of(method)(model, states, inputs, **given)
+        with nullcontext() if solved is None else keeping(solved):
+            merge = function_of(method)(model, states, inputs, **given)
     except MergeError as error:
         raise located(error, [base, *experts], list(base.entries)) from error
     merge.state_dict = layout.stored(merge.state_dict)
@@ -67,8 +79,8 @@ def cast(batches: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> list[di
 
 
 def build(base: Checkpoint) -> tuple[PreTrainedModel, Layout]:
-    """The base as a model of transformers, in evaluation mode, with the weights of its files; and
-    where these are in it.
+    """The base as a model of transformers, in evaluation mode, with the weights of its files, which
+    stay there where they are of its dtype; and where these are in it.
 
     Its dtype is the one that most numbers of the files have. No code of the folder is run, and
     nothing is asked of a network.
@@ -84,7 +96,20 @@ def build(base: Checkpoint) -> tuple[PreTrainedModel, Layout]:
     except TROUBLES as error:
         where, cure = str(base.folder), "see that config.json belongs to these weights"
         raise Refused(where, "a model that transformers load", f"{error}", cure) from error
-    return model.eval(), Layout(base, model)
+    layout = Layout(base, model)
+    _leave_in_files(base, model, layout)
+    return model.eval(), layout
+
+
+def _leave_in_files(base: Checkpoint, model: PreTrainedModel, layout: Layout) -> None:
+    """Let go of the copies that a model has of what its files hold."""
+    stored, state = mapped_tensors(base), model.state_dict(keep_vars=True)
+    for name, value in state.items():
+        if name in layout.converted:
+            continue
+        (file,) = layout.names(name)
+        if file in stored and value.dtype == stored[file].dtype and equal(value, stored[file]):
+            value.data = stored[file]
 
 
 def _dtype(base: Checkpoint) -> torch.dtype:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from ..errors import MergeError
 from .compatibility import Report
-from .costs import Costs, estimated, measured
+from .costs import Costs, estimated, estimated_plan
 from .deltas.reading import behind
 from .findings import WARNING, Finding, Refused, size
 from .hub import check_places, reference_of
+from .large.measured import measured
 from .methods import METHODS, assignment, literal
 from .processes.joining import Party, launch_of, silent_unless_first
 from .stops import Terminated, status_of, told_to_stop
@@ -156,10 +157,8 @@ def run_merge(arguments) -> int:
     plan = plan_of(order, progress=shows, group=party.group)
     if talks and party.count > plan.processes:
         _say(f"one of the {party.count} processes makes this merge: it runs no model")
-    estimate = None
-    if order.recipe is None and not order.moments:  # these hold a tensor or a layer at a time
-        estimate = estimated(plan.report, plan.method, plan.order.options)
-    if talks and estimate is not None:
+    estimate = estimated_plan(plan)
+    if talks:
         of_each = f", in each of {plan.processes} processes" if plan.processes > 1 else ""
         print(
             f"estimated: {size(estimate.memory)} of memory, reads {size(estimate.read)}, writes "
@@ -172,7 +171,7 @@ def run_merge(arguments) -> int:
     if arguments.json:
         from .output import plain
 
-        costs = {"estimated": estimate and estimate._asdict(), "measured": found}
+        costs = {"estimated": estimate._asdict(), "measured": found}
         told = {"out": str(order.out), "costs": costs} | manifest
         print(json.dumps(plain(told), indent=1))
     elif talks:

@@ -1,27 +1,28 @@
-"""What a merge costs: estimated from headers before it, measured after it.
+"""What a merge costs, estimated from headers before it.
 
-Memory is what the merge adds to Python, torch and transformers themselves. How long a merge takes
-depends on the machine, so it is not guessed: the progress bar says how much time is left.
+Memory is what the merge adds to Python, torch and transformers themselves, without files that the
+system reads in as they are used and lets go of when memory is short. How long a merge takes depends
+on the machine, so it is not guessed: the progress bar says how much time is left.
 """
 
 from __future__ import annotations
 
-import resource
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from math import prod
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .compatibility import Report
 from .folders import Checkpoint
-from .headers import Entry
-from .methods import CALIBRATED, SHAPES, at_once, groups_of
+from .large.estimates import memory_of_layer, memory_of_pass, memory_of_recipe
+from .methods import CALIBRATED, SHAPES, TENSORS, at_once, groups_of
+
+if TYPE_CHECKING:
+    from .planning import Plan
 
 DOUBLE = 8  # bytes of a number while it is merged
-FOLDS = {"qp": 4}  # groups of calibration inputs with sums of their own, by default; else one
+PIECE = 1 << 15  # numbers that are averaged at a time, as of ``merge.average``
+OF_PIECE = 5  # copies of these in double precision: mean, summand, two that are compared, both
+LAYERS = "layers that read alike"
 
 
 class Step(NamedTuple):
@@ -41,8 +42,7 @@ class Step(NamedTuple):
 VECTORS = Step(1, 0, 1, 1)  # all task vectors, and of one tensor its experts' weights and the base
 RETURN = Step(1, 1, 0, 3)  # task vectors, updates, and a tensor as base + scale * update
 STEPS = {
-    # the mean, two experts' tensors that are compared, and where they agree
-    "soup": [Step(0, 0, 0, 3.25)],
+    "soup": [Step(0, 0, 0, 0)],  # piece by piece
     "task_arithmetic": [VECTORS, RETURN],
     # a flat model: itself, its magnitudes twice, and what sorting holds; then the election
     "ties": [VECTORS, Step(1, 6, 0, 0), Step(1, 1, 2, 3)],
@@ -66,28 +66,6 @@ STEPS = {
 }
 
 
-class Kept(NamedTuple):
-    """What a method that runs the models holds besides base, experts and the sums of one layer.
-
-    Attributes:
-        merges: whole models that are made.
-        each, besides: copies of the model in double precision, for every expert and besides.
-    """
-
-    merges: int
-    each: int
-    besides: int
-
-
-ONE_MERGE = Kept(1, 0, 0)
-KEPT = {
-    # four programmes, two spectral merges and the blend; updates of three of them, and their mean
-    "auto": Kept(7, 1, 4),
-    # task vectors, and the updates
-    "esm": Kept(1, 1, 1),
-}
-
-
 class Costs(NamedTuple):
     """Costs of a merge, in bytes.
 
@@ -103,12 +81,31 @@ class Costs(NamedTuple):
     at_once: str
 
 
+def estimated_plan(plan: Plan) -> Costs:
+    """Costs of a merge as planned, from headers."""
+    report, order = plan.report, plan.order
+    base, every = report.base, report.bytes
+    if order.recipe is not None:
+        written = sum(header.size for header in plan.headers.values())
+        return Costs(memory_of_recipe(order.recipe, report), every, written, TENSORS)
+    if plan.moments:
+        files = [file.header.size for of_expert in plan.moments.values() for file in of_expert]
+        stored = max((_of_all(report, [name]) for name in base.entries), default=0)
+        memory = stored + memory_of_layer(report, plan.method, order.options)
+        return Costs(memory, 2 * every + sum(files), base.bytes, LAYERS)
+    costs = estimated(report, plan.method, order.options)
+    if plan.inputs is None:
+        return costs
+    memory = memory_of_pass(report, plan.method, order.options, plan.inputs)
+    return costs._replace(memory=memory)
+
+
 def estimated(report: Report, method: str, options: Mapping[str, object]) -> Costs:
     """Costs of a merge of checkpoints that fit, from their headers."""
     base, read = report.base, report.bytes
     if method in CALIBRATED:
-        memory = _with_calibration(report, method, options)
-        read += base.bytes  # once to run it, once for its digest
+        memory = memory_of_pass(report, method, options)
+        read += report.bytes + base.bytes  # to be run, for digests, and the base to be built
     else:
         groups = groups_of(base, method, options)
         memory = max((_of_group(report, method, names) for names in groups), default=0)
@@ -119,19 +116,24 @@ def estimated(report: Report, method: str, options: Mapping[str, object]) -> Cos
 
 def _of_group(report: Report, method: str, names: Sequence[str]) -> int:
     """Bytes that are held to merge some tensors in one call."""
-    stored = _stored(report.base, names)  # the merged ones
-    for checkpoint in (report.base, *report.experts):
-        stored += _stored(checkpoint, names)
-    experts = len(report.experts)
+    stored, experts = _of_all(report, names), len(report.experts)
     sizes = [prod(report.base.entries[name].shape) for name in names]
     copies = 0.0
     for step in STEPS[method]:
         group = (step.group_each * experts + step.group) * sum(sizes)
         tensor = (step.tensor_each * experts + step.tensor) * max(sizes)
         copies = max(copies, group + tensor)
+    if method == "soup":
+        copies = OF_PIECE * min(PIECE, max(sizes))
     if method == "wudi":
         copies += _moments(report.base, names) * (experts + 0.5)
     return stored + int(DOUBLE * copies)
+
+
+def _of_all(report: Report, names: Sequence[str]) -> int:
+    """Bytes of some tensors of base, experts and merge, as the files have them."""
+    read = sum(_stored(checkpoint, names) for checkpoint in (report.base, *report.experts))
+    return read + _stored(report.base, names)
 
 
 def _moments(base: Checkpoint, names: Sequence[str]) -> int:
@@ -144,45 +146,3 @@ def _moments(base: Checkpoint, names: Sequence[str]) -> int:
 def _stored(checkpoint: Checkpoint, names: Sequence[str]) -> int:
     """Bytes of some tensors as the files have them."""
     return sum(checkpoint.entries[name].stop - checkpoint.entries[name].start for name in names)
-
-
-def _with_calibration(report: Report, method: str, options: Mapping[str, object]) -> int:
-    """Bytes that are held to merge by a pass: whole models, and the sums of the layer that takes
-    most. What forwards hold while they wait comes on top: it depends on the texts.
-    """
-    kept, experts = KEPT.get(method, ONE_MERGE), len(report.experts)
-    models = report.bytes + kept.merges * report.base.bytes
-    models += DOUBLE * (kept.each * experts + kept.besides) * report.parameters
-    given = options.get("folds")
-    folds = given if isinstance(given, int) else FOLDS.get(method, 1)
-    layers = [_sums(entry) for entry in report.base.entries.values() if len(entry.shape) == 2]
-    return models + DOUBLE * experts * folds * max(layers, default=0)
-
-
-def _sums(entry: Entry) -> int:
-    """Numbers that are kept of a matrix (m, n) for an expert and fold: second moments of its inputs
-    and a factor of them, (n, n); their products with the update and with the residual, (m, n)."""
-    m, n = entry.shape
-    return 2 * n**2 + 2 * m * n
-
-
-def peak_memory() -> int:
-    """Bytes of memory that this process has taken at most so far."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    for line in lines:  # on Linux, where the other number begins with that of the parent
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-@contextmanager
-def measured() -> Iterator[dict]:
-    """What is done inside costs: filled in at its end, ``memory`` in bytes, by which the peak of
-    the process grew, that ``peak`` itself, and ``seconds``."""
-    found: dict = {}
-    started, before = time.perf_counter(), peak_memory()
-    yield found
-    peak = peak_memory()
-    found |= {"memory": peak - before, "peak": peak, "seconds": time.perf_counter() - started}

@@ -74,11 +74,12 @@ stopped half-way:
   While DIR is made it is a hidden folder beside it, .DIR.ORDER.partial, named after inputs,
   options and versions. Where a merge is stopped by Ctrl-C, killed, or finds the disk full, the
   files of weights that it has finished are kept there, and the same command goes on from them to
-  the same bytes. After a refusal of weights, as of NaN, nothing is kept: corrected weights are
-  another order. This
-  helps methods that go tensor by tensor; those that see the whole model at once, as `qpmerge
-  check` tells, start anew, and so do all that take calibration. Another command leaves the folder
-  alone and says so; it can be deleted.
+  the same bytes. This helps methods that go tensor by tensor. Those that take calibration keep
+  every layer as it is solved: the models are run once more, and no layer is solved twice. esm,
+  recipes with random numbers, merges by moments, merges by several processes, and methods on
+  weights alone that see the whole model at once, as `qpmerge check` tells, start anew. After a
+  refusal of weights, as of NaN, nothing is kept: corrected weights are another order. Another
+  command leaves the folder alone and says so; it can be deleted.
 
 several processes:
   torchrun --nproc-per-node N -m qpmerge_lite merge ... shares the forwards of a method that takes
@@ -92,7 +93,13 @@ several processes:
 costs:
   Memory, and what is read and written, are estimated before a merge, by `qpmerge check` for every
   method; memory and time are measured after it. The time that is left is shown while it runs, on
-  a terminal: it cannot be known before.
+  a terminal: it cannot be known before. Methods that run the models leave base and experts in
+  their files until a layer is used: what is counted is the process's own memory, and the system
+  lets go of what it has of the files where memory is short. Memory that is needed for a moment
+  only may escape the measurement. Of adapters, and of experts in another dtype than the base's,
+  a copy of what changes is beside DIR meanwhile, without a name. Forwards that wait for a layer
+  take more with more texts: fewer of them (--samples), or for qp --option activations=BYTES, which
+  runs blocks again instead, take less.
 
 exit status:
   0    the merge is there

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .folders import Checkpoint
+from .large.estimates import disk_of_pass
 from .manifests import choice_of, manifest_of, without_time
 from .methods import CALIBRATED
 from .orders import Order
@@ -46,11 +48,14 @@ def carry_out(plan: Plan, *, progress: bool = False, say: Callable[[str], None] 
     base, order, headers = plan.report.base, plan.order, plan.headers
     sizes = {file: header.size for file, header in headers.items()}
     partial = Partial(order.out, plan.digest, sizes if plan.goes_by_tensor else {})
-    check_room(order.out, sum(sizes.values()) - partial.room)
+    meanwhile = disk_of_pass(plan.report, plan.method) if plan.inputs is not None else 0
+    check_room(order.out, sum(sizes.values()) - partial.room + meanwhile)
     with all_or_nothing(partial, say):
         if partial.finished:
             count = f"{len(partial.finished)} of {len(headers)} files of weights"
             say(f"{count} are there from an earlier run of this order, and are taken as they are")
+        if partial.solved_groups:
+            say(f"{partial.solved_groups} groups of layers were solved by an earlier run")
         told = _written(plan, partial, progress)
         manifest = manifest_of(plan) | told
         copy_files(base, partial.merged)
@@ -68,7 +73,7 @@ def take_part(order: Order, group: ProcessGroup) -> None:
     _, method, _ = settled(order)
     if method in CALIBRATED and not order.moments:
         plan = plan_of(order, group=group, writes=False)
-        for _ in _merges(plan, {}, progress=False):
+        for _ in _merges(plan, {}, None, progress=False):
             pass
 
 
@@ -95,7 +100,7 @@ def _written(plan: Plan, partial: Partial, progress: bool) -> dict:
         disable=not progress,
     )
     with bar:
-        for merge in _merges(plan, shards.missing, progress):
+        for merge in _merges(plan, shards.missing, partial.solved, progress):
             averaged |= merge.averaged
             for name, value in merge.state_dict.items():
                 if name in shards.missing:
@@ -115,8 +120,11 @@ def _bytes_of(checkpoint: Checkpoint, names: Iterable[str]) -> int:
     return sum(checkpoint.entries[name].stop - checkpoint.entries[name].start for name in names)
 
 
-def _merges(plan: Plan, wanted: Mapping[str, str], progress: bool) -> Iterator[Merge]:
-    """Merges of parts of the model that together have the wanted tensors."""
+def _merges(
+    plan: Plan, wanted: Mapping[str, str], solved: Path | None, progress: bool
+) -> Iterator[Merge]:
+    """Merges of parts of the model that together have the wanted tensors; a pass keeps what it has
+    solved in a folder, where there is one for it."""
     base, experts, order = plan.report.base, plan.report.experts, plan.order
     if plan.moments:
         from .moments.solving import merged_layers
@@ -127,15 +135,22 @@ def _merges(plan: Plan, wanted: Mapping[str, str], progress: bool) -> Iterator[M
         from .recipes.plans import plans
 
         planned = plans(order.recipe, plan.report)
-        yield from recipe_merges(order.recipe, base, experts, planned, order.random_seed)
+        yield from recipe_merges(order.recipe, base, experts, planned, order.random_seed, wanted)
     elif plan.inputs is None:
         from .weights_only import merged_groups
 
         yield from merged_groups(base, experts, plan.method, order.options, wanted)
     else:
         from .calibrated import merged_model
+        from .large.solved import SolvedLayers
 
-        inputs, method, options = plan.inputs.batches, plan.method, order.options
         yield merged_model(
-            base, experts, inputs, method, options, group=plan.group, progress=progress
+            base,
+            experts,
+            plan.inputs.batches,
+            plan.method,
+            order.options,
+            group=plan.group,
+            solved=None if solved is None else SolvedLayers(solved),
+            progress=progress,
         )

@@ -37,6 +37,7 @@ CALIBRATED = (
     "auto",
 )
 METHODS = (*CALIBRATED, *WEIGHTS_ONLY)
+OWN_PRECISION = ("esm", "auto")  # which, besides running experts, compute with their weights alone
 FROM_MOMENTS = ("qp", "regmean")  # which need no more of the data than an expert's own sums
 WITH_CALIBRATION, WITH_MOMENTS, WITHOUT = "auto", "qp", "soup"
 BY_MOMENTS = {"basis": "elements"}  # options of the default with moments

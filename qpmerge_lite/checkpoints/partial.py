@@ -20,7 +20,7 @@ from pathlib import Path
 from ..errors import MergeError
 from .findings import Refused
 
-LOCK, MERGED, AVERAGED = "lock", "merged", "averaged.json"
+LOCK, MERGED, AVERAGED, SOLVED = "lock", "merged", "averaged.json", "solved"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -36,6 +36,7 @@ class Partial:
         out: as given, absolute.
         hidden: the folder; it has a lock, which its process holds, and what follows.
         merged: the folder in it that becomes the output.
+        solved: the folder in it with the layers that a pass has solved, groups of them in files.
         finished: names of the files of weights that are in it, of ``sizes``.
         averaged: tensor of a finished file -> why it was averaged, as far as an earlier run got.
     """
@@ -44,14 +45,21 @@ class Partial:
         self.out = Path(os.path.abspath(out))
         self.hidden = self.out.with_name(f".{self.out.name}.{order}.partial")
         self.merged, self._notes = self.hidden / MERGED, self.hidden / AVERAGED
+        self.solved = self.hidden / SOLVED
         self._sizes = sizes
         self.finished: list[str] = []
         self.averaged: dict[str, str] = {}
 
     @property
     def room(self) -> int:
-        """Bytes of the files of weights that an earlier run has finished."""
-        return sum(self._sizes[file] for file in self._there())
+        """Bytes of what an earlier run has finished: files of weights, and solved layers."""
+        solved = sum(path.stat().st_size for path in self.solved.glob("*"))
+        return solved + sum(self._sizes[file] for file in self._there())
+
+    @property
+    def solved_groups(self) -> int:
+        """How many groups of layers are solved."""
+        return len([path for path in self.solved.glob("*") if not path.suffix])
 
     def begin(self) -> None:
         """Make the folder to be filled; finished files of an earlier run stay."""
@@ -77,11 +85,11 @@ class Partial:
             averaged: tensor -> why it was averaged, of this file and those before.
         """
         path = self.merged / file
-        _settle(unfinished(path))
+        settle(unfinished(path))
         if self._sizes:
             fresh = unfinished(self._notes)
             fresh.write_text(json.dumps(averaged), encoding="utf-8")
-            _settle(fresh)
+            settle(fresh)
             os.replace(fresh, self._notes)
             self.finished.append(file)
         os.replace(unfinished(path), path)
@@ -91,13 +99,19 @@ class Partial:
         for path in (self._notes, unfinished(self._notes)):
             _delete(path)
         os.rename(self.merged, self.out)
-        _remove_lock(self.hidden)
+        _remove_what_is_over(self.hidden)
 
     def remove(self) -> None:
         """Remove all of it; the lock last, as another process may ask for it meanwhile."""
-        for path in (self.merged, self._notes, unfinished(self._notes)):
+        for path in (self.merged, self._notes, unfinished(self._notes), self.solved):
             _delete(path)
         _remove_lock(self.hidden)
+
+
+def _remove_what_is_over(hidden: Path) -> None:
+    """Remove a hidden folder whose output is there, by the process that holds its lock."""
+    _delete(hidden / SOLVED)
+    _remove_lock(hidden)
 
 
 def _remove_lock(hidden: Path) -> None:
@@ -112,7 +126,7 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f"{path.name}.unfinished")
 
 
-def _settle(path: Path) -> None:
+def settle(path: Path) -> None:
     """See that a file is on the disk, not only on its way there."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -164,11 +178,11 @@ def _may_pass(error: BaseException) -> bool:
 def _left(partial: Partial) -> str:
     """What a merge that may go on leaves, in a sentence; what is of no use is removed."""
     is_made = not partial.merged.is_dir()
-    if partial.finished and not is_made:
-        return (
-            f"{len(partial.finished)} finished file(s) of weights are kept in {partial.hidden}; "
-            "the same command goes on from there"
-        )
+    kept = f"{len(partial.finished)} finished file(s) of weights" if partial.finished else ""
+    if partial.solved_groups:
+        kept = f"{partial.solved_groups} solved group(s) of layers"
+    if kept and not is_made:
+        return f"{kept} are kept in {partial.hidden}; the same command goes on from there"
     partial.remove()
     return f"{partial.out} was finished" if is_made else "nothing is kept"
 
@@ -219,14 +233,15 @@ def hidden_folders(out: Path) -> list[Path]:
 
 
 def tidy(out: Path) -> None:
-    """Remove the lock of a merge that was killed when its output had just been made.
+    """Remove what is left of a merge that was killed when its output had just been made.
 
     Raises: Refused where another process is at it.
     """
     for path in hidden_folders(out):
-        if [inside.name for inside in path.iterdir()] == [LOCK]:
+        inside = {entry.name for entry in path.iterdir()}
+        if LOCK in inside and inside <= {LOCK, SOLVED}:
             _refuse_if_held(path, out)
-            _remove_lock(path)
+            _remove_what_is_over(path)
 
 
 def _look_at_others(partial: Partial, say: Callable[[str], None]) -> None:

@@ -17,7 +17,7 @@ from .methods import BY_MOMENTS, MODEL, WEIGHTS_ONLY, at_once, check_options, ch
 from .moments.files import MomentsFile, read_all
 from .orders import Order, check_calibration, check_moments, downloaded
 from .output import check_place, plain, versions
-from .recipes.plans import settle_dtypes, stored_headers
+from .recipes.plans import plans, settle_dtypes, stored_headers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -67,7 +67,9 @@ class Plan:
         """Whether tensors are merged one by one, so that a later run can use finished files."""
         if self.moments:
             return False  # layer by layer, in the order of the forward
-        return self.order.recipe is None and at_once(self.method, self.order.options) != MODEL
+        if self.order.recipe is not None:
+            return not self.order.recipe.rule.draws
+        return at_once(self.method, self.order.options) != MODEL
 
     @property
     def digest(self) -> str:
@@ -115,6 +117,7 @@ def plan_of(
     moments = read_all(order.moments, report.base, report.experts) if order.moments else {}
     inputs = None
     if order.recipe is not None:
+        plans(order.recipe, report)  # which refuses what does not fit
         settle_dtypes(report)
     elif method in WEIGHTS_ONLY:
         from .weights_only import rehearse

@@ -18,7 +18,7 @@ from ..experts import check_experts
 from ..forwards import is_encoder_decoder, refuse_what_cannot_run
 from ..heads import Heads, inputs_of
 from ..inputs import take
-from ..merge import Merge, add_update, differences
+from ..merge import Computed, Merge, add_update, differences_one_by_one
 from ..sequential import merge_together
 from ..solvers import QP
 from ..spectral.triplets import iso_c, tsv_merge
@@ -103,6 +103,7 @@ def auto(
     judge = Criterion(base, check_experts(base, experts, cast=True), left_out, heads, group)
     errors = {name: judge.errors(tried.merge(name).state_dict) for name in NAMES}
     chosen = choose(judge, errors)
+    del tried  # whole models that are of no more use
     everything = {task: [batch.arguments for batch in own] for task, own in batches.items()}
     merge = Candidates(base, experts, everything, chosen, **options).merge(chosen)
     rows = candidate_rows(judge, errors, chosen)
@@ -191,10 +192,13 @@ class Candidates:
         merges = self.programmes | self.spectral
         states = {name: merges[name].state_dict for name in weights}
         scales = torch.tensor(list(weights.values()), dtype=torch.float64)
-        update: dict[str, Tensor] = {}
-        for name, parts in differences(self.base, states).items():
-            update[name] = torch.tensordot(scales.to(parts), parts, dims=1)
-        merge = add_update(self.base, self.experts, update)
+        parts = differences_one_by_one(self.base, states)
+
+        def update(name: str) -> Tensor:
+            of_name = parts[name]
+            return torch.tensordot(scales.to(of_name), of_name, dims=1)
+
+        merge = add_update(self.base, self.experts, Computed(parts, update))
         for name in weights.keys() & self.programmes.keys():
             merge.table += self.programmes[name].table
             merge.averaged |= self.programmes[name].averaged

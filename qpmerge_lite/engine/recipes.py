@@ -17,6 +17,7 @@ from .lockstep import Stream
 from .survey import Survey
 from .views import View
 
+PRODUCTS = ("activations", "float64")
 INPUTS = ("merged", "expert", "block")
 TARGETS = {"own": 1.0, "blend": 0.5, "propagated": 0.0}
 Solver = Callable[..., tuple[Tensor, dict]]
@@ -101,6 +102,34 @@ class Recipe:
         if self.full_energy is not None:
             return self.full_energy
         return getattr(self.solver, "full_energy", True)
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """What holds for all merges of a pass.
+
+    Attributes:
+        blocks: paths of the lists whose members are blocks, for ``inputs="block"``; all outermost
+            lists by default.
+        products: precision of products of activations: that of the ``activations``, at least
+            float32, or ``float64``.
+        activations: bytes that paused forwards may hold. Where they would hold more, some wait in
+            front of blocks only and run these again for every layer: the same merge, bit for bit.
+            By default half a GiB, or what the layers of one block read together, if that is more.
+        group: of ``torch.distributed``, whose processes share the forwards; by default this process
+            runs them all, whether or not there are others.
+    Raises: MergeError for ``products`` or ``activations`` that are none of these.
+    """
+
+    blocks: str | Iterable[str] | None = None
+    products: str = "activations"
+    activations: float | None = None
+    group: torch.distributed.ProcessGroup | None = None
+
+    def __post_init__(self):
+        one_of("products", self.products, PRODUCTS)
+        if self.activations is not None:
+            number("activations", self.activations, low=0)
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.recipes import Recipe
-from ..merge import Merge, check_experts, differences
+from ..merge import Merge, check_experts, differences_one_by_one
 from ..moments import Moments
 from ..options import number, words
 from ..sequential import Pass, PassOptions
@@ -96,7 +96,7 @@ def esm_at_scales(
     solved = _solved(base, experts, calibration, endings, options, progress)
     experts = check_experts(base, experts)
     update = {}
-    for name, vectors in differences(base, experts).items():
+    for name, vectors in differences_one_by_one(base, experts).items():
         if name in solved:
             update[name] = solved[name]
         else:

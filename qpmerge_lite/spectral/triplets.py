@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..experts import State, check_experts
-from ..merge import Merge, add_update, differences
+from ..merge import Computed, Merge, add_update, differences_one_by_one
 from ..options import fraction, number, refuse_complex
 
 
@@ -62,7 +62,8 @@ def finished(
     """
     merged = add_update(base, experts, update, scale)
     if scale == 1:
-        others = [name for name, value in update.items() if value.dim() != 2]
+        origin = base.state_dict()
+        others = [name for name in update if origin[name].dim() != 2]
         merged.averaged |= dict.fromkeys(others, f"{method} merges matrices, and this is none")
     return merged
 
@@ -73,10 +74,13 @@ def _by_matrix(
     """``merge`` the task vectors (K, m, n) of every matrix, average all others; then scale."""
     scale = number("scale", scale)
     experts = check_experts(base, experts)
-    update = {}
-    for name, stacked in differences(base, experts).items():
-        update[name] = merge(stacked) if stacked.dim() == 3 else stacked.mean(0)
-    return finished(method, base, experts, update, scale)
+    vectors = differences_one_by_one(base, experts)
+
+    def update(name: str) -> Tensor:
+        stacked = vectors[name]
+        return merge(stacked) if stacked.dim() == 3 else stacked.mean(0)
+
+    return finished(method, base, experts, Computed(vectors, update), scale)
 
 
 def tsv_merge(base, experts, calibration=None, *, scale: float = 1.0) -> Merge:
@@ -118,7 +122,7 @@ def dc_merge(
     """
     fraction("density", density, high=True)
     experts = check_experts(base, experts)
-    refuse_complex("dc_merge", differences(base, experts))
+    refuse_complex("dc_merge", differences_one_by_one(base, experts))
 
     def merge(vectors):
         return _merge_in_one_basis(vectors, density)

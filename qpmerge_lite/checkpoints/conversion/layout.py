@@ -4,8 +4,10 @@ fused and split, as the experts of a mixture are, which lie in files one by one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
 from torch import Tensor
 
 from ...aliases import tied
@@ -13,6 +15,7 @@ from ...errors import NonFinite, is_finite
 from ..architectures import HERE_ALONE, TROUBLES, quietly
 from ..findings import Refused, shortened
 from ..folders import Checkpoint
+from ..large.mapped import expert_state
 from ..tensors import read_tensors
 
 if TYPE_CHECKING:
@@ -92,17 +95,27 @@ class Layout:
                 in_model = f"{shapes[file]} in the model"
                 raise Refused(where, f"shape {entry.shape}", in_model, CONVERT)
 
-    def state_of(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    def state_of(
+        self, checkpoint: Checkpoint, rounds: bool = False, room: Path | None = None
+    ) -> dict[str, Tensor]:
         """The tensors of a checkpoint of the base's architecture as the model has them: name in the
         model -> tensor, in the dtype of the files, or of the model where some were converted.
 
-        Converting takes a second copy of the checkpoint for as long as it lasts.
+        They stay in their files until they are used, but for those that are converted, which takes
+        a second copy of the checkpoint for as long as it lasts.
 
+        Args:
+            rounds: whether all have the dtype of the model, as far as their numbers fit into it.
+            room: folder for what is in no file as it is wanted, see ``expert_state``.
         Raises: NonFinite naming the file, where tensors are converted that are not finite.
         """
-        tensors = read_tensors(checkpoint, self._names)
         if not self.converted:
-            return renamed(tensors, self.in_model)
+            dtypes: dict[str, torch.dtype | None] = dict.fromkeys(self._names)
+            if rounds:
+                state = self._model.state_dict()
+                dtypes |= {name: state[self.in_model[name]].dtype for name in self._names}
+            return renamed(expert_state(checkpoint, dtypes, room), self.in_model)
+        tensors = read_tensors(checkpoint, self._names)
         self._refuse_damaged(checkpoint, tensors)
         model = self._model
         with quietly():

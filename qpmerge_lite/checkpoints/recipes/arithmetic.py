@@ -8,7 +8,7 @@ recipe gives the weights that it gives there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import combinations
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from ...datafree import on_arc
 from ...errors import MergeError
 from ...experts import agreed, stored, wide
-from ...merge import Merge
+from ...merge import PIECE, Merge
 from ...options import seeded
 from ...sparse import TiesRule, consensus, rescaled
 from ..folders import Checkpoint
@@ -37,12 +37,15 @@ def recipe_merges(
     experts: Sequence[Checkpoint],
     plans: Mapping[str, Plan],
     seed: int,
+    wanted: Collection[str],
 ) -> Iterator[Merge]:
-    """One merge for every tensor of the base, in the order in which mergekit draws random numbers:
-    by name, and by model within a tensor.
+    """One merge for every wanted tensor of the base, in the order in which mergekit draws random
+    numbers: by name, and by model within a tensor.
 
     Args:
         plans: of every tensor.
+        wanted: names of tensors, of all where random numbers are drawn; they may become fewer
+            meanwhile.
         seed: of the random numbers, mergekit's ``--random-seed``.
     Raises: MergeError for weights that are not finite, or that the dtype cannot hold.
     """
@@ -51,7 +54,7 @@ def recipe_merges(
     in_order = []
     for number, _ in enumerate(recipe.sources):
         in_order.append(base if number == recipe.base else next(others))
-    for name in sorted(base.entries):
+    for name in sorted(wanted):
         values = [read_tensors(checkpoint, [name])[name] for checkpoint in in_order]
         try:
             value = _tensor(recipe, name, values, plans[name], generator)
@@ -98,12 +101,15 @@ def linear(values: Sequence[Tensor], weights: Sequence[float], normalize: bool) 
     """
     dtype = torch.promote_types(values[0].dtype, torch.float32)
     factors = torch.tensor(weights, dtype=dtype)
-    total = torch.zeros(values[0].shape, dtype=dtype)
-    for value, factor in zip(values, factors):
-        total.addcmul_(value, factor)
-    if normalize:
-        total /= factors.sum()
-    return total.to(values[0].dtype)
+    divisor = factors.sum() if normalize else None
+    merged = torch.empty_like(values[0], memory_format=torch.contiguous_format)
+    flat = [tensor.reshape(-1).split(PIECE) for tensor in (merged, *values)]
+    for piece, *parts in zip(*flat):
+        total = torch.zeros(piece.shape, dtype=dtype)
+        for part, factor in zip(parts, factors):
+            total.addcmul_(part, factor)
+        piece.copy_(total if divisor is None else total.div_(divisor))
+    return merged
 
 
 def model_stock(base: Tensor, experts: Sequence[Tensor], filter_wise: bool) -> Tensor:

@@ -43,6 +43,11 @@ class Rule:
     thinning: str | None = None
     elects: bool = False
 
+    @property
+    def draws(self) -> bool:
+        """Whether random numbers are drawn, one stream of them for all tensors."""
+        return self.thinning in ("random", "ranks")
+
 
 def _sparse(thinning: str, elects: bool, changed: Mapping[str, bool], **own: float) -> Rule:
     """A method that drops entries of updates; ``changed`` are defaults unlike ``SPARSE``."""

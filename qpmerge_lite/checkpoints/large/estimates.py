@@ -1,0 +1,167 @@
+"""What merges take that hold more, or less, than tensors in double precision: those that run the
+models, those by moments, and recipes. From headers, and from texts where they are known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..compatibility import Report
+from ..folders import Change, Checkpoint
+from ..headers import SIZES
+from ..methods import OWN_PRECISION
+
+if TYPE_CHECKING:
+    from ..calibration.feeds import Feed
+    from ..recipes.reading import Recipe
+
+DOUBLE, SINGLE = 8, 4  # bytes of a number while a layer is solved, and of an adapter's
+FOLDS = {"qp": 4}  # groups of calibration inputs with sums of their own, by default; else one
+ON_OWN_INPUTS = ("regmean", "regmean_plus_plus", "lot", "esm")  # without sums over a drift
+WITH_TABLES = ("qp", "sketched", "auto")  # which solve tables of tokens too
+STREAMS = {"auto": 5, "regmean": 1, "lot": 1, "esm": 1}  # forwards of a batch; else two
+WAITING = 2**29  # bytes that forwards may hold in any case, as of ``engine.rerun``
+SOLVING = 6  # copies of a layer's sums and updates that are held to solve it
+# what thinning an update takes, in bytes for every number: magnitudes in single precision, sorted
+# with their places, and what sorting holds; chances, draws, what is kept, and that rescaled; ranks,
+# which are sorted twice, and chances and draws
+THINNED = {None: 0, "magnitude": 36, "outliers": 36, "random": 16, "ranks": 56}
+
+
+class Kept(NamedTuple):
+    """What a method that runs the models holds besides the sums of one layer; base and experts stay
+    in their files.
+
+    Attributes:
+        merges: whole models that are made.
+        besides: copies of the model in double precision.
+        solved: whole models on the disk, of solved layers.
+    """
+
+    merges: int
+    besides: int
+    solved: int
+
+
+ONE_MERGE = Kept(1, 0, 1)
+# auto: four programmes, two spectral merges and the blend, and one programme more on all inputs
+# when the former are gone; esm: the updates
+KEPT = {"auto": Kept(7, 0, 5), "esm": Kept(1, 1, 0)}
+
+
+def memory_of_pass(
+    report: Report, method: str, options: Mapping[str, object], inputs: Feed | None = None
+) -> int:
+    """Bytes that are held to merge by a pass.
+
+    Args:
+        inputs: of the pass; what forwards hold while they wait is left out where they are not
+            known, and all tokens are taken to occur.
+    """
+    kept = KEPT.get(method, ONE_MERGE)
+    models = kept.merges * report.base.bytes + DOUBLE * kept.besides * report.parameters
+    if method in OWN_PRECISION:  # which run experts of another dtype in copies of the base's
+        dtypes = {entry.dtype for entry in report.base.entries.values()}
+        others = [e for e in report.experts if {n.dtype for n in e.entries.values()} != dtypes]
+        models += len(others) * report.base.bytes
+    layer = memory_of_layer(report, method, options, _tokens_that_occur(inputs))
+    return models + layer + (0 if inputs is None else _waiting(report.base, method, inputs))
+
+
+def disk_of_pass(report: Report, method: str) -> int:
+    """Bytes on the disk, besides the output, while a pass is made: layers that are solved, and what
+    experts have that is in no file as it is run."""
+    total = KEPT.get(method, ONE_MERGE).solved * report.base.bytes
+    for expert in report.experts:
+        if isinstance(expert, Change):
+            folded = [report.base.entries[name] for name in expert.files_of_tensors]
+            total += sum(SINGLE * prod(entry.shape) for entry in folded)
+        else:
+            entries = report.base.entries.items()
+            rounded = [e for name, e in entries if expert.entries[name].dtype != e.dtype]
+            total += sum(entry.stop - entry.start for entry in rounded)
+    return total
+
+
+def memory_of_layer(
+    report: Report, method: str, options: Mapping[str, object], tokens: int | None = None
+) -> int:
+    """Bytes that are held to solve the layers that read alike and take most.
+
+    Args:
+        tokens: how many different ones occur; all by default.
+    """
+    folds = options.get("folds", FOLDS.get(method, 1))
+    folds, experts = folds if isinstance(folds, int) else 1, len(report.experts)
+    base, most = report.base, 0
+    tied, rows = base.config.get("tie_word_embeddings"), base.config.get("vocab_size")
+    for (_, n), outputs in _alike(base).items():
+        m = max(outputs)
+        if tied and m == rows:  # a table of tokens: numbers of these, and products with their rows
+            g = min(tokens or m, m) if method in WITH_TABLES else 0
+            whole = 2 * m * n if g else 0  # the table with its new rows
+            most = max(most, g * n * (experts * (folds + 2) + SOLVING) + whole)
+            continue
+        drift = 0 if method in ON_OWN_INPUTS else sum(outputs) * n
+        sums = experts * folds * (n**2 + m * n + drift)
+        most = max(most, sums + 2 * experts * m * n + SOLVING * (n**2 + m * n))
+    return DOUBLE * most
+
+
+def _alike(base: Checkpoint) -> dict[tuple[str, int], list[int]]:
+    """Matrices that may read one tensor: (name of what they are in, inputs) -> their outputs."""
+    alike: dict[tuple[str, int], list[int]] = {}
+    for name, entry in base.entries.items():
+        if len(entry.shape) == 2:
+            m, n = entry.shape
+            alike.setdefault((".".join(name.split(".")[:-2]), n), []).append(m)
+    return alike
+
+
+def _tokens_that_occur(inputs: Feed | None) -> int | None:
+    """How many different ones; None where that is not known."""
+    if inputs is None:
+        return None
+    tokens = set[int]()
+    for batches in inputs.batches.values():
+        for batch in batches:
+            for name, value in batch.items():
+                tokens |= {*value.unique().tolist()} if name.endswith("input_ids") else set()
+    return len(tokens) or None
+
+
+def _waiting(base: Checkpoint, method: str, inputs: Feed) -> int:
+    """Bytes that forwards hold while they wait in front of the widest layer: what it reads, and
+    three states of the model; no more than a pass allows, which may be what a block reads."""
+    widths = [entry.shape[1] for entry in base.entries.values() if len(entry.shape) == 2]
+    size = max((SIZES[entry.dtype] for entry in base.entries.values()), default=0)
+    tokens, widest, state = 0, max(widths, default=0), min(widths, default=0)
+    for batches in inputs.batches.values():
+        tokens += sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)
+    allowed = max(WAITING, tokens * (widest + 8 * state) * size)
+    return min(allowed, tokens * STREAMS.get(method, 2) * (widest + 3 * state) * size)
+
+
+def memory_of_recipe(recipe: Recipe, report: Report) -> int:
+    """Bytes that a recipe holds to merge the tensor that takes most."""
+    models = [report.base, *report.experts]
+    return max((_of_tensor(recipe, models, name) for name in report.base.entries), default=0)
+
+
+def _of_tensor(recipe: Recipe, models: Sequence[Checkpoint], name: str) -> int:
+    """Bytes that a recipe holds to merge one tensor."""
+    rule, experts = recipe.rule, len(models) - 1
+    stored = [model.entries[name] for model in models]
+    count, size = prod(stored[0].shape), SIZES[recipe.dtype or stored[0].dtype]
+    read = sum(entry.stop - entry.start for entry in stored)
+    if recipe.dtype is not None:
+        read += size * count * sum(entry.dtype != recipe.dtype for entry in stored)
+    if recipe.method == "linear":  # the result, which is summed piece by piece
+        return read + count * size
+    if recipe.method == "slerp":
+        return read + count * 7 * DOUBLE
+    # updates of all, and one that is thinned; or these weighted, masked, and where they agree
+    thinned = size * (experts + 1) + THINNED[rule.thinning]
+    elected = (3 * size + 1) * experts + 3 * size if rule.elects else size * (experts + 2)
+    return read + count * max(thinned, elected)
