@@ -262,9 +262,11 @@ def shown_in_readme(record: dict) -> str:
         "",
         *table(record),
     ]
+    labels: dict[str, list[str]] = {}
     for label, reason in record["left_out"].items():
-        lines += ["", f"Not measured: {label}, {reason}."]
-    return "\n".join(lines)
+        labels.setdefault(reason, []).append(label)
+    told = [f"{', '.join(alike)} ({reason})" for reason, alike in labels.items()]
+    return "\n".join([*lines, "", f"Not measured: {'; '.join(told)}."] if told else lines)
 
 
 def update_readme(record: dict) -> None:
@@ -294,13 +296,13 @@ def measured(
         if label not in chosen:
             continue
         minutes = min(limit, (until - time.monotonic()) / 60)
-        if minutes <= 0:
-            left_out[label] = "as the time of the run was over"
+        if minutes < 1:
+            left_out[label] = "the time of the run was over"
             continue
         found = row(whose, label, words, root, minutes)
         print(json.dumps(found), flush=True)
         if found is None:
-            left_out[label] = f"as it was stopped after {minutes:.0f} minutes"
+            left_out[label] = f"it was stopped after {minutes:.0f} minutes"
         else:
             rows.append(found)
     return rows, left_out

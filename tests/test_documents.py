@@ -1,10 +1,12 @@
 """README and CONTRIBUTING say what is so: paths are there, names defined, commands known."""
 
 import inspect
+import json
 import re
 import shlex
 from pathlib import Path
 
+import peers_merge
 import pytest
 
 import qpmerge_lite as q
@@ -118,3 +120,10 @@ def test_the_map_has_every_folder():
 @every_document
 def test_no_machine_is_named(name):
     assert not re.search(r"(?<![\w.])/(?:home|root|tmp|Users|work)/", text(name))
+
+
+def test_the_table_of_merges_is_that_of_its_record():
+    record = json.loads(peers_merge.RECORD.read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    between = readme.partition(peers_merge.BEGIN)[2].partition(peers_merge.END)[0]
+    assert between.strip() == peers_merge.shown_in_readme(record).strip()
