@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from . import __version__
 from .checkpoints.arguments import add_verbs
-from .checkpoints.commands import run_command
+from .checkpoints.commands.running import run_command
 from .checkpoints.completion.scripts import add_completion
 
 MODULE = f"""qpmerge-lite {__version__}, the module. It merges checkpoints, or from Python:
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"{REPOSITORY[0].upper()}{REPOSITORY[1:]}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = "{merge,check,moments,delta,diagnose,completion}"
+    verbs = "{merge,check,moments,delta,diagnose,evaluate,completion}"
     groups = top.add_subparsers(required=True, metavar=verbs)
     add_verbs(groups)
     add_completion(top, groups)

@@ -724,6 +724,18 @@ def launched(program, *words):
     return subprocess.run(command, env=os.environ | more, timeout=120).returncode
 
 
+def write_classifiers(base, root):
+    """Experts with heads of their own, and labelled texts of one of them."""
+    from test_checkpoints_heads import LABELS, expert_of
+
+    for seed, (name, labels) in enumerate(LABELS.items()):
+        kind = "BertForSequenceClassification"
+        expert_of(base, kind, name, seed).save_pretrained(root / "tuned" / name)
+        rows = [{"text": text, "topic": labels[0]} for text in texts(seed)]
+        lines = "\n".join(json.dumps(row) for row in rows)
+        (root / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
 def test_the_commands_of_the_readme_run(families, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     family = families["bert"]
@@ -733,6 +745,7 @@ def test_the_commands_of_the_readme_run(families, tmp_path, capsys, monkeypatch)
     shutil.copy(family.files["second"], "german.jsonl")
     Path("german.txt").write_text("\n".join(texts(6)), encoding="utf-8")
     Path("french.txt").write_text("\n".join(texts(7)), encoding="utf-8")
+    write_classifiers(family.model, tmp_path)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme.partition("### From the command line")[2].partition("\n## ")[0]
     blocks = re.findall("```sh\n(.*?)```", section, re.DOTALL)
@@ -743,7 +756,7 @@ def test_the_commands_of_the_readme_run(families, tmp_path, capsys, monkeypatch)
             ran.append(run(capsys, *words))
         else:
             assert launched(program, *words) == 0
-    assert [(status, err) for status, _, err in ran] == [(0, "")] * 9
+    assert [(status, err) for status, _, err in ran] == [(0, "")] * 11
     torch.testing.assert_close(
         state_of(tmp_path / "halves"),
         q.featcal(family.model, family.states, family.calibration()).state_dict,
@@ -760,6 +773,12 @@ def test_the_commands_of_the_readme_run(families, tmp_path, capsys, monkeypatch)
         atol=1e-12,
     )
     assert "base and differences give the expert back" in " ".join(said for _, said, _ in ran)
+    (recipe,) = re.findall("```py\n(.*?)```", section, re.DOTALL)
+    told = "\nimport sys; print(model.config.id2label[4], 'qpmerge_lite' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", recipe + told], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout) == (0, "war False\n"), done.stderr
     with pytest.raises(SystemExit, match="0"):
         cli.main(["merge", "--help"])
     assert "exit status:" in capsys.readouterr().out

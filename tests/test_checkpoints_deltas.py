@@ -20,7 +20,8 @@ from checkpoint_families import (
 )
 from test_checkpoints_adapters import ALPHA, bases, factors, product, write_adapter  # noqa: F401
 
-from qpmerge_lite.checkpoints import commands, tensors
+from qpmerge_lite.checkpoints import tensors
+from qpmerge_lite.checkpoints.commands.words import named_folders
 from qpmerge_lite.checkpoints.deltas.adding import added, subtracted
 from qpmerge_lite.checkpoints.deltas.reading import behind
 from qpmerge_lite.checkpoints.headers import read_header
@@ -386,7 +387,7 @@ def test_outputs_of_delta_are_new_files(families, tmp_path, capsys):
 def test_words_are_told_apart():
     assert behind("delta:a/b.safetensors").as_posix() == "a/b.safetensors"
     assert behind("a/delta:b") is None and behind("hf:a/b") is None
-    named = commands.named_folders(["delta:x/fr.safetensors", "de=delta:y", "delta:hf:ours/it@v=1"])
+    named = named_folders(["delta:x/fr.safetensors", "de=delta:y", "delta:hf:ours/it@v=1"])
     assert {name: str(place) for name, place in named.items()} == {
         "fr": "delta:x/fr.safetensors", "de": "delta:y", "it": "delta:hf:ours/it@v=1"
     }  # fmt: skip

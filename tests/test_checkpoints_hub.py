@@ -23,9 +23,11 @@ from checkpoint_families import (
 from test_checkpoints_adapters import factors, product, write_adapter
 
 import qpmerge_lite as q
-from qpmerge_lite.checkpoints import commands, headers
+from qpmerge_lite.checkpoints import headers
 from qpmerge_lite.checkpoints import hub as client
 from qpmerge_lite.checkpoints.calibration import records
+from qpmerge_lite.checkpoints.commands.words import named_folders
+from qpmerge_lite.checkpoints.findings import size
 
 transformers = pytest.importorskip("transformers")
 LAYER = "encoder.layer.0.attention.self.query"
@@ -145,7 +147,7 @@ def test_a_check_fetches_headers_alone_and_says_what_a_merge_downloads(
         assert finding["where"].startswith(("hf:ours/first@", "hf:ours/second@"))
 
     told = run(capsys, "check", *HUB_WORDS)[1]
-    assert f"and downloads {commands.size(sum(sizes))} of them first" in told
+    assert f"and downloads {size(sum(sizes))} of them first" in told
     run(capsys, "merge", family.base, "hf:ours/first", "--out", tmp_path / "out")
     report = json.loads(run(capsys, "check", *HUB_WORDS, "--json")[1])
     assert report["downloads"] == sizes[0] + sizes[2]
@@ -306,7 +308,7 @@ def test_words_are_told_from_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hf:x").mkdir()
     assert client.reference_of("./hf:x") is None and client.reference_of(tmp_path / "hf:x") is None
-    named = commands.named_folders(["hf:a/b", "c=hf:a/b@v=1", "hf:gpt2@refs/pr/1"])
+    named = named_folders(["hf:a/b", "c=hf:a/b@v=1", "hf:gpt2@refs/pr/1"])
     assert named == {
         "b": Path("hf:a/b"),
         "c": Path("hf:a/b@v=1"),

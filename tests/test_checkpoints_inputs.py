@@ -29,7 +29,7 @@ from checkpoint_families import (
 )
 
 import qpmerge_lite as q
-from qpmerge_lite.checkpoints.calibration import feeds, records, sources
+from qpmerge_lite.checkpoints.calibration import feeds, records, sources, tokens
 from qpmerge_lite.checkpoints.compatibility import check
 
 transformers = pytest.importorskip("transformers")
@@ -777,4 +777,4 @@ def test_an_encoder_alone_of_a_pair_reads_texts(tmp_path):
 
 def test_the_tokenizer_is_the_expert_s_own():
     rows = [sources.Row("a", ("w1",))]
-    assert feeds.token_rows(rows, tokenizer(), 9)[0] == [{"input_ids": [3]}]
+    assert tokens.token_rows(rows, tokenizer(), 9)[0] == [{"input_ids": [3]}]

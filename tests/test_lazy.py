@@ -39,6 +39,7 @@ def seconds_of_children():
         ["--help"],
         ["merge", "--help"],
         ["moments", "--help"],
+        ["evaluate", "--help"],
         ["check", "nonesuch", "other"],
         ["data", "list"],
         ["book", "check", "--no-run"],

@@ -8,8 +8,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from .calibration.sources import SAMPLES
-from .commands import run_check, run_delta, run_diagnose, run_merge, run_moments
+from .commands.measuring import run_delta, run_diagnose, run_evaluate, run_moments
+from .commands.merging import run_check, run_merge
 from .headers import NAMES
+from .heads.telling import AUTO, OPTION, WISHES
 from .manuals import (
     CHECK,
     CHECK_MORE,
@@ -17,6 +19,8 @@ from .manuals import (
     DELTA_MORE,
     DIAGNOSE,
     DIAGNOSE_MORE,
+    EVALUATE,
+    EVALUATE_MORE,
     MERGE,
     MERGE_MORE,
     MOMENTS,
@@ -71,9 +75,13 @@ def add_verbs(groups) -> None:
         metavar="N",
         help="of a recipe's dare and della, as in mergekit (default 0)",
     )
+    _add_heads(merge)
     _add_moments(groups)
     _add_delta(groups)
-    _verb(groups, "check", run_check, "say whether checkpoints can be merged", CHECK, CHECK_MORE)
+    check, _ = _verb(
+        groups, "check", run_check, "say whether checkpoints can be merged", CHECK, CHECK_MORE
+    )
+    _add_heads(check)
     diagnose, _ = _verb(
         groups,
         "diagnose",
@@ -87,6 +95,41 @@ def add_verbs(groups) -> None:
     diagnose.add_argument(
         "--report", type=Path, metavar="FILE.html", help="also write a page with charts"
     )
+    _add_evaluate(groups)
+
+
+def _add_evaluate(groups) -> None:
+    """Add ``evaluate`` to the subcommands of an ``argparse`` parser."""
+    verb = groups.add_parser(
+        "evaluate",
+        help="say how well merges, experts and base do on data",
+        description=EVALUATE,
+        epilog=EVALUATE_MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        type=str,
+        help="folder of a merge or of any model, or NAME=FOLDER; or hf:owner/name",
+    )
+    helps = {
+        "data": ("SOURCE", "inputs of the task of that name; once for every task"),
+        "label": ("FIELD", "field with the labels of that task (default label)"),
+        "column": ("FIELD", "field to read for that task, or FIELD,FIELD, as with merge"),
+        "expert": ("FOLDER", "expert of that task, beside which models are put"),
+    }
+    for option, (value, words) in helps.items():
+        verb.add_argument(
+            f"--{option}", action="append", default=[], metavar=f"NAME={value}", help=words
+        )
+    verb.add_argument(
+        "--base", type=Path, metavar="FOLDER", help="the base, with the heads of the first merge"
+    )
+    _add_sizes(verb, None)
+    _add_talk(verb)
+    verb.set_defaults(command=run_evaluate)
 
 
 def _add_calibration(verb) -> None:
@@ -106,6 +149,18 @@ def _add_calibration(verb) -> None:
         help="field to read for that expert, or FIELD,FIELD; by default text, for pictures image",
     )
     _add_sizes(verb)
+
+
+def _add_heads(verb) -> None:
+    """What is done with heads of classifiers."""
+    verb.add_argument(
+        OPTION,
+        choices=WISHES,
+        default=AUTO,
+        help="own: keep every expert's head of its task as it is, beside the merged backbone; "
+        "merged: merge heads like everything else; auto, the default: own where shapes or labels "
+        "differ from the base's",
+    )
 
 
 def _add_moments(groups) -> None:
@@ -172,14 +227,14 @@ def _add_talk(verb) -> None:
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
-def _add_sizes(verb) -> None:
+def _add_sizes(verb, samples: int | None = SAMPLES) -> None:
     """How many inputs are taken, cut and put together, by verbs that run models on them."""
     verb.add_argument(
         "--samples",
         type=int,
-        default=SAMPLES,
+        default=samples,
         metavar="N",
-        help=f"inputs of a source at most, evenly spread over it (default {SAMPLES})",
+        help=f"inputs of a source at most, evenly spread over it (default {samples or 'all'})",
     )
     verb.add_argument(
         "--max-length",

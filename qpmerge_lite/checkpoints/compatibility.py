@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import MergeError
 from .adapters.fitting import fit
 from .adapters.reading import Adapter, is_adapter, read_adapter
+from .comparison.fields import ARCHITECTURE, ONE_ARCHITECTURE, other_architecture, other_fields
 from .deltas import reading as deltas
 from .digests import sha256
 from .findings import ERROR, INFO, LEVELS, WARNING, Finding, Refused, shortened
@@ -24,41 +25,7 @@ from .folders import (
     under_names_of,
 )
 from .headers import Entry
-
-# fields of config.json that decide what the weights mean, though their shapes may not show it
-STRUCTURE = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "position_embedding_type",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-)
-# fields that say nothing about the forward of a model that is only run
-BOOKKEEPING = (
-    "_name_or_path",
-    "architectures",
-    "auto_map",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "quantization_config",
-    "tie_word_embeddings",
-    "use_cache",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "finetuning_task",
-    "task_specific_params",
-    "gradient_checkpointing",
-)
-ONE_ARCHITECTURE = "merge fine-tunings of one base, and name that base first"
+from .heads.telling import AUTO, split
 
 
 @dataclass
@@ -66,13 +33,29 @@ class Report:
     """What is known of checkpoints before a weight is read.
 
     Attributes:
-        base, experts: as far as they could be read.
+        base, experts: as far as they could be read; where experts have heads of their own, these
+            are experts without them.
         findings: errors first, then warnings, then what else is to be known.
+        heads: expert's name -> its folder with the tensors of its own head alone.
+        backbone: the base, where heads are kept with the tensors alone that are merged.
     """
 
     base: Checkpoint
     experts: list[Checkpoint]
     findings: list[Finding] = field(default_factory=list)
+    heads: dict[str, Checkpoint] = field(default_factory=dict)
+    backbone: Checkpoint = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self):
+        if self.backbone is None:
+            self.backbone = self.base
+
+    @property
+    def kept(self) -> list[str]:
+        """Tensors of the base that the merge has as they are, as they are no part of the
+        backbone."""
+        merged = self.backbone.entries
+        return [name for name in self.base.entries if name not in merged]
 
     @property
     def errors(self) -> list[Finding]:
@@ -103,23 +86,45 @@ class Report:
         }
 
 
-def check(base: Path, experts: dict[str, Path]) -> Report:
+def check(base: Path, experts: dict[str, Path], heads: str = AUTO) -> Report:
     """Everything to be known about a merge of these folders; no weight is read.
 
     Args:
         base: folder of the model that the experts were tuned from.
         experts: name -> folder, of a whole model or of an adapter of the base, or ``delta:FILE``.
+        heads: whether experts' heads are their own, see ``heads.telling.split``.
     """
     origin, errors = read_folder("base", base)
     report = Report(origin, [], [*errors, *_by_itself(origin)])
+    sound = []
     for name, folder in experts.items():
         expert, found = _read_expert(name, folder, origin)
         report.experts.append(expert)
         report.findings += found + _by_itself(expert)
         if not found and not errors:
-            report.findings += _compared(origin, expert)
+            sound.append(expert)
+    report.findings += _together(report, sound, heads)
     report.findings.sort(key=_severity)
     return report
+
+
+def _together(report: Report, sound: list[Checkpoint], heads: str) -> list[Finding]:
+    """What is to be known of the experts that could be read beside the base. Where their heads are
+    their own, the report gets backbone and heads."""
+    try:
+        made, findings = split(report.base, sound, heads) if sound else (None, [])
+    except Refused as refusal:
+        return [refusal.finding]
+    if made is not None:
+        report.backbone, report.heads = made.backbone, made.heads
+        merged = {expert.name: expert for expert in made.experts}
+        report.experts = [merged.get(expert.name, expert) for expert in report.experts]
+        sound = made.experts
+    if any(finding.level == ERROR for finding in findings):
+        return findings  # what else differs follows from these
+    for expert in sound:
+        findings += _compared(report.backbone, expert, has_head=made is not None)
+    return findings
 
 
 def _read_expert(name: str, folder: Path, base: Checkpoint) -> tuple[Checkpoint, list[Finding]]:
@@ -175,70 +180,23 @@ def _remote_code(checkpoint: Checkpoint) -> Finding:
     return Finding(ERROR, where, expected, "one that needs code from its folder", cure)
 
 
-def _compared(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
-    """What is to be known of an expert beside its base."""
+def _compared(base: Checkpoint, expert: Checkpoint, has_head: bool) -> list[Finding]:
+    """What is to be known of an expert beside its base, or of its backbone beside the base's."""
     if isinstance(expert, (Adapter, deltas.Delta)):
         fitted = fit(expert) if isinstance(expert, Adapter) else deltas.fit(expert)
         return [*fitted, *_tokenizers(base, expert)]
     older = under_names_of(base, expert)
-    other = _architectures(base, expert)
+    other = other_architecture(base, expert, ["model_type"] if has_head else ARCHITECTURE)
     if other:
         return [*other, *_names(base, expert)]
     return [
         *_older(expert, older),
-        *_fields(base, expert),
+        *other_fields(base, expert),
         *_names(base, expert),
         *_tensors(base, expert),
         *_tokenizers(base, expert),
         *_layouts(base, expert),
     ]
-
-
-def _architectures(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
-    """An error for each of the two fields that name an architecture and differ."""
-    findings = []
-    for name in ("architectures", "model_type"):
-        wanted, found = base.config.get(name), expert.config.get(name)
-        if wanted != found:
-            where = f"{expert.folder / CONFIG}, {name}"
-            findings.append(Finding(ERROR, where, f"{wanted}", f"{found}", ONE_ARCHITECTURE))
-    return findings
-
-
-def _fields(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
-    """Fields of config.json, also those of parts such as ``text_config``, that differ.
-
-    A field that one of the two lacks says nothing: versions of transformers write other ones.
-    """
-    findings = []
-    wanted, found = _flat(base.config), _flat(expert.config)
-    for name in sorted(wanted.keys() & found.keys()):
-        last = name.rpartition(".")[2]
-        if wanted[name] == found[name] or last in BOOKKEEPING:
-            continue
-        decides = last in STRUCTURE or name.partition(".")[0] in STRUCTURE
-        level = ERROR if decides else WARNING
-        cure = ONE_ARCHITECTURE if decides else "the merge keeps the base's; see that it is meant"
-        where = f"{expert.folder / CONFIG}, {name}"
-        values = repr(wanted[name]), repr(found[name])
-        findings.append(Finding(level, where, *values, cure))
-    tied = [model.config.get("tie_word_embeddings") for model in (base, expert)]
-    if None not in tied and tied[0] != tied[1]:
-        where = f"{expert.folder / CONFIG}, tie_word_embeddings"
-        cure = "the merge is tied as the base is; see that the expert was trained so"
-        findings.append(Finding(WARNING, where, repr(tied[0]), repr(tied[1]), cure))
-    return findings
-
-
-def _flat(config: dict) -> dict[str, object]:
-    """Fields of a configuration, those of its parts as ``part.field``."""
-    flat: dict[str, object] = {}
-    for name, value in config.items():
-        if isinstance(value, dict) and name not in BOOKKEEPING:
-            flat |= {f"{name}.{inner}": v for inner, v in value.items()}
-        else:
-            flat[name] = value
-    return flat
 
 
 def _names(base: Checkpoint, expert: Checkpoint) -> list[Finding]:

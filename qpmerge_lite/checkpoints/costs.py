@@ -7,7 +7,7 @@ on the machine, so it is not guessed: the progress bar says how much time is lef
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -102,7 +102,7 @@ def estimated_plan(plan: Plan) -> Costs:
 
 def estimated(report: Report, method: str, options: Mapping[str, object]) -> Costs:
     """Costs of a merge of checkpoints that fit, from their headers."""
-    base, read = report.base, report.bytes
+    base, read = report.backbone, report.bytes
     if method in CALIBRATED:
         memory = memory_of_pass(report, method, options)
         read += report.bytes + base.bytes  # to be run, for digests, and the base to be built
@@ -111,13 +111,15 @@ def estimated(report: Report, method: str, options: Mapping[str, object]) -> Cos
         memory = max((_of_group(report, method, names) for names in groups), default=0)
     if at_once(method, options) == SHAPES:  # not in the order of the files: digests read them again
         read += report.bytes
-    return Costs(memory, read, base.bytes, at_once(method, options))
+    written = base.bytes + sum(_stored(head, head.entries) for head in report.heads.values())
+    return Costs(memory, read, written, at_once(method, options))
 
 
 def _of_group(report: Report, method: str, names: Sequence[str]) -> int:
     """Bytes that are held to merge some tensors in one call."""
-    stored, experts = _of_all(report, names), len(report.experts)
-    sizes = [prod(report.base.entries[name].shape) for name in names]
+    base, experts = report.backbone, len(report.experts)
+    stored = _of_all(report, names)
+    sizes = [prod(base.entries[name].shape) for name in names]
     copies = 0.0
     for step in STEPS[method]:
         group = (step.group_each * experts + step.group) * sum(sizes)
@@ -126,14 +128,14 @@ def _of_group(report: Report, method: str, names: Sequence[str]) -> int:
     if method == "soup":
         copies = OF_PIECE * min(PIECE, max(sizes))
     if method == "wudi":
-        copies += _moments(report.base, names) * (experts + 0.5)
+        copies += _moments(base, names) * (experts + 0.5)
     return stored + int(DOUBLE * copies)
 
 
 def _of_all(report: Report, names: Sequence[str]) -> int:
     """Bytes of some tensors of base, experts and merge, as the files have them."""
-    read = sum(_stored(checkpoint, names) for checkpoint in (report.base, *report.experts))
-    return read + _stored(report.base, names)
+    read = sum(_stored(checkpoint, names) for checkpoint in (report.backbone, *report.experts))
+    return read + _stored(report.backbone, names)
 
 
 def _moments(base: Checkpoint, names: Sequence[str]) -> int:
@@ -143,6 +145,6 @@ def _moments(base: Checkpoint, names: Sequence[str]) -> int:
     return sum(shape[1] ** 2 for shape in shapes if len(shape) == 2)
 
 
-def _stored(checkpoint: Checkpoint, names: Sequence[str]) -> int:
+def _stored(checkpoint: Checkpoint, names: Collection[str]) -> int:
     """Bytes of some tensors as the files have them."""
     return sum(checkpoint.entries[name].stop - checkpoint.entries[name].start for name in names)

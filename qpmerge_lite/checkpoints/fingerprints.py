@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from .compatibility import BOOKKEEPING
+from .comparison.fields import BOOKKEEPING
 from .digests import sha256
 from .folders import TOKENIZER, Checkpoint
 from .headers import Entry, pieces

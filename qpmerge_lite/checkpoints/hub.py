@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -23,6 +23,7 @@ from .deltas.reading import as_delta, behind
 from .findings import Refused
 from .folders import ADAPTER, INDEX, OTHERS, SINGLE, TOKENIZER, read_json
 from .headers import LARGEST, LENGTH
+from .heads.telling import AUTO
 
 PREFIX = "hf:"
 SMALL = (*OTHERS, *TOKENIZER, INDEX, ADAPTER)  # never code, never a pickle
@@ -88,10 +89,12 @@ def origin_of(folder: Path) -> dict[str, str]:
     return {"folder": folder.name}
 
 
-def local(place: Path, *, progress: bool = False) -> Path:
+def local(place: Path, *, progress: bool = False, more: Sequence[str] = ()) -> Path:
     """A folder as it is; of a reference, the folder with its files, which are downloaded unless
     they are there already: configuration, tokenizer and safetensors.
 
+    Args:
+        more: patterns of other files that are wanted.
     Raises: Refused saying why the Hub does not give them.
     """
     differences = behind(place)
@@ -100,7 +103,7 @@ def local(place: Path, *, progress: bool = False) -> Path:
     reference = reference_of(place)
     if reference is None:
         return place
-    folder = _snapshot(reference, SMALL, progress)
+    folder = _snapshot(reference, (*SMALL, *more), progress)
     pinned = Reference(reference.repo, folder.name)
     names = _weights(folder)
     _snapshot(pinned, [escape(name) for name in names], progress)
@@ -226,16 +229,17 @@ class Outlines:
         return text
 
 
-def check_places(base: Path, experts: Mapping[str, Path]) -> tuple[Report, int]:
+def check_places(base: Path, experts: Mapping[str, Path], heads: str = AUTO) -> tuple[Report, int]:
     """What ``check`` finds about folders and references, of which headers alone are fetched, and
     how many bytes of weights a merge would download.
 
     Args:
         base: folder or reference of the model that the experts were tuned from.
         experts: name -> folder or reference, or ``delta:`` and one of a task vector.
+        heads: as of ``check``.
     """
     with outlined(base, experts) as outlines:
-        report = check(outlines.base, outlines.experts)
+        report = check(outlines.base, outlines.experts, heads)
     report.findings = [
         replace(finding, where=outlines.named(finding.where)) for finding in report.findings
     ]

@@ -25,7 +25,8 @@ def manifest_of(plan: Plan) -> dict:
     runs = inputs is not None
     models = [input_of(report.base, (*OTHERS, *TOKENIZER))]
     for expert in report.experts:
-        models.append(input_of(expert, (expert.config_file, *(READERS if runs else ()))))
+        others = READERS if runs or report.heads else ()
+        models.append(input_of(expert, (expert.config_file, *others)))
     shared = {"processes": str(plan.processes)} if plan.processes > 1 else {}
     return {
         "manifest": 1,
@@ -37,6 +38,8 @@ def manifest_of(plan: Plan) -> dict:
         "inputs": models,
         "calibration": {} if inputs is None else inputs.as_json(),
         "moments": {name: _measured(files) for name, files in plan.moments.items()},
+        "heads": {},
+        "kept": report.kept,
         "warnings": warnings_of(report),
         "notes": [] if inputs is None else inputs.notes,
     }

@@ -47,6 +47,17 @@ task vectors:
   it lacks is unchanged. They are added in float64, and the sum is rounded to the base's dtype, as
   saving the expert in it does. `qpmerge delta` writes such a file.
 
+heads:
+  Experts may be classifiers with heads of their own (another number of labels, other labels), on a
+  base with any head or none. What base and all experts have under one prefix of their names is the
+  backbone, which is merged; every expert's head is kept as it is, in DIR/heads/NAME: config.json,
+  the tokenizer where it is another, and head.safetensors. What only the base has stays as it is in
+  DIR, which loads as the base does. README.md in DIR has the lines of Python that load it with a
+  head. Where all heads have the base's shapes and labels, heads are merged like everything else,
+  unless --heads own is given; with --heads merged they always are. A language model's head is no
+  task's: it is merged. With calibration, auto chooses by the predictions of the heads. Adapters of
+  a classifier keep its head among modules_to_save: it is such a head.
+
 hub:
   Configuration, tokenizer and safetensors are downloaded to where huggingface_hub keeps its files;
   HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are heeded. merge.json has the commit.
@@ -115,6 +126,7 @@ examples:
   qpmerge moments tuned/fr --calibration fr.jsonl --out fr.moments.safetensors
   qpmerge merge base fr=tuned/fr de=tuned/de --out merged \\
       --moments fr=fr.moments.safetensors --moments de=de.moments.safetensors
+  qpmerge merge base tuned/sentiment tuned/topics --out merged --heads own
   qpmerge merge --config recipe.yml --out merged
   torchrun --nproc-per-node 2 -m qpmerge_lite merge base fr=tuned/fr de=tuned/de --out merged \\
       --calibration fr=fr.jsonl --calibration de=de.txt
@@ -237,4 +249,37 @@ exit status:
 example:
   qpmerge diagnose merged base fr=tuned/fr de=tuned/de \\
       --calibration fr=fr.jsonl --calibration de=de.txt --report merged.html
+"""
+EVALUATE = """
+Say how well models do on data: merges with the heads that they keep, experts, and the base.
+
+MODEL is the folder of a merge, or of any model. --data names a task and its inputs. A merge that
+keeps heads gets the head of that name. Classifiers of texts or pictures are measured by accuracy
+on labelled inputs; models that predict the next token, by perplexity on texts without labels, and
+with --expert by how often they choose the expert's next token.
+"""
+EVALUATE_MORE = """
+data:
+  SOURCE is what --calibration of qpmerge merge takes; all of it is read unless --samples is given.
+  Labels are numbers of classes, or their names in config.json, in the field "label" or the one that
+  --label names. Pictures in a folder have the names of the folders inside it as labels.
+  Models with an encoder and a decoder read a text and its target: the perplexity is the target's.
+
+numbers:
+  Accuracy has Wilson's 95 % interval; perplexity one of a bootstrap over texts. With --expert, the
+  ratio to the expert's and the difference from it have intervals of a bootstrap over inputs, which
+  stay paired. Inputs that the merge was made on flatter it: give others.
+
+files:
+  Nothing is written. Otherwise as with qpmerge merge. One model is in memory at a time.
+
+exit status:
+  0  the numbers are there, whatever they say
+  1  it was refused, with the reason on the error stream
+  2  the command was not understood
+
+examples:
+  qpmerge evaluate merged --data topics=topics-test.jsonl --label topics=topic \\
+      --expert topics=tuned/topics --base base
+  qpmerge evaluate soup=a ties=b --data fr=fr-test.txt --expert fr=tuned/fr
 """

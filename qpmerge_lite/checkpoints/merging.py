@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .folders import Checkpoint
+from .heads.files import write_heads
 from .large.estimates import disk_of_pass
 from .manifests import choice_of, manifest_of, without_time
 from .methods import CALIBRATED
@@ -45,7 +46,7 @@ def carry_out(plan: Plan, *, progress: bool = False, say: Callable[[str], None] 
         say: is told what was found of earlier runs, a line each.
     Raises: as :func:`merge_folders`.
     """
-    base, order, headers = plan.report.base, plan.order, plan.headers
+    report, order, headers = plan.report, plan.order, plan.headers
     sizes = {file: header.size for file, header in headers.items()}
     partial = Partial(order.out, plan.digest, sizes if plan.goes_by_tensor else {})
     meanwhile = disk_of_pass(plan.report, plan.method) if plan.inputs is not None else 0
@@ -58,7 +59,8 @@ def carry_out(plan: Plan, *, progress: bool = False, say: Callable[[str], None] 
             say(f"{partial.solved_groups} groups of layers were solved by an earlier run")
         told = _written(plan, partial, progress)
         manifest = manifest_of(plan) | told
-        copy_files(base, partial.merged)
+        copy_files(report.base, partial.merged)
+        manifest["heads"] = write_heads(report, partial.merged)
         if order.recipe is not None and order.recipe.out_dtype is not None:
             say_dtype(partial.merged, order.recipe.out_dtype)
         write_json(partial.merged / MANIFEST, manifest)
@@ -81,7 +83,7 @@ def _written(plan: Plan, partial: Partial, progress: bool) -> dict:
     """Write the merged weights; entries of the manifest that only the merge knows."""
     from tqdm import tqdm
 
-    from .tensors import Shards
+    from .tensors import Shards, read_tensors
 
     base = plan.report.base
     averaged = dict(partial.averaged)
@@ -108,6 +110,10 @@ def _written(plan: Plan, partial: Partial, progress: bool) -> dict:
                     bar.update(_bytes_of(base, [name]))
             told["table"] += [without_time(row) for row in merge.table]
             told["choice"] = choice_of(merge)
+        for name in plan.report.kept:
+            if name in shards.missing:
+                shards.write(name, read_tensors(base, [name])[name])
+                bar.update(_bytes_of(base, [name]))
     shards.finish()
     by_reason: dict[str, list[str]] = {}
     for name, reason in averaged.items():
@@ -125,7 +131,7 @@ def _merges(
 ) -> Iterator[Merge]:
     """Merges of parts of the model that together have the wanted tensors; a pass keeps what it has
     solved in a folder, where there is one for it."""
-    base, experts, order = plan.report.base, plan.report.experts, plan.order
+    base, experts, order = plan.report.backbone, plan.report.experts, plan.order
     if plan.moments:
         from .moments.solving import merged_layers
 
@@ -145,8 +151,7 @@ def _merges(
         from .large.solved import SolvedLayers
 
         yield merged_model(
-            base,
-            experts,
+            plan.report,
             plan.inputs.batches,
             plan.method,
             order.options,

@@ -9,6 +9,7 @@ from pathlib import Path
 from .calibration.sources import SAMPLES
 from .compatibility import refuse_errors
 from .findings import Refused
+from .heads.telling import AUTO, MERGED, OPTION, WISHES
 from .hub import check_places, is_away, local
 from .methods import CALIBRATED, FROM_MOMENTS, SETTLED, WEIGHTS_ONLY
 from .recipes.reading import Recipe
@@ -32,6 +33,7 @@ class Order:
         batch_size: inputs of a forward.
         recipe: in place of a method and its options, and where base and experts are from.
         random_seed: of a recipe's random methods.
+        heads: whether experts' heads are their own, see ``heads.telling.split``.
     """
 
     base: Path
@@ -47,12 +49,13 @@ class Order:
     batch_size: int = 8
     recipe: Recipe | None = None
     random_seed: int = 0
+    heads: str = AUTO
 
 
 def ordered(recipe: Recipe, out: Path, random_seed: int = 0) -> Order:
-    """The order that a recipe is."""
+    """The order that a recipe is, which merges heads like everything else."""
     base = recipe.sources[recipe.base].folder
-    return Order(base, recipe.experts, out, recipe=recipe, random_seed=random_seed)
+    return Order(base, recipe.experts, out, recipe=recipe, random_seed=random_seed, heads=MERGED)
 
 
 def check_calibration(order: Order, method: str) -> None:
@@ -109,6 +112,12 @@ def check_all_named(
         raise Refused(option, expected, lacking, f"add {option} {missing[0]}=FILE, {told}")
 
 
+def check_heads(wish: str) -> None:
+    """Refused for an unknown word about heads."""
+    if wish not in WISHES:
+        raise Refused(OPTION, f"one of {', '.join(WISHES)}", repr(wish), "choose one of them")
+
+
 def check_sizes(order, *fields: str) -> None:
     """Refused where one of these fields of an order is below one."""
     for name in fields:
@@ -121,22 +130,22 @@ def check_sizes(order, *fields: str) -> None:
 def downloaded(order: Order, progress: bool = False) -> Order:
     """The order with folders in place of references to the Hub; nothing is downloaded but headers
     where these show that no merge is made."""
-    base, experts = fetched(order.base, order.experts, progress)
+    base, experts = fetched(order.base, order.experts, order.heads, progress)
     return replace(order, base=base, experts=experts)
 
 
 def fetched(
-    base: Path, experts: Mapping[str, Path], progress: bool = False
+    base: Path, experts: Mapping[str, Path], heads: str = AUTO, progress: bool = False
 ) -> tuple[Path, dict[str, Path]]:
     """Base and experts with folders in place of references; nothing is downloaded but headers where
     these show what is wrong.
 
     Args:
-        base, experts: as of :func:`hub.check_places`.
+        base, experts, heads: as of :func:`hub.check_places`.
     """
     if not any(is_away(place) for place in (base, *experts.values())):
         return base, dict(experts)
-    report, _ = check_places(base, experts)
+    report, _ = check_places(base, experts, heads)
     refuse_errors(report)
     folders = {name: local(place, progress=progress) for name, place in experts.items()}
     return local(base, progress=progress), folders

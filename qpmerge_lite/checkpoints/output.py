@@ -15,6 +15,7 @@ from .deltas.reading import behind
 from .findings import Refused, size
 from .folders import CONFIG, INDEX, OTHERS, TOKENIZER, Checkpoint, read_json
 from .headers import NAMES, read_header
+from .heads.card import about_heads
 from .partial import explained, refuse_if_there, tidy
 
 MANIFEST, CARD = "merge.json", "README.md"
@@ -183,4 +184,5 @@ def card(manifest: dict) -> str:
             lines += ["", f"Moments of {name}: `{file['file']}`, measured on {count} inputs."]
     for reason, names in manifest["averaged"].items():
         lines += ["", f"Averaged, {len(names)} tensors: {reason}."]
+    lines += about_heads(manifest)
     return "\n".join(lines) + "\n"

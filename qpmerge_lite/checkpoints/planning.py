@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .compatibility import Report, check, refuse_errors
-from .findings import Refused
+from .findings import Refused, shortened
 from .folders import INDEX, OTHERS, PROCESSOR, TOKENIZER
 from .headers import Header
+from .heads.telling import OPTION
 from .methods import BY_MOMENTS, MODEL, WEIGHTS_ONLY, at_once, check_options, chosen
 from .moments.files import MomentsFile, read_all
-from .orders import Order, check_calibration, check_moments, downloaded
+from .orders import Order, check_calibration, check_heads, check_moments, downloaded
 from .output import check_place, plain, versions
 from .recipes.plans import plans, settle_dtypes, stored_headers
 
@@ -83,7 +84,7 @@ class Plan:
             {name: str(place) for name, place in order.calibration.items()},
             moments,
             [self.method, plain(order.options), plain(order.columns)],
-            [order.samples, order.max_length, order.batch_size],
+            [order.samples, order.max_length, order.batch_size, order.heads],
             order.recipe and order.recipe.as_json(order.random_seed),
             versions(self.inputs is not None),
         ]
@@ -108,12 +109,14 @@ def plan_of(
         writes: whether this process is to write the output, which has to have a place then.
     Raises: MergeError for whatever can be seen before a weight is read.
     """
+    check_heads(order.heads)
     order, method, why = settled(order)
     if writes:
         check_place(order.out, [order.base, *order.experts.values()])
     order = downloaded(order, progress)
-    report = check(order.base, order.experts)
+    report = check(order.base, order.experts, order.heads)
     refuse_errors(report)
+    refuse_moments_with_heads(order, report)
     moments = read_all(order.moments, report.base, report.experts) if order.moments else {}
     inputs = None
     if order.recipe is not None:
@@ -130,6 +133,15 @@ def plan_of(
     stamps = stamps_of(order, report)
     shared_by = None if inputs is None else group
     return Plan(order, method, why, report, inputs, moments, stamps, shared_by)
+
+
+def refuse_moments_with_heads(order: Order, report: Report) -> None:
+    """Refused where experts have heads of their own, and moments, which are of whole models."""
+    if report.heads and order.moments:
+        expected = "experts of the base's own architecture"
+        found = f"heads of their own ({shortened(report.heads)})"
+        cure = f"give --calibration, or {OPTION} merged where all heads are as the base's"
+        raise Refused("--moments", expected, found, cure)
 
 
 def settled(order: Order) -> tuple[Order, str, str]:

@@ -12,6 +12,7 @@ from ..errors import MergeError
 from ..merge import Merge
 from .architectures import names_in_model
 from .folders import Checkpoint
+from .heads.telling import Backbone
 from .methods import ONE_STREAM, function_of, groups_of
 from .tensors import Entries, read_tensors
 
@@ -95,7 +96,8 @@ def with_tied_names(base: Checkpoint, entries: dict[str, Tensor]) -> dict[str, T
     named: dict[str, Tensor] = {}
     for name, first in names_in_model(base).items():
         source = name if name in entries else first
-        if source in entries:
+        is_merged = not isinstance(base, Backbone) or base.has_part(name)
+        if source in entries and is_merged:
             named[name] = entries[source]
     return named | entries
 

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from functools import partial
 
 from ..checkpoints.arguments import add_verbs
-from ..checkpoints.commands import run_command
+from ..checkpoints.commands.running import run_command
 from ..checkpoints.completion.scripts import add_completion
 from ..errors import MergeError
 from .book import claim_pages, claims, expected, run
@@ -20,6 +20,8 @@ from .plans import DATA_TIERS, PLANS
 from .records import keep
 
 TIERS = tuple(PLANS)  # of runs, under whose names records are filed
+
+VERBS = "{merge,check,moments,delta,diagnose,evaluate,completion,book,data}"
 
 
 def main(argv=None):
@@ -31,9 +33,7 @@ def main(argv=None):
 def parser():
     """The command line as an ``argparse`` parser."""
     top = argparse.ArgumentParser(prog="qpmerge", description=__doc__)
-    groups = top.add_subparsers(
-        required=True, metavar="{merge,check,moments,delta,diagnose,completion,book,data}"
-    )
+    groups = top.add_subparsers(required=True, metavar=VERBS)
     add_verbs(groups)
     add_completion(top, groups)
     verbs = groups.add_parser("book", help="the executable book").add_subparsers(

@@ -122,7 +122,7 @@ def gathered(adapter: Adapter) -> tuple[dict[str, Fold], list[Finding]]:
     for key in adapter.tensors:
         if BEFORE in key or AGAIN in key and key.replace(AGAIN, ".") in adapter.tensors:
             continue
-        name, part = _target(key.removeprefix(WRAPPER))
+        name, part = target_of(key.removeprefix(WRAPPER))
         fold = folds.setdefault(name, Fold(name.rpartition(".")[0]))
         if part in fold.parts:
             where = f"{adapter.folder / WEIGHTS}, tensor {key!r}"
@@ -135,7 +135,7 @@ def gathered(adapter: Adapter) -> tuple[dict[str, Fold], list[Finding]]:
     return folds, findings
 
 
-def _target(key: str) -> tuple[str, str]:
+def target_of(key: str) -> tuple[str, str]:
     """The tensor that one of the file's changes, and what the one of the file is to it."""
     for ending, (part, changed) in ENDINGS.items():
         if key.endswith(ending):

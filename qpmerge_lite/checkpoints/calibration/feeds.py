@@ -17,7 +17,7 @@ from ..folders import PROCESSOR, Checkpoint
 from .pictures import opened
 from .records import IMAGE, TARGET, TEXT
 from .sources import Row, Source, notes, read_source, shared
-from .tokens import batches, check_tokens, positions, token_rows, tokenizer_of, with_decoder
+from .tokens import batches, checked_rows, longest, tokenizer_of, with_decoder
 
 
 @dataclass
@@ -65,6 +65,11 @@ def feed(
     """
     model = empty_model(report.base)
     usual = fields_of(model, str(report.base.folder))
+    if report.heads and TARGET in usual:
+        where, found = str(report.base.folder), "one that answers a text with another"
+        cure = "merge by a method that looks at weights only"
+        expected = "a base that reads texts or pictures alone, as experts have heads of their own"
+        raise Refused(where, expected, found, cure)
     pictures = usual == (IMAGE,)
     sources = {}
     for name, place in places.items():
@@ -81,9 +86,8 @@ def feed(
             made.warnings += _other_processor(expert, processor, report.base)
         else:
             tokenizer = tokenizer_of(expert, report.base)
-            limit = min(max_length, positions(model), tokenizer.model_max_length)
-            tokens, cut = token_rows(rows, tokenizer, limit, TARGET in usual)
-            check_tokens(rows, tokens, model)
+            limit = longest(model, tokenizer, max_length)
+            tokens, cut = checked_rows(rows, tokenizer, model, limit, TARGET in usual)
             own = batches(tokens, batch_size, tokenizer.pad_token_id)
             if TARGET in usual:
                 own = [with_decoder(model, batch) for batch in own]

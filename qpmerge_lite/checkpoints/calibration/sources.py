@@ -28,10 +28,12 @@ class Row:
         where: file and line, or row, or the picture, for messages.
         content: texts, as many as there are fields; the messages of a chat; or a picture, as a path
             or as the bytes of a file.
+        label: what the row has in a field for that, None where none is read.
     """
 
     where: str
     content: tuple[str, ...] | list[dict] | Path | bytes
+    label: object = None
 
 
 @dataclass
@@ -76,7 +78,12 @@ def spread(total: int, count: int) -> list[int]:
 
 
 def read_source(
-    expert: str, place: str | Path, fields: Sequence[str], samples: int, pictures: bool = False
+    expert: str,
+    place: str | Path,
+    fields: Sequence[str],
+    samples: int | None,
+    pictures: bool = False,
+    label: str | None = None,
 ) -> Source:
     """The calibration inputs of an expert.
 
@@ -86,22 +93,27 @@ def read_source(
             a file at the Hub, see ``hub.fetched``.
         fields: names of what is read of a row: a picture; a text or a pair of texts; or a text and
             its target. A row with ``messages`` in place of ``text`` is a chat.
-        samples: how many inputs are taken at the most, spread evenly over all.
+        samples: how many inputs are taken at the most, spread evenly over all; None for all.
         pictures: whether the inputs are pictures.
+        label: field that labels are read from, None for no labels; pictures in a folder have the
+            name of the folder inside it as theirs.
     Raises: Refused naming the file, and the line or row where it is one.
     """
     reader = reader_of(place, pictures)
     total = reader.count()
-    numbers = spread(total, samples)
+    numbers = spread(total, total if samples is None else samples)
     asked = {*fields, MESSAGES} if tuple(fields) == (TEXT,) else set(fields)
+    asked |= set() if label is None else {label}
     rows, others, blank = [], dict.fromkeys(getattr(reader, "others", ())), 0
     for record in reader.records(numbers, asked):
         others |= dict.fromkeys(record.others)
         content = _content(expert, record, fields, pictures)
         if content is None:
             blank += 1
-        else:
+        elif label is None:
             rows.append(Row(record.where, content))
+        else:
+            rows.append(Row(record.where, content, _label(expert, reader, record, label)))
     if not rows:
         cure = "give every expert some unlabelled inputs of its task"
         what = "picture" if pictures else "text"
@@ -157,6 +169,23 @@ def _content(expert: str, record: Record, fields: Sequence[str], pictures: bool)
         return _messages(record.where, fields[0], first)
     texts = [_text(record.where, name, values[name]) for name in fields]
     return tuple(texts) if all(text.strip() for text in texts) else None
+
+
+def _label(expert: str, reader: Reader, record: Record, field: str) -> object:
+    """The label of a row."""
+    if isinstance(reader, Pictures):
+        (path,) = record.values.values()
+        folder = Path(str(path)).relative_to(reader.path).parent.name
+        if not folder:
+            cure = "put every picture into a folder with the name of its label"
+            raise Refused(record.where, "a picture in a folder of its label", "one beside", cure)
+        return folder
+    if field not in record.values:
+        there = [*record.values, *record.others]
+        found = f"only {', '.join(map(repr, there))}"
+        cure = f"say which field has the labels: --label {expert}=FIELD"
+        raise Refused(record.where, f"a field {field!r} with the label", found, cure)
+    return record.values[field]
 
 
 def _text(where: str, name: str, value: object) -> str:

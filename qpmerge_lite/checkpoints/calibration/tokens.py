@@ -98,6 +98,20 @@ def rendered(row: Row, tokenizer) -> str:
         raise Refused(row.where, expected, f"what it refuses ({error})", cure) from error
 
 
+def longest(model: nn.Module, tokenizer, asked: int) -> int:
+    """Tokens of a text at the most: what is asked for, where model and tokenizer have that many."""
+    return min(asked, positions(model), tokenizer.model_max_length)
+
+
+def checked_rows(
+    rows: Sequence[Row], tokenizer, model: nn.Module, limit: int, has_targets: bool
+) -> tuple[list[Tokens], int]:
+    """What :func:`token_rows` gives, refused where the model cannot read it."""
+    tokens, cut = token_rows(rows, tokenizer, limit, has_targets)
+    check_tokens(rows, tokens, model)
+    return tokens, cut
+
+
 def check_tokens(rows: Sequence[Row], tokens: Sequence[Tokens], model: nn.Module) -> None:
     """Refused for a text without tokens, and for tokens that the model has no row for."""
     known = model.get_input_embeddings().num_embeddings  # type: ignore[operator]

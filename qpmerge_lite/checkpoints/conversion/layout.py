@@ -3,7 +3,7 @@ fused and split, as the experts of a mixture are, which lie in files one by one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -96,7 +96,11 @@ class Layout:
                 raise Refused(where, f"shape {entry.shape}", in_model, CONVERT)
 
     def state_of(
-        self, checkpoint: Checkpoint, rounds: bool = False, room: Path | None = None
+        self,
+        checkpoint: Checkpoint,
+        names: Collection[str] | None = None,
+        rounds: bool = False,
+        room: Path | None = None,
     ) -> dict[str, Tensor]:
         """The tensors of a checkpoint of the base's architecture as the model has them: name in the
         model -> tensor, in the dtype of the files, or of the model where some were converted.
@@ -105,16 +109,23 @@ class Layout:
         a second copy of the checkpoint for as long as it lasts.
 
         Args:
+            names: of tensors that it has, by default all.
             rounds: whether all have the dtype of the model, as far as their numbers fit into it.
             room: folder for what is in no file as it is wanted, see ``expert_state``.
-        Raises: NonFinite naming the file, where tensors are converted that are not finite.
+        Raises: NonFinite naming the file, where tensors are converted that are not finite; Refused
+            for some names only, where tensors are converted.
         """
+        names = self._names if names is None else names
         if not self.converted:
-            dtypes: dict[str, torch.dtype | None] = dict.fromkeys(self._names)
+            dtypes: dict[str, torch.dtype | None] = dict.fromkeys(names)
             if rounds:
                 state = self._model.state_dict()
-                dtypes |= {name: state[self.in_model[name]].dtype for name in self._names}
+                dtypes |= {name: state[self.in_model[name]].dtype for name in names}
             return renamed(expert_state(checkpoint, dtypes, room), self.in_model)
+        if len(names) != len(self._names):
+            expected = "heads beside a backbone that transformers has as it is in its files"
+            cure = "merge by a method that looks at weights only"
+            raise Refused(self.base.folder, expected, "one that it converts", cure)
         tensors = read_tensors(checkpoint, self._names)
         self._refuse_damaged(checkpoint, tensors)
         model = self._model

@@ -58,7 +58,7 @@ def write_difference(order: Difference, *, progress: bool = False) -> dict:
         are not finite or that the dtype cannot hold. Nothing is left of the output then.
     """
     check_new_file(order.out, SUFFIX)
-    base, experts = fetched(order.base, {EXPERT: order.expert}, progress)
+    base, experts = fetched(order.base, {EXPERT: order.expert}, progress=progress)
     report = check(base, experts)
     refuse_errors(report)
     dtype = DTYPES[order.dtype]

@@ -120,18 +120,18 @@ def compared(
         kind: ``predictions`` or ``outputs``.
     Raises: NonFinite for outputs that are not finite; Refused for other than one per text.
     """
-    predicts_next = kind == PREDICTIONS and _is_causal(model)
+    predicts_next = kind == PREDICTIONS and is_causal(model)
     for batch in batches:
-        outputs = {role: _output(model, states[role], batch, role) for role in ROLES}
+        outputs = {role: output_of(model, states[role], batch, role) for role in ROLES}
         for row in range(batch.size):
-            own = {role: _positions(output, batch, row) for role, output in outputs.items()}
+            own = {role: positions_of(output, batch, row) for role, output in outputs.items()}
             if kind == OUTPUTS:
                 yield _text_of_outputs(own)
             else:
-                yield _text_of_predictions(own, _tokens(batch, row) if predicts_next else None)
+                yield _text_of_predictions(own, tokens_of(batch, row) if predicts_next else None)
 
 
-def _is_causal(model: nn.Module) -> bool:
+def is_causal(model: nn.Module) -> bool:
     """Whether a model predicts the next token at every position: it is of a class for that, and no
     encoder that reads both ways all the same, as a BERT does unless its configuration says
     ``is_decoder``."""
@@ -144,7 +144,7 @@ def _is_causal(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _output(model: nn.Module, state: State, batch: Batch, role: str) -> Tensor:
+def output_of(model: nn.Module, state: State, batch: Batch, role: str) -> Tensor:
     """What is compared of one model on a batch, (B, …, d)."""
     with evaluating(model):
         output = main_output(outputs_of(model, dict(state), batch))
@@ -157,7 +157,7 @@ def _output(model: nn.Module, state: State, batch: Batch, role: str) -> Tensor:
     return output
 
 
-def _positions(output: Tensor, batch: Batch, row: int) -> Tensor:
+def positions_of(output: Tensor, batch: Batch, row: int) -> Tensor:
     """Outputs (P, d) of one text at the positions that are no padding, out of (B, S, d); or (1, d)
     out of (B, d), where there is one for a text."""
     if output.dim() < 3:
@@ -170,7 +170,7 @@ def _positions(output: Tensor, batch: Batch, row: int) -> Tensor:
     return output[row][mask != 0]
 
 
-def _tokens(batch: Batch, row: int) -> Tensor:
+def tokens_of(batch: Batch, row: int) -> Tensor:
     """Ids (P,) of one text, without padding."""
     return batch.arguments["input_ids"][row][batch.arguments["attention_mask"][row] != 0]
 
@@ -195,12 +195,16 @@ def _text_of_predictions(own: Mapping[str, Tensor], tokens: Tensor | None) -> Te
     for role, log in logs.items():
         equal[role] = int((own[role].argmax(-1) == first).sum())
         if tokens is not None:
-            following = log[:-1].gather(1, tokens[1:].unsqueeze(1))
-            surprisal[role] = -float(following.sum())
+            surprisal[role] = surprisal_of(log[:-1], tokens[1:])
     targets = 0 if tokens is None else len(tokens) - 1
     lost = float((expert.exp() * (expert - logs[MERGED])).sum())
     energy = float((expert.exp() * (expert - logs[BASE])).sum())
     return Text(len(first), lost, energy, equal, surprisal, targets)
+
+
+def surprisal_of(log: Tensor, following: Tensor) -> float:
+    """Negative log-likelihood, in nats, of tokens (P,) under log-probabilities (P, tokens)."""
+    return -float(log.gather(1, following.unsqueeze(1)).sum())
 
 
 def estimates(texts: Sequence[Text]) -> dict[str, Estimate | None]:
@@ -221,9 +225,9 @@ def estimates(texts: Sequence[Text]) -> dict[str, Estimate | None]:
         targets = [text.targets for text in texts]
         for role in ROLES:
             own = [text.surprisal[role] for text in texts]
-            told[f"perplexity_of_{role}"] = ratio(own, targets, _exponential)
+            told[f"perplexity_of_{role}"] = ratio(own, targets, exponential)
         more = [text.surprisal[MERGED] - text.surprisal[EXPERT] for text in texts]
-        told["perplexity_ratio"] = ratio(more, targets, _exponential)
+        told["perplexity_ratio"] = ratio(more, targets, exponential)
     return told
 
 
@@ -231,6 +235,6 @@ def _captured(share: float) -> float:
     return 1 - share
 
 
-def _exponential(power: float) -> float:
+def exponential(power: float) -> float:
     """``e**power``, infinite where no float holds it."""
     return math.exp(power) if power < 700 else math.inf

@@ -19,6 +19,7 @@ from ..calibration.sources import SAMPLES
 from ..compatibility import check, refuse_errors
 from ..findings import WARNING, Finding
 from ..folders import CONFIG, OTHERS, TOKENIZER, Checkpoint, read_json
+from ..heads.telling import MERGED as LIKE_THE_REST
 from ..manifests import input_of, warnings_of
 from ..orders import check_all_named, check_names, check_sizes, fetched
 from ..output import MANIFEST, versions
@@ -75,14 +76,15 @@ def diagnose_folders(question: Question, *, progress: bool = False) -> dict:
     check_all_named("--calibration", question.calibration, question.experts, expected, told)
     check_sizes(question, "samples", "max_length", "batch_size")
     places = {NO_EXPERT: question.merged, **question.experts}
-    report = check(*fetched(question.base, places, progress))
+    base, folders = fetched(question.base, places, LIKE_THE_REST, progress)
+    report = check(base, folders, heads=LIKE_THE_REST)
     refuse_errors(report)
     merged, *experts = report.experts
     merged.name = MERGED
-    recipe = _recipe(merged)
+    recipe = recipe_of(merged)
     inputs = feed_of(question, replace(report, experts=experts))  # whose findings are shared
     calibration = inputs.as_json()
-    warnings = [*_seen_before(recipe, calibration), *warnings_of(report)]
+    warnings = [*seen_before(recipe, calibration), *warnings_of(report)]
     measured = _Measuring(report.base, merged, experts, inputs).run(progress)
     return {
         "diagnosis": 1,
@@ -96,7 +98,7 @@ def diagnose_folders(question: Question, *, progress: bool = False) -> dict:
     }
 
 
-def _recipe(merged: Checkpoint) -> dict | None:
+def recipe_of(merged: Checkpoint) -> dict | None:
     """What the merge says of how it was made, None where it says nothing."""
     return read_json(merged.folder / MANIFEST) if merged.matching([MANIFEST]) else None
 
@@ -109,7 +111,7 @@ def _inputs(base: Checkpoint, merged: Checkpoint, experts: Sequence[Checkpoint])
     return models
 
 
-def _seen_before(recipe: dict | None, calibration: Mapping[str, dict]) -> list[dict]:
+def seen_before(recipe: dict | None, calibration: Mapping[str, dict]) -> list[dict]:
     """A warning for every file of texts that the merge was made on."""
     used = (recipe or {}).get("calibration")
     if not isinstance(used, dict):

@@ -129,23 +129,23 @@ def as_text(diagnosis: Mapping) -> str:
     lines = [compared(diagnosis), "", *_experts(diagnosis), ""]
     meanings = MEANINGS[diagnosis["compared"]["kind"]]
     for name in shown_columns(diagnosis):
-        lines += _wrapped(f"{TITLES[name]}: {meanings[name]}")
-    lines += _wrapped(INTERVAL)
+        lines += wrapped(f"{TITLES[name]}: {meanings[name]}")
+    lines += wrapped(INTERVAL)
     if any(own["captured"] is None for own in diagnosis["experts"].values()):
-        lines += _wrapped(NOTHING_TO_CAPTURE)
+        lines += wrapped(NOTHING_TO_CAPTURE)
     lines += ["", *_layers(diagnosis["layers"]), ""]
     titles = {"energy": "lowest", "captured": "all", "gap": "gap"}
     for name, meaning in LAYER_MEANINGS.items():
-        lines += _wrapped(f"{titles[name]}: {meaning}")
+        lines += wrapped(f"{titles[name]}: {meaning}")
     for reason, names in diagnosis["left_out"].items():
-        lines += _wrapped(f"in no layer, tensors: {len(names)}, {reason}")
+        lines += wrapped(f"in no layer, tensors: {len(names)}, {reason}")
     if diagnosis["untouched"]:
         count = len(diagnosis["untouched"])
-        lines += _wrapped(f"untouched, tensors: {count}, the base's though an expert has others")
+        lines += wrapped(f"untouched, tensors: {count}, the base's though an expert has others")
     for warning in diagnosis["warnings"]:
         place, cure = warning["where"], warning["cure"]
         said = f"expected {warning['expected']}, found {warning['found']}; {cure}"
-        lines += _wrapped(f"warning: {place}: {said}")
+        lines += wrapped(f"warning: {place}: {said}")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -157,7 +157,7 @@ def _experts(diagnosis: Mapping) -> list[str]:
         rows = []
         for expert, own in diagnosis["experts"].items():
             rows.append([expert, str(len(own["texts"])), *(told(own[name]) for name in part)])
-        lines += ([""] if place else []) + _table(head, rows)
+        lines += ([""] if place else []) + aligned(head, rows)
     return lines
 
 
@@ -178,13 +178,13 @@ def _layers(rows: Sequence[Mapping]) -> list[str]:
         captured, gap_ = certificate(row, "captured"), certificate(row, "gap")
         numbers = [number(value), expert, number(captured), number(gap_)]
         table.append([str(place + 1), row["layer"], *numbers])
-    lines = _table(["#", "layer", "lowest", "for", "all", "gap"], table, widest=1)
+    lines = aligned(["#", "layer", "lowest", "for", "all", "gap"], table, widest=1)
     if len(places) < len(rows):
         lines.append(f"({len(places)} of {len(rows)} layers, those with the largest gap)")
     return lines
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], widest: int = 0) -> list[str]:
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], widest: int = 0) -> list[str]:
     """Lines of aligned columns; names in column ``widest`` are cut where they do not fit, and
     others after 16 letters where they are names."""
     cells = [list(map(printable, row)) for row in (head, *rows)]
@@ -224,7 +224,7 @@ def fitted(text: str, most: int) -> str:
     return f"{head}…{tail}"
 
 
-def _wrapped(text: str) -> list[str]:
+def wrapped(text: str) -> list[str]:
     """A sentence in lines that fit."""
     from textwrap import wrap
 

@@ -60,25 +60,25 @@ def memory_of_pass(
             known, and all tokens are taken to occur.
     """
     kept = KEPT.get(method, ONE_MERGE)
-    models = kept.merges * report.base.bytes + DOUBLE * kept.besides * report.parameters
+    models = kept.merges * report.backbone.bytes + DOUBLE * kept.besides * report.parameters
     if method in OWN_PRECISION:  # which run experts of another dtype in copies of the base's
-        dtypes = {entry.dtype for entry in report.base.entries.values()}
+        dtypes = {entry.dtype for entry in report.backbone.entries.values()}
         others = [e for e in report.experts if {n.dtype for n in e.entries.values()} != dtypes]
-        models += len(others) * report.base.bytes
+        models += len(others) * report.backbone.bytes
     layer = memory_of_layer(report, method, options, _tokens_that_occur(inputs))
-    return models + layer + (0 if inputs is None else _waiting(report.base, method, inputs))
+    return models + layer + (0 if inputs is None else _waiting(report.backbone, method, inputs))
 
 
 def disk_of_pass(report: Report, method: str) -> int:
     """Bytes on the disk, besides the output, while a pass is made: layers that are solved, and what
     experts have that is in no file as it is run."""
-    total = KEPT.get(method, ONE_MERGE).solved * report.base.bytes
+    total = KEPT.get(method, ONE_MERGE).solved * report.backbone.bytes
     for expert in report.experts:
         if isinstance(expert, Change):
-            folded = [report.base.entries[name] for name in expert.files_of_tensors]
+            folded = [report.backbone.entries[name] for name in expert.files_of_tensors]
             total += sum(SINGLE * prod(entry.shape) for entry in folded)
         else:
-            entries = report.base.entries.items()
+            entries = report.backbone.entries.items()
             rounded = [e for name, e in entries if expert.entries[name].dtype != e.dtype]
             total += sum(entry.stop - entry.start for entry in rounded)
     return total
@@ -94,7 +94,7 @@ def memory_of_layer(
     """
     folds = options.get("folds", FOLDS.get(method, 1))
     folds, experts = folds if isinstance(folds, int) else 1, len(report.experts)
-    base, most = report.base, 0
+    base, most = report.backbone, 0
     tied, rows = base.config.get("tie_word_embeddings"), base.config.get("vocab_size")
     for (_, n), outputs in _alike(base).items():
         m = max(outputs)
@@ -145,8 +145,8 @@ def _waiting(base: Checkpoint, method: str, inputs: Feed) -> int:
 
 def memory_of_recipe(recipe: Recipe, report: Report) -> int:
     """Bytes that a recipe holds to merge the tensor that takes most."""
-    models = [report.base, *report.experts]
-    return max((_of_tensor(recipe, models, name) for name in report.base.entries), default=0)
+    models = [report.backbone, *report.experts]
+    return max((_of_tensor(recipe, models, name) for name in report.backbone.entries), default=0)
 
 
 def _of_tensor(recipe: Recipe, models: Sequence[Checkpoint], name: str) -> int:

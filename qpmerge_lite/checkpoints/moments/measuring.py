@@ -128,7 +128,7 @@ def _whole_model(place: Path, progress: bool) -> Checkpoint:
     errors."""
     if behind(place) is not None:
         raise Refused(place, "a whole model", "a task vector", WHOLE_OF_DELTA)
-    folder, _ = fetched(place, {}, progress)
+    folder, _ = fetched(place, {}, progress=progress)
     if is_adapter(folder):
         raise Refused(folder, "a whole model", "an adapter", WHOLE)
     report = check(folder, {})

@@ -1,0 +1,174 @@
+"""The verbs ``merge`` and ``check``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from ..compatibility import Report
+from ..costs import Costs, estimated, estimated_plan
+from ..findings import WARNING, Finding, Refused, size
+from ..heads.telling import AUTO, OPTION
+from ..hub import check_places
+from ..large.measured import measured
+from ..methods import METHODS, assignment, literal
+from .words import named_folders, pairs
+
+MEMORY = "memory beside what Python and its packages take"
+
+
+def run_check(arguments) -> int:
+    report, missing = check_places(
+        arguments.base, named_folders(arguments.experts), arguments.heads
+    )
+    costs = {} if report.errors else {name: estimated(report, name, {}) for name in METHODS}
+    if arguments.json:
+        estimates = {name: cost._asdict() for name, cost in costs.items()}
+        said = report.as_json() | {"downloads": missing, "estimates": estimates}
+        print(json.dumps(said, indent=1))
+    else:
+        _print_findings(report, arguments.quiet, missing)
+        if not arguments.quiet:
+            _print_costs(costs)
+    return int(bool(report.errors))
+
+
+def _print_findings(report: Report, only_errors: bool, missing: int) -> None:
+    for finding in report.errors if only_errors else report.findings:
+        print(finding, file=sys.stderr if only_errors else sys.stdout)
+    if not only_errors:
+        counts = f"{len(report.errors)} errors, {len(report.at(WARNING))} warnings"
+        print(
+            f"{counts}; {len(report.base.entries)} tensors, {report.parameters:,} numbers; "
+            f"a merge reads {size(report.bytes)} of weights"
+            + (f" and downloads {size(missing)} of them first" if missing else "")
+        )
+
+
+def _print_costs(costs: dict[str, Costs]) -> None:
+    """A table of what every method would cost."""
+    if costs:
+        print(f"\n{'method':<18} {'memory':>8} {'read':>8} {'written':>8}  sees at once")
+    for name, cost in costs.items():
+        sizes = [f"{size(count):>8}" for count in (cost.memory, cost.read, cost.written)]
+        print(f"{name:<18} {' '.join(sizes)}  {cost.at_once}")
+    if costs:
+        print(f"{MEMORY}; a merge shows the time that is left")
+
+
+def run_merge(arguments) -> int:
+    from ..merging import carry_out, silent, take_part
+    from ..planning import plan_of
+
+    order, party = _order(arguments), arguments.party
+    if party.number > 0:
+        take_part(order, party.group)
+        return 0
+    talks = not (arguments.quiet or arguments.json)
+    shows = talks and sys.stderr.isatty()
+    plan = plan_of(order, progress=shows, group=party.group)
+    if talks and party.count > plan.processes:
+        _say(f"one of the {party.count} processes makes this merge: it runs no model")
+    estimate = estimated_plan(plan)
+    if talks:
+        of_each = f", in each of {plan.processes} processes" if plan.processes > 1 else ""
+        print(
+            f"estimated: {size(estimate.memory)} of memory, reads {size(estimate.read)}, writes "
+            f"{size(estimate.written)} ({MEMORY}{of_each})",
+            flush=True,
+        )
+    with measured() as found:
+        say = silent if arguments.quiet else _say
+        manifest = carry_out(plan, progress=shows, say=say)
+    if arguments.json:
+        from ..output import plain
+
+        costs = {"estimated": estimate._asdict(), "measured": found}
+        told = {"out": str(order.out), "costs": costs} | manifest
+        print(json.dumps(plain(told), indent=1))
+    elif talks:
+        _tell(order.out, manifest, found)
+    return 0
+
+
+def _order(arguments):
+    """What is to be merged, by a recipe or by the command line."""
+    from ..orders import Order, ordered
+    from ..recipes.reading import read_recipe
+
+    if arguments.config is not None:
+        _refuse_beside_recipe(arguments)
+        return ordered(read_recipe(arguments.config), arguments.out, arguments.random_seed or 0)
+    if arguments.random_seed is not None:
+        cure = "write --option seed=N for a method of that option"
+        raise Refused("--random-seed", "it beside --config", "it without", cure)
+    calibration = pairs(arguments.calibration, "--calibration", "french=french.jsonl")
+    columns = pairs(arguments.column, "--column", "french=sentence")
+    options = pairs(arguments.option, "--option", "density=0.1")
+    moments: dict[str, list[Path]] = {}
+    for word in arguments.moments:
+        name, file = assignment(word, "--moments", "french=french.safetensors")
+        moments.setdefault(name, []).append(Path(file))
+    return Order(
+        base=arguments.base,
+        experts=named_folders(arguments.experts),
+        out=arguments.out,
+        method=arguments.method,
+        calibration=dict(calibration),
+        columns={name: fields.split(",") for name, fields in columns.items()},
+        moments=moments,
+        options={name: literal(value) for name, value in options.items()},
+        samples=arguments.samples,
+        max_length=arguments.max_length,
+        batch_size=arguments.batch_size,
+        heads=arguments.heads,
+    )
+
+
+def _refuse_beside_recipe(arguments) -> None:
+    """Refused where the command line says what a recipe says."""
+    given = {
+        "BASE": arguments.base,
+        "EXPERT": arguments.experts,
+        "--method": arguments.method,
+        "--calibration": arguments.calibration,
+        "--column": arguments.column,
+        "--moments": arguments.moments,
+        "--option": arguments.option,
+        OPTION: None if arguments.heads == AUTO else arguments.heads,
+    }
+    for name, value in given.items():
+        if value:
+            cure = "leave it out and write it into the recipe, or leave out --config"
+            raise Refused(name, "none beside --config, which says it all", f"{value}", cure)
+
+
+def _say(line: str) -> None:
+    print(f"qpmerge: {line}", file=sys.stderr)
+
+
+def _tell(out: Path, manifest: dict, found: dict) -> None:
+    """What was made, in a few lines."""
+    print(f"method: {manifest['method']} ({manifest['why']})")
+    if manifest["choice"]:
+        print(f"chosen: {manifest['choice']['chosen']}")
+    for name, given in manifest["calibration"].items():
+        print(f"calibration of {name}: {given['inputs']} of {given['of']:,} inputs")
+    for note in manifest["notes"]:
+        print(f"note: {note}")
+    for warning in manifest["warnings"]:
+        print(f"warning: {Finding(**warning).message}")
+    if manifest["table"]:
+        print(f"layers merged: {len(manifest['table'])}")
+    for reason, names in manifest["averaged"].items():
+        print(f"averaged: {len(names)} tensors, {reason}")
+    for head in manifest["heads"].values():
+        print(f"head kept: {head['file']}, {head['class']}")
+    if manifest["kept"]:
+        print(f"not merged: {len(manifest['kept'])} tensors, which stay as the base has them")
+    print(
+        f"measured: {size(found['memory'])} of memory, {size(found['peak'])} with Python and its "
+        f"packages; {found['seconds']:.1f} s"
+    )
+    print(f"written: {out}")

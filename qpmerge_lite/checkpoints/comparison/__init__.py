@@ -1,0 +1,1 @@
+"""What checkpoints have that others have not, part by part."""

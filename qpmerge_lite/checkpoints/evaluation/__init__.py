@@ -1,0 +1,1 @@
+"""How well models do on labelled inputs, or how well they predict texts."""

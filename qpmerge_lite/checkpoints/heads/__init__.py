@@ -1,0 +1,1 @@
+"""Heads of tasks beside a merged backbone: told from it, written, and run."""
