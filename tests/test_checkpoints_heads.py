@@ -779,3 +779,9 @@ def test_adapters_and_whole_models_with_heads_are_merged_together(families, tmp_
     status, _, err = run(capsys, "merge", *words, "--out", tmp_path / "no")
     assert status == 1 and "adapter_config.json: expected a head of a task" in err
     assert "found an adapter without one" in err
+
+
+def test_a_difference_is_of_all_tensors_and_not_of_a_backbone(families, tmp_path, capsys):
+    family, out = families["bert"], tmp_path / "difference.safetensors"
+    status, _, err = run(capsys, "delta", family.base, family.root / "sentiment", "--out", out)
+    assert status == 1 and "reasons not to merge these" in err and not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from ..compatibility import Report, check, refuse_errors
 from ..findings import Refused
 from ..folders import Checkpoint
 from ..headers import LENGTH, NAMES, SIZES, Entry
+from ..heads.telling import MERGED
 from ..orders import fetched
 from ..output import check_new_file, check_room, new_file, versions
 from ..tensors import TYPES, Entries, bytes_of, read_tensors
@@ -58,8 +59,9 @@ def write_difference(order: Difference, *, progress: bool = False) -> dict:
         are not finite or that the dtype cannot hold. Nothing is left of the output then.
     """
     check_new_file(order.out, SUFFIX)
-    base, experts = fetched(order.base, {EXPERT: order.expert}, progress=progress)
-    report = check(base, experts)
+    # a difference is of all tensors: with a head of its own an expert has none
+    base, experts = fetched(order.base, {EXPERT: order.expert}, MERGED, progress)
+    report = check(base, experts, MERGED)
     refuse_errors(report)
     dtype = DTYPES[order.dtype]
     check_room(order.out, sum(e.stop - e.start for e in _all_entries(report.base, dtype)))
