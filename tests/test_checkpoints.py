@@ -46,13 +46,13 @@ from checkpoint_families import (  # noqa: F401 (fixtures, and what others take 
 import qpmerge_lite as q
 from qpmerge_lite.checkpoints import (
     calibrated,
-    commands,
     methods,
     tensors,
     weights_only,
 )
 from qpmerge_lite.checkpoints.calibration import records, tokens
 from qpmerge_lite.checkpoints.calibration.sources import Row
+from qpmerge_lite.checkpoints.commands.words import named_folders
 from qpmerge_lite.checkpoints.compatibility import check
 from qpmerge_lite.checkpoints.headers import read_header
 from qpmerge_lite.checkpoints.merging import merge_folders
@@ -620,10 +620,10 @@ def test_progress_is_shown_on_request(families, tmp_path, capsys):
 
 def test_experts_are_named_by_their_folders_or_by_hand(tmp_path, capsys):
     (tmp_path / "a=b").mkdir()
-    named = commands.named_folders([f"x={tmp_path}", str(tmp_path / "a=b"), str(tmp_path / "c")])
+    named = named_folders([f"x={tmp_path}", str(tmp_path / "a=b"), str(tmp_path / "c")])
     assert named == {"x": tmp_path, "a=b": tmp_path / "a=b", "c": tmp_path / "c"}
     with pytest.raises(q.errors.MergeError, match="two of that name"):
-        commands.named_folders([str(tmp_path / "c"), f"c={tmp_path}"])
+        named_folders([str(tmp_path / "c"), f"c={tmp_path}"])
 
 
 def test_texts_are_cut_to_what_is_asked_and_what_the_model_has_positions_for(families):
