@@ -155,7 +155,7 @@ def recorded(root):
         entries = json.loads(path.read_text(encoding="utf-8"))
         found |= {id: "interval" in entry for id, entry in entries.items()}
     for path in (root / "book" / "recorded").glob("*/*.json"):
-        entries = json.loads(path.read_text(encoding="utf-8"))["records"]
+        entries = json.loads(path.read_text(encoding="utf-8")).get("records", {})
         found |= {f"{path.parent.name}:{id}": bool(r["interval"]) for id, r in entries.items()}
     return found
 
