@@ -330,7 +330,9 @@ def agreement(panels: dict, labels, lined: int = 1, linear: float | None = None)
             )
         axis.axhline(0, color="black", linewidth=1)
         if number < lined:
-            axis.axline((0, 0), (1, 1), color="0.4", linewidth=1, linestyle="--")
+            # a second point would be among what the axes have to show
+            through = {"slope": 1} if linear is None else {"xy2": (linear, linear)}
+            axis.axline((0, 0), **through, color="0.4", linewidth=1, linestyle="--")
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         if linear is None:
             axis.locator_params(axis="x", nbins=3)
