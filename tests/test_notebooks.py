@@ -154,8 +154,8 @@ def recorded(root):
     for path in (root / "tests" / "expected" / "smoke").glob("*.json"):
         entries = json.loads(path.read_text(encoding="utf-8"))
         found |= {id: "interval" in entry for id, entry in entries.items()}
-    for path in (root / "book" / "recorded").glob("*/*.json"):
-        entries = json.loads(path.read_text(encoding="utf-8")).get("records", {})
+    for path in (root / "book" / "recorded").glob("*/[0-9][0-9]_*.json"):
+        entries = json.loads(path.read_text(encoding="utf-8"))["records"]
         found |= {f"{path.parent.name}:{id}": bool(r["interval"]) for id, r in entries.items()}
     return found
 
