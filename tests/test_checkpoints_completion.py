@@ -95,7 +95,7 @@ def test_methods_are_completed(written, here):
     ("moments tu", {"tuned"}),
     ("moments fr", set()),
     ("diagnose base base tuned/french tuned/g", {"tuned/german"}),
-], ids=str)  # fmt: skip
+], ids=lambda given: given if isinstance(given, str) else " ".join(sorted(given)))  # fmt: skip
 def test_folders_and_files_are_completed(written, here, line, expected):
     assert completed(written, here, f"qpmerge {line}") == expected
 
