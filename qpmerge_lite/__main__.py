@@ -48,8 +48,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"{REPOSITORY[0].upper()}{REPOSITORY[1:]}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = "{merge,check,moments,delta,diagnose,evaluate,completion}"
-    groups = top.add_subparsers(required=True, metavar=verbs)
+    groups = top.add_subparsers(required=True)
     add_verbs(groups)
     add_completion(top, groups)
     return top

@@ -17,22 +17,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_families import (  # noqa: F401 (fixtures, and what others take from here)
+from checkpoint_families import (
     DENSE,
     EXPERTS,
     KILLED,
     ROOT,
     SIZE,
-    WORDS,
     Family,
     assert_same,
-    bert,
     change,
     contents,
     cut,
     families,
     family,
-    llama,
     reshape,
     run,
     safetensors,
@@ -60,6 +57,7 @@ from qpmerge_lite.checkpoints.methods import CALIBRATED, WEIGHTS_ONLY, literal
 from qpmerge_lite.checkpoints.orders import Order
 from qpmerge_lite.companion import cli
 
+__all__ = ["families", "family"]  # fixtures
 OPTIONS = {
     "ties": [{}, {"semantics": "mergekit", "density": 0.3}],
     "wudi": [{"steps": 3, "rate": 0.01}],

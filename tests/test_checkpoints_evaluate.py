@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_checkpoints import EXPERTS, Family, bert, change, contents, run, texts, tokenizer
+from checkpoint_families import EXPERTS, Family, bert, change, contents, run, texts, tokenizer
 from test_checkpoints_diagnose import llama
 from test_checkpoints_heads import LABELS, NAMES, body_in
 from test_checkpoints_heads import Family as Headed

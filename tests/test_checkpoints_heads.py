@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoints import (
+from checkpoint_families import (
     SIZE,
     assert_same,
     change,

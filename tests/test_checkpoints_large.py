@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from test_checkpoints import (
+from checkpoint_families import (
     EXPERTS,
     assert_same,
     contents,

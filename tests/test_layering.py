@@ -141,8 +141,8 @@ CHECKPOINTS = [
     "commands.measuring",
     "commands.running",
     "manuals",
-    "completion.scripts",
     "arguments",
+    "completion.scripts",
 ]
 CORE += [f"checkpoints.{name}" for name in CHECKPOINTS]
 COMPANION = [

@@ -9,8 +9,8 @@ import sys
 import pytest
 import shares
 import torch
+from checkpoint_families import ROOT, Family, bert, contents, run, state_of
 from safetensors.torch import load_file
-from test_checkpoints import ROOT, Family, bert, contents, run, state_of
 
 from qpmerge_lite.checkpoints.processes.joining import Launch, launch_of
 from qpmerge_lite.engine.agreement import digest

@@ -76,12 +76,12 @@ def add_verbs(groups) -> None:
         help="of a recipe's dare and della, as in mergekit (default 0)",
     )
     _add_heads(merge)
-    _add_moments(groups)
-    _add_delta(groups)
     check, _ = _verb(
         groups, "check", run_check, "say whether checkpoints can be merged", CHECK, CHECK_MORE
     )
     _add_heads(check)
+    _add_moments(groups)
+    _add_delta(groups)
     diagnose, _ = _verb(
         groups,
         "diagnose",
@@ -100,12 +100,13 @@ def add_verbs(groups) -> None:
 
 def _add_evaluate(groups) -> None:
     """Add ``evaluate`` to the subcommands of an ``argparse`` parser."""
-    verb = groups.add_parser(
+    verb = add_verb(
+        groups,
         "evaluate",
-        help="say how well merges, experts and base do on data",
-        description=EVALUATE,
-        epilog=EVALUATE_MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        run_evaluate,
+        "say how well merges, experts and base do on data",
+        EVALUATE,
+        EVALUATE_MORE,
     )
     verb.add_argument(
         "models",
@@ -129,7 +130,6 @@ def _add_evaluate(groups) -> None:
     )
     _add_sizes(verb, None)
     _add_talk(verb)
-    verb.set_defaults(command=run_evaluate)
 
 
 def _add_calibration(verb) -> None:
@@ -165,12 +165,13 @@ def _add_heads(verb) -> None:
 
 def _add_moments(groups) -> None:
     """Add ``moments`` to the subcommands of an ``argparse`` parser."""
-    verb = groups.add_parser(
+    verb = add_verb(
+        groups,
         "moments",
-        help="measure what a merge needs of a model's data",
-        description=MOMENTS,
-        epilog=MOMENTS_MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        run_moments,
+        "measure what a merge needs of a model's data",
+        MOMENTS,
+        MOMENTS_MORE,
     )
     verb.add_argument("model", metavar="MODEL", type=Path, help="folder of the model")
     verb.add_argument(
@@ -193,17 +194,12 @@ def _add_moments(groups) -> None:
     )
     _add_sizes(verb)
     _add_talk(verb)
-    verb.set_defaults(command=run_moments)
 
 
 def _add_delta(groups) -> None:
     """Add ``delta`` to the subcommands of an ``argparse`` parser."""
-    verb = groups.add_parser(
-        "delta",
-        help="write how an expert differs from its base",
-        description=DELTA,
-        epilog=DELTA_MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    verb = add_verb(
+        groups, "delta", run_delta, "write how an expert differs from its base", DELTA, DELTA_MORE
     )
     expert = "folder of an expert or an adapter, as of merge"
     verb.add_argument("base", metavar="BASE", type=Path, help=FOLDER_OF_BASE)
@@ -218,7 +214,6 @@ def _add_delta(groups) -> None:
         help="that the differences are stored in (default float32)",
     )
     _add_talk(verb)
-    verb.set_defaults(command=run_delta)
 
 
 def _add_talk(verb) -> None:
@@ -261,6 +256,24 @@ class _Config(argparse.Action):
             folder.required = False
 
 
+def add_verb(groups, name: str, command, help: str, description: str, more: str):
+    """One subcommand, whose function is ``command``; its manual keeps its lines.
+
+    Args:
+        help: a line for the list of subcommands.
+        description, more: what the manual says before and behind the options.
+    """
+    verb = groups.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=more,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.set_defaults(command=command)
+    return verb
+
+
 def _verb(
     groups,
     name: str,
@@ -273,13 +286,7 @@ def _verb(
 ):
     """One subcommand with what all have in common, and its positional arguments of base and
     experts; ``before`` are folders that come first."""
-    verb = groups.add_parser(
-        name,
-        help=help,
-        description=description,
-        epilog=more,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    verb = add_verb(groups, name, command, help, description, more)
     for folder, words in before.items():
         verb.add_argument(folder, metavar=folder.upper(), type=Path, help=words)
     base = verb.add_argument("base", metavar="BASE", type=Path, help=FOLDER_OF_BASE)
@@ -291,5 +298,4 @@ def _verb(
         "hf:owner/name or delta:FILE in place of a folder",
     )
     _add_talk(verb)
-    verb.set_defaults(command=command)
     return verb, (base, experts)

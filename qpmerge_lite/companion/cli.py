@@ -21,8 +21,6 @@ from .records import keep
 
 TIERS = tuple(PLANS)  # of runs, under whose names records are filed
 
-VERBS = "{merge,check,moments,delta,diagnose,evaluate,completion,book,data}"
-
 
 def main(argv=None):
     """Entry point of the console script. Returns the exit status: 0 done, 1 refused or failed, 2
@@ -33,7 +31,7 @@ def main(argv=None):
 def parser():
     """The command line as an ``argparse`` parser."""
     top = argparse.ArgumentParser(prog="qpmerge", description=__doc__)
-    groups = top.add_subparsers(required=True, metavar=VERBS)
+    groups = top.add_subparsers(required=True)
     add_verbs(groups)
     add_completion(top, groups)
     verbs = groups.add_parser("book", help="the executable book").add_subparsers(

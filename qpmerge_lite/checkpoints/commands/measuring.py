@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from ..findings import size
-from .words import named_folders, pairs
+from .words import columns, named_folders, pairs, shows_progress, talks
 
 
 def run_moments(arguments) -> int:
@@ -23,11 +22,10 @@ def run_moments(arguments) -> int:
         max_length=arguments.max_length,
         batch_size=arguments.batch_size,
     )
-    talks = not (arguments.quiet or arguments.json)
-    about = measure(order, progress=talks and sys.stderr.isatty())
+    about = measure(order, progress=shows_progress(arguments))
     if arguments.json:
         print(json.dumps({"out": str(order.out)} | about, indent=1))
-    elif talks:
+    elif talks(arguments):
         count, folds = about["calibration"]["inputs"], about["folds"]
         print(f"measured: {about['layers']} layers on {count} inputs in {folds} folds")
         print(f"written: {order.out}, {size(order.out.stat().st_size)}")
@@ -38,11 +36,10 @@ def run_delta(arguments) -> int:
     from ..deltas.writing import Difference, write_difference
 
     order = Difference(arguments.base, arguments.expert, arguments.out, arguments.dtype)
-    talks = not (arguments.quiet or arguments.json)
-    told = write_difference(order, progress=talks and sys.stderr.isatty())
+    told = write_difference(order, progress=shows_progress(arguments))
     if arguments.json:
         print(json.dumps({"out": str(order.out)} | told, indent=1))
-    elif talks:
+    elif talks(arguments):
         of = told["differences"] + told["unchanged"]
         print(f"differences: {told['differences']} of {of} tensors")
         count, tensors = sum(told["inexact"].values()), len(told["inexact"])
@@ -56,7 +53,6 @@ def run_diagnose(arguments) -> int:
     from ..diagnosis.page import check_report, write_page
 
     calibration = pairs(arguments.calibration, "--calibration", "french=french.jsonl")
-    columns = pairs(arguments.column, "--column", "french=sentence")
     experts = named_folders(arguments.experts)
     if arguments.report is not None:
         check_report(arguments.report, [arguments.merged, arguments.base, *experts.values()])
@@ -70,18 +66,17 @@ def run_diagnose(arguments) -> int:
         base=arguments.base,
         experts=experts,
         calibration=dict(calibration),
-        columns={name: fields.split(",") for name, fields in columns.items()},
+        columns=columns(arguments.column),
         samples=arguments.samples,
         max_length=arguments.max_length,
         batch_size=arguments.batch_size,
     )
-    talks = not (arguments.quiet or arguments.json)
-    diagnosis = diagnose_folders(question, progress=talks and sys.stderr.isatty())
+    diagnosis = diagnose_folders(question, progress=shows_progress(arguments))
     if arguments.report is not None:
         write_page(arguments.report, diagnosis)
     if arguments.json:
         print(json.dumps(plain(diagnosis), indent=1))
-    elif talks:
+    elif talks(arguments):
         print(as_text(diagnosis))
         if arguments.report is not None:
             print(f"written: {arguments.report}")
@@ -93,23 +88,21 @@ def run_evaluate(arguments) -> int:
     from ..evaluation.table import as_text
     from ..output import plain
 
-    columns = pairs(arguments.column, "--column", "french=sentence")
     experts = pairs(arguments.expert, "--expert", "french=tuned/french")
     question = Evaluation(
         models=named_folders(arguments.models, "model"),
         data=dict(pairs(arguments.data, "--data", "french=french-test.jsonl")),
         labels=pairs(arguments.label, "--label", "french=label"),
-        columns={name: fields.split(",") for name, fields in columns.items()},
+        columns=columns(arguments.column),
         experts={name: Path(place) for name, place in experts.items()},
         base=arguments.base,
         samples=arguments.samples,
         max_length=arguments.max_length,
         batch_size=arguments.batch_size,
     )
-    talks = not (arguments.quiet or arguments.json)
-    evaluation = evaluate_folders(question, progress=talks and sys.stderr.isatty())
+    evaluation = evaluate_folders(question, progress=shows_progress(arguments))
     if arguments.json:
         print(json.dumps(plain(evaluation), indent=1))
-    elif talks:
+    elif talks(arguments):
         print(as_text(evaluation))
     return 0

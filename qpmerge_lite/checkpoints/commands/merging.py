@@ -13,7 +13,7 @@ from ..heads.telling import AUTO, OPTION
 from ..hub import check_places
 from ..large.measured import measured
 from ..methods import METHODS, assignment, literal
-from .words import named_folders, pairs
+from .words import columns, named_folders, pairs, shows_progress, talks
 
 MEMORY = "memory beside what Python and its packages take"
 
@@ -65,13 +65,12 @@ def run_merge(arguments) -> int:
     if party.number > 0:
         take_part(order, party.group)
         return 0
-    talks = not (arguments.quiet or arguments.json)
-    shows = talks and sys.stderr.isatty()
+    shows = shows_progress(arguments)
     plan = plan_of(order, progress=shows, group=party.group)
-    if talks and party.count > plan.processes:
+    if talks(arguments) and party.count > plan.processes:
         _say(f"one of the {party.count} processes makes this merge: it runs no model")
     estimate = estimated_plan(plan)
-    if talks:
+    if talks(arguments):
         of_each = f", in each of {plan.processes} processes" if plan.processes > 1 else ""
         print(
             f"estimated: {size(estimate.memory)} of memory, reads {size(estimate.read)}, writes "
@@ -87,7 +86,7 @@ def run_merge(arguments) -> int:
         costs = {"estimated": estimate._asdict(), "measured": found}
         told = {"out": str(order.out), "costs": costs} | manifest
         print(json.dumps(plain(told), indent=1))
-    elif talks:
+    elif talks(arguments):
         _tell(order.out, manifest, found)
     return 0
 
@@ -104,7 +103,6 @@ def _order(arguments):
         cure = "write --option seed=N for a method of that option"
         raise Refused("--random-seed", "it beside --config", "it without", cure)
     calibration = pairs(arguments.calibration, "--calibration", "french=french.jsonl")
-    columns = pairs(arguments.column, "--column", "french=sentence")
     options = pairs(arguments.option, "--option", "density=0.1")
     moments: dict[str, list[Path]] = {}
     for word in arguments.moments:
@@ -116,7 +114,7 @@ def _order(arguments):
         out=arguments.out,
         method=arguments.method,
         calibration=dict(calibration),
-        columns={name: fields.split(",") for name, fields in columns.items()},
+        columns=columns(arguments.column),
         moments=moments,
         options={name: literal(value) for name, value in options.items()},
         samples=arguments.samples,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +41,22 @@ def _own_name(word: str) -> str:
     if reference:
         return reference.name
     return Path(word).resolve().name if differences is None else differences.resolve().stem
+
+
+def columns(words: Sequence[str]) -> dict[str, list[str]]:
+    """Name -> fields, of ``--column NAME=FIELD`` or ``NAME=FIELD,FIELD``."""
+    fields = pairs(words, "--column", "french=sentence")
+    return {name: given.split(",") for name, given in fields.items()}
+
+
+def talks(arguments) -> bool:
+    """Whether a verb tells in words what it has done."""
+    return not (arguments.quiet or arguments.json)
+
+
+def shows_progress(arguments) -> bool:
+    """Whether a verb that talks does so to a terminal."""
+    return talks(arguments) and sys.stderr.isatty()
 
 
 def pairs(words: Sequence[str], option: str, example: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+from ..arguments import add_verb
 from ..calibration.records import require
 from ..manuals import COMPLETION, COMPLETION_MORE
 from ..methods import METHODS
@@ -28,20 +29,14 @@ def add_completion(top: argparse.ArgumentParser, groups) -> None:
     Args:
         top: the parser whose script it prints. groups: its subcommands.
     """
-    verb = groups.add_parser(
-        "completion",
-        help="print a script that completes this command in a shell",
-        description=COMPLETION,
-        epilog=COMPLETION_MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verb.add_argument("shell", choices=SHELLS, help="the shell that is to complete")
 
     def print_script(arguments) -> int:
         print(script(top, arguments.shell))
         return 0
 
-    verb.set_defaults(command=print_script)
+    about = "print a script that completes this command in a shell"
+    verb = add_verb(groups, "completion", print_script, about, COMPLETION, COMPLETION_MORE)
+    verb.add_argument("shell", choices=SHELLS, help="the shell that is to complete")
 
 
 def script(top: argparse.ArgumentParser, shell: str) -> str:
