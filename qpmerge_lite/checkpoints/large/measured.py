@@ -16,7 +16,7 @@ EVERY = 0.01  # seconds between two looks at it
 
 def taken() -> dict[str, int]:
     """Bytes of this process's memory by the names that Linux has for them: ``RssAnon`` of its own,
-    ``RssFile`` of files that it reads, ``VmHWM`` at most so far. Elsewhere only the last.
+    ``VmHWM`` of all, at most so far. Elsewhere only the last.
     """
     if not STATUS.exists():
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -24,7 +24,7 @@ def taken() -> dict[str, int]:
     found = {}
     for line in STATUS.read_text().splitlines():
         name, _, value = line.partition(":")
-        if name in ("RssAnon", "RssFile", "VmHWM"):
+        if name in ("RssAnon", "VmHWM"):
             found[name] = int(value.split()[0]) * 1024
     return found
 
@@ -60,13 +60,8 @@ class Watch:
         if self._thread.is_alive():
             self._thread.join()
         self._look()
-        peak = self.most["VmHWM"]
-        if "RssAnon" not in self.most:
-            return peak - self._first["VmHWM"]
-        own = self.most["RssAnon"]
-        if peak > self._first["VmHWM"]:  # then all was not more than its own and the most of files
-            own = max(own, peak - self.most["RssFile"])
-        return own - self._first["RssAnon"]
+        name = "RssAnon" if "RssAnon" in self.most else "VmHWM"
+        return self.most[name] - self._first[name]
 
 
 @contextmanager
