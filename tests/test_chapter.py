@@ -11,7 +11,7 @@ from qpmerge_lite.companion.records import RecordError, Records, load_records
 
 @pytest.fixture
 def records(tmp_path):
-    return Records("05_vision", "smoke", root=tmp_path)
+    return Records("06_vision", "smoke", root=tmp_path)
 
 
 def read(tmp_path):

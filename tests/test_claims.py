@@ -122,7 +122,7 @@ def claim(**fields):
 def test_a_verdict_is_one_of_three_words_and_what_it_means_stands_beside(predicate, verdict):
     row = judge(
         claim(
-            chapter="05_vision",
+            chapter="06_vision",
             records=("a.low", "a.wide", "a.high"),
             predicate=predicate,
             measured="{a.low .1f}",

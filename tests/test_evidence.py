@@ -256,11 +256,11 @@ def test_measuring_goes_on_where_it_broke_off(monkeypatch):
 def test_what_chapters_ask_for_is_what_is_measured():
     """Parameters that nobody has changed are covered."""
     declared = {path.stem[:2]: run.declared(path) for path in run.notebooks(ROOT)}
-    one_layer, points, calibration = (declared[chapter] for chapter in ("03", "08", "12"))
+    one_layer, points, calibration = (declared[chapter] for chapter in ("03", "05", "12"))
     sizes = {"size": plan("smoke").calibration}
     shared = {key: calibration[key] for key in ("draws", "few", "tasks")}
     asked = {
-        "comparison": sizes | {"entries": declared["05"]["methods"]},
+        "comparison": sizes | {"entries": declared["06"]["methods"]},
         "each_layer": {"size": one_layer["calibration"]},
         "choices": {"size": declared["04"]["calibration_images"]},
         "scopes": sizes,
@@ -285,7 +285,7 @@ def test_what_chapters_ask_for_is_what_is_measured():
     assert settings == asked and f"ranks = {ranks}" in (
         ROOT / "notebooks" / "12_calibration.ipynb"
     ).read_text(encoding="utf-8")
-    assert declared["07"]["calibration_layer"] == one_layer["calibration"]
+    assert declared["08"]["calibration_layer"] == one_layer["calibration"]
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b"])

@@ -113,7 +113,7 @@ def test_fresh_and_kept_heads_are_recorded(tmp_path, seeds):
     for seed in range(seeds):
         accuracy = {"kept": {"a": 0.8, "b": 0.6}, "fresh": {"a": 0.9, "b": 0.7 + 0.1 * seed}}
         rows.append({"suite": "vision", "seed": seed, "method": "soup", "accuracy": accuracy})
-    records = Records("05_vision", "smoke", root=tmp_path)
+    records = Records("06_vision", "smoke", root=tmp_path)
     shown = chapter.record_fresh_heads(records, "vision", rows)
     written = load_records("smoke", tmp_path)
     assert written["vision.fresh_head.examples"].value == probes.ROWS["train"]

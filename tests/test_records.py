@@ -25,7 +25,7 @@ def root(tmp_path):
 
 
 def test_a_record_survives_the_file(root):
-    recorder = Records("05_vision", "smoke", root)
+    recorder = Records("06_vision", "smoke", root)
     returned = recorder.record(
         "vision.rows.accuracy",
         np.float64(0.5),
@@ -44,7 +44,7 @@ def test_a_record_survives_the_file(root):
         3,
         (0.4, 0.6),
     )
-    assert (record.notebook, record.tier, record.note) == ("05_vision", "smoke", "x")
+    assert (record.notebook, record.tier, record.note) == ("06_vision", "smoke", "x")
 
 
 @pytest.mark.parametrize("value", [True, 7, "rows", 0.25])

@@ -70,7 +70,7 @@ class Records:
     """The results of one run of one notebook, rewritten atomically after each new one.
 
     Args:
-        notebook: its name without suffix, e.g. ``05_vision``.
+        notebook: its name without suffix, e.g. ``06_vision``.
         tier: ``smoke``, ``standard`` or ``paper``.
         root: folder that holds one folder per tier; default ``records_folder()``.
         device: named in the provenance.
