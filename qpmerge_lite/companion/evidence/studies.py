@@ -17,6 +17,7 @@ from ..experiments import (
 )
 from ..experiments.unlabelled.automatic import automatic
 from ..experiments.unlabelled.factors import factors
+from ..experiments.unlabelled.ideas import ideas
 from ..plans import plan
 from . import units as files
 
@@ -59,6 +60,7 @@ STUDIES = (
     Study(calibration.sketches, {"ranks": [8, 32, 512], "ridge": 0.01, "tasks": 4}),
     Study(automatic, SIZE, tiers=EVERY),
     Study(factors, SIZE),
+    Study(ideas, SIZE),
 )
 
 
