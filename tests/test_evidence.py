@@ -278,6 +278,7 @@ def test_what_chapters_ask_for_is_what_is_measured():
         "other_methods": {"tasks": calibration["tasks"]},
         "automatic": sizes,
         "factors": sizes,
+        "ideas": sizes,
     }
     assert declared["14"]["calibration"] is None
     settings = {study.measure.__name__: study.settings for study in studies.STUDIES}
