@@ -13,6 +13,7 @@ from ...suites import Suite
 from ..baselines import BASELINES, ENTRIES, HEURISTICS
 from ..intervals import Interval, record_mean
 from .automatic import LABELS
+from .ideas import CHEAP, PRIORS, START
 
 RIVALS = (*HEURISTICS, *BASELINES)
 FIRST = next(iter(BLENDS))
@@ -155,3 +156,84 @@ def effects(rows: list[dict], record: Callable, name: str) -> dict[str, Shown]:
         effect = record_mean(record, id, table[factor, level] - start, note=note)
         shown[f"{factor}: {level}"] = {"effect": effect}
     return shown
+
+
+def idea_effects(rows: list[dict], record: Callable, name: str) -> dict[str, Shown]:
+    """Record what every way of an idea does to accuracy on validation and on test data, paired over
+    seeds, against the programme as it is.
+
+    Args:
+        rows: of ``ideas.ideas``.
+    Returns: idea and way -> split -> the effect, as rows of a figure.
+    """
+    import pandas as pd
+
+    table = pd.DataFrame(rows).pivot(index="seed", columns=["idea", "level"])
+    shown: dict[str, Shown] = {}
+    for idea, level in table["test"].columns:
+        if (idea, level) == START:
+            continue
+        words = [re.sub("[^a-z0-9]+", "_", word.lower()) for word in (idea, level)]
+        shown[f"{idea}: {level}"] = effect = {}
+        for split in ("validation", "test"):
+            id = f"auto.{name}.idea.{'.'.join(words)}.{split}"
+            lead = table[split][idea, level] - table[split][START]
+            effect[split] = record_mean(record, id, lead, note="over seeds, paired")
+    return shown
+
+
+def by_coefficients(rows: list[dict]):
+    """Normalised test accuracy, mean over seeds, of the bases that have fewer coefficients than
+    single entries, by prior: a ``pandas.DataFrame``, fewest coefficients first."""
+    import pandas as pd
+
+    cells: dict[str, dict] = {}
+    for (idea, level), own in pd.DataFrame(rows).groupby(["idea", "level"]):
+        accuracy = own["test"].mean()
+        basis, prior = _basis_and_prior(idea, level)
+        if basis:
+            cells.setdefault(basis, {"coefficients": own["coefficients"].iloc[0]})
+            cells[basis][prior] = accuracy
+    columns = ["coefficients", *(f"prior {prior}" for prior in PRIORS), "prior by layer"]
+    table = pd.DataFrame(cells).T.sort_values("coefficients")[columns]
+    return table.astype({"coefficients": int})
+
+
+def _basis_and_prior(idea: str, level: str) -> tuple[str | None, str]:
+    """What a way of an idea is called in :func:`by_coefficients`; None where it is no part of
+    it."""
+    if idea.replace(" ", "_") in CHEAP:
+        return idea, level
+    if idea == "groups of rows":
+        return f"{level} groups of rows", "prior 4"
+    if (idea, level) == START:
+        return "elements", "prior 4"
+    if (idea, level) == ("prior by layer", "with its ridge"):
+        return "elements", "prior by layer"
+    return None, ""
+
+
+def record_taken(record: Callable, gains: dict[str, dict[str, Shown]]) -> None:
+    """Record how many ways of ideas there are, and how many gain on validation data of every suite
+    with an interval clear of zero.
+
+    Args:
+        gains: suite -> as of :func:`idea_effects`.
+    """
+    first, *others = gains.values()
+    everywhere = [way for way in first if all(way in other for other in others)]
+    taken = [way for way in everywhere if all(_gains(own[way]) for own in gains.values())]
+    record("auto.ideas.tried", len(everywhere), note="changes that were tried on every suite")
+    record("auto.ideas.taken", len(taken), note=", ".join(taken) or "none gains on both suites")
+
+
+def _gains(effect: Shown) -> bool:
+    interval = effect["validation"][1]
+    return interval is not None and interval.low > 0
+
+
+def leading(effects: dict[str, Shown]) -> dict[str, Shown]:
+    """Of :func:`idea_effects` what keeps all coefficients and all tokens: what has fewer is far
+    off, and the others could not be told apart beside it."""
+    apart = (*(basis.replace("_", " ") for basis in CHEAP), "groups of rows", "sequences")
+    return {way: effect for way, effect in effects.items() if not way.startswith(apart)}
