@@ -14,6 +14,10 @@ from qpmerge_lite.companion.book.run import BookError, declared, overrides
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+VOICES = ["Paper", "Review", "Ours"]
+uniform_notebook = pytest.mark.parametrize(
+    "path", [p for p in NOTEBOOKS if p.stem != "15_checkpoints"], ids=lambda path: path.stem
+)
 
 
 def cells(path, kind):
@@ -69,26 +73,62 @@ def test_no_cell_is_long(path):
 
 
 def paragraphs(path):
-    """Blocks of prose and items of lists, a record or a formula counting as one word."""
+    """Blocks of prose and items of lists."""
     for cell in cells(path, "markdown"):
-        prose = re.sub(r"\{(?:res|cite:p)\}`[^`]*`|(?<!\$)\$[^$]+\$(?!\$)", "x", source(cell))
-        for block in re.split(r"\n\s*\n", prose):
+        for block in re.split(r"\n\s*\n", source(cell)):
             if block and not re.match(r"#|\||```|\$\$", block):
                 yield from re.split(r"\n(?=(?:-|\d+\.) )", block)
 
 
+def words(paragraph):
+    """How many, a record or a formula counting as one."""
+    one = r"\{(?:res|cite:p)\}`[^`]*`|(?<!\$)\$[^$]+\$(?!\$)"
+    return len(re.sub(one, "x", paragraph).split())
+
+
 @every_notebook
 def test_a_paragraph_is_short(path):
-    lengths = [len(paragraph.split()) for paragraph in paragraphs(path)]
+    lengths = [words(paragraph) for paragraph in paragraphs(path)]
     assert max(lengths) <= 80 and statistics.median(lengths) <= 32, sorted(lengths)
+
+
+def numbers(paragraph):
+    """Ids of the measured numbers that a paragraph quotes; names of methods are none."""
+    return [id for id in re.findall(r"\{res\}`([^` ]+)", paragraph) if not id.endswith(".label")]
 
 
 @every_notebook
 def test_the_answer_quotes_three_numbers_at_most(path):
     opening = source(cells(path, "markdown")[0])
     (answer,) = re.findall(r"^\*\*Answer,? in one sentence\.\*\*.*$", opening, re.MULTILINE)
-    numbers = [id for id in re.findall(r"\{res\}`([^` ]+)", answer) if not id.endswith(".label")]
-    assert len(numbers) <= 3, numbers
+    assert len(numbers(answer)) <= 3, numbers(answer)
+
+
+@every_notebook
+def test_many_numbers_stand_in_a_table(path):
+    """A paragraph quotes four at most."""
+    assert [p for p in paragraphs(path) if len(numbers(p)) > 4] == []
+
+
+OPENING = ["Question.", "Answer in one sentence.", "Before this.", "Time.", *VOICES]
+
+
+@uniform_notebook
+def test_it_opens_as_all_chapters_do(path):
+    opening = source(cells(path, "markdown")[0]).partition("\n## ")[0]
+    title, *begins = [block.partition("**")[2] for block in re.split(r"\n\s*\n", opening)]
+    assert not title and [text.partition("**")[0] for text in begins if text] == OPENING
+
+
+@uniform_notebook
+def test_a_voice_has_a_paragraph_of_its_own(path):
+    """The pages mark a paragraph that begins with one of the three words in bold."""
+    for cell in cells(path, "markdown"):
+        for block in re.split(r"\n\s*\n", source(cell)):
+            for bold in re.finditer(r"\*\*([^*]+)\*\*", block):
+                if re.match(r"(?:paper|review|ours)\b", bold[1], re.IGNORECASE):
+                    assert bold[1] in VOICES and not bold.start(), block
+                    assert re.match(r" [A-Z]", block[bold.end() :]), block
 
 
 @every_notebook
