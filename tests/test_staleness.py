@@ -112,6 +112,19 @@ def test_a_caption_remakes_its_chapter(checkout):
     assert run.fingerprint(path, {}) != before
 
 
+def test_a_script_beside_a_module_remakes_what_reaches_it(checkout):
+    script = (checkout / staleness.PACKAGE / "solve").with_suffix(".js")
+    own, other = (
+        notebook(checkout, SOLVE, name="01_own"),
+        notebook(checkout, "from qpmerge_lite.datafree import soup", name="02_other"),
+    )
+    marks = [(run.fingerprint(own, {}), run.fingerprint(other, {}))]
+    for text in ("a / b", "a * b"):
+        script.write_text(text)
+        marks.append((run.fingerprint(own, {}), run.fingerprint(other, {})))
+    assert [len(set(of_one)) for of_one in zip(*marks)] == [3, 1]
+
+
 USES = {
     "the module": SOLVE,
     "a module that imports it": "from qpmerge_lite.methods import qp",

@@ -108,8 +108,8 @@ def overrides(path, given):
 
 def fingerprint(path, parameters):
     """sha256 of all that decides a chapter: its cells with tags and captions, the modules of the
-    package that they reach (see ``staleness``), the suites' weights, parameters, lock and data
-    manifests."""
+    package that they reach (see ``staleness``) and the scripts beside these, the suites' weights,
+    parameters, lock and data manifests."""
     root = path.parent.parent
     cells = [
         (cell["cell_type"], "".join(cell["source"]), cell["metadata"])
@@ -117,8 +117,11 @@ def fingerprint(path, parameters):
     ]
     digest = hashlib.sha256(json.dumps([cells, parameters], sort_keys=True).encode())
     code = [source for kind, source, _ in cells if kind == "code"]
-    digest.update(staleness.digest(root, staleness.reached(root, cells=code)).encode())
-    inputs = [*(root / "qpmerge_lite").rglob("*.safetensors"), *root.glob("requirements*")]
+    reached, places = staleness.reached(root, cells=code), staleness.modules(root)
+    digest.update(staleness.digest(root, reached).encode())
+    scripts = [places[name].with_suffix(".js") for name in reached]
+    inputs = [script for script in scripts if script.exists()]
+    inputs += [*(root / "qpmerge_lite").rglob("*.safetensors"), *root.glob("requirements*")]
     inputs += [p for p in (root / "data_manifests").rglob("*") if p.is_file()]
     for file in sorted(inputs):
         digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
