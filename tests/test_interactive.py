@@ -48,7 +48,7 @@ def plain(value):
     if isinstance(value, ColumnDataSource):
         seen["data"] = {key: np.asarray(column).tolist() for key, column in value.data.items()}
         seen["selected"] = {"indices": []}
-    return seen | {"title": {}, "x_range": {}, "y_range": {}}
+    return seen | {"title": {}, "below": [{}], "x_range": {}, "y_range": {}}
 
 
 def written(draw, **values):

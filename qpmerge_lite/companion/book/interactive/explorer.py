@@ -88,8 +88,10 @@ def explorer(updates: Tensor, pooled: Pooled) -> HTML:
     bases = turned(updates, pooled)
     turns, count = bases.turns, bases.captured.shape[1]
     share = "share of residual energy", 0.0, 1.06
-    by_number = panel("", ("output directions kept", 0.2, count + 0.8), share)
-    by_turn = panel("", ("turn", turns[0] - 0.06, turns[-1] + 0.06), share)
+    by_number = panel(
+        "any number of directions", ("output directions kept", 0.2, count + 0.8), share
+    )
+    by_turn = panel("any turn", ("turn", turns[0] - 0.06, turns[-1] + 0.06), share)
     turn = Slider(
         title="turn (0: axes, 1: eigenvectors)",
         start=turns[0],

@@ -17,6 +17,7 @@ merges.change.emit();
 const lowest_accuracy = Math.min(...accuracies.filter((_, i) => wanted.booleans[i]));
 for (const [name, cloud] of Object.entries(clouds)) {
   cloud.visible = [every, name].includes(choices.suite.value);
+  cloud.below[0].axis_label = energy.value.replace(".", ", ").replaceAll("_", " ");
   Object.assign(cloud.x_range, { start: low - 0.05, end: high + 0.02 });
   if (lowest_accuracy < 1) cloud.y_range.start = lowest_accuracy - 0.02;
 }

@@ -89,15 +89,13 @@ def population(frames: dict, form: str) -> HTML:
     low = float(data["accuracy"].min()) - 0.02
     clouds = [_cloud(suite, merges, wanted, low) for suite in frames]
     called = [(name, name.replace(".", ", ").replace("_", " ")) for name in forms]
-    energy = Select(title="energy", value=form, options=called)
+    energy = Select(title="energy or rival", value=form, options=called)
     suite = Select(title="suite", value=EVERY, options=[EVERY, *frames])
     choices = {"suite": suite}
     for column, title in CHOICES.items():
         options = sorted(set(data[column]), key=int if column == "size" else str)
         choices[column] = Select(title=title, value=EVERY, options=[EVERY, *options])
-    between = RangeSlider(
-        title="energies between", start=LOWEST, end=1, step=0.01, value=(LOWEST, 1)
-    )
+    between = RangeSlider(title="between", start=LOWEST, end=1, step=0.01, value=(LOWEST, 1))
     reset = Button(label="all merges again")
     table = words(role="status")
     draw = script(
