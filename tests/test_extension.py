@@ -208,6 +208,13 @@ def test_no_page_asks_for_a_style_sheet_that_is_not_there(offline):
     assert styles == [("book.css", {"priority": 500})]
 
 
+def test_scripts_that_an_earlier_build_installed_are_not_loaded_by_every_page(offline):
+    found = ["mathjax/tex-svg.js", "mathjax/input/tex/extensions/ams.js", "bokeh/bokeh.min.js"]
+    config = SimpleNamespace(html_js_files=[*found, "own.js"])
+    offline.load_nothing_unasked(None, config)
+    assert config.html_js_files == ["own.js"]
+
+
 def test_without_npm_the_pages_point_at_the_cdn(offline, tmp_path, monkeypatch):
     monkeypatch.setattr(offline.shutil, "which", lambda name: None)
     config = SimpleNamespace(mathjax_path="mathjax/tex-svg.js")

@@ -324,3 +324,16 @@ def test_only_a_page_with_a_figure_loads_the_library(playing, tmp_path):
         assert re.search(rf'<script defer="defer" src="_static/bokeh/{name}', pages["index"])
         assert (tmp_path / "out" / "_static" / "bokeh" / name).is_file()
     assert "_static/bokeh" not in pages["other"]
+
+
+@pytest.mark.book
+def test_of_the_built_pages_those_with_a_figure_load_the_library_once(playing):
+    pages = ROOT / "book" / "_build" / "html"
+    with_figure = []
+    for path in pages.rglob("*.html"):
+        html = path.read_text(encoding="utf-8")
+        has_figure = playing.FIGURE in html
+        for name in playing.SCRIPTS:
+            assert html.count(f"_static/bokeh/{name}") == has_figure, (path.name, name)
+        with_figure += [path.stem] if has_figure else []
+    assert sorted(with_figure) == ["01_programme", "02_bases", "10_trial"]

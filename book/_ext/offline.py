@@ -14,6 +14,8 @@ from sphinx.util import logging
 PACKAGE = "mathjax@3.2.2"
 SHA256 = "1b9c0a1c44df864e915690558e72adb9cc5203360daefd385084ced3b6c64c09"
 FALLBACK = f"https://cdn.jsdelivr.net/npm/{PACKAGE}/es5/tex-svg.js"
+# folders of _static with scripts that only pages load which need them
+INSTALLED = ("mathjax/", "bokeh/")
 logger = logging.getLogger(__name__)
 
 
@@ -58,6 +60,12 @@ def _pack(folder):
     return next(Path(folder).glob("mathjax-*.tgz"), None) if done.returncode == 0 else None
 
 
+def load_nothing_unasked(app, config):
+    """Jupyter Book has every page load every script that an earlier build left under
+    ``_static``."""
+    config.html_js_files = [name for name in config.html_js_files if not name.startswith(INSTALLED)]
+
+
 def disconnect_thebe(app):
     """Jupyter Book always loads sphinx-thebe, whose pages name a CDN even when the button is
     off."""
@@ -71,4 +79,5 @@ def disconnect_thebe(app):
 def setup(app):
     disconnect_thebe(app)
     app.connect("config-inited", install_mathjax)
+    app.connect("config-inited", load_nothing_unasked)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
