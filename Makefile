@@ -106,4 +106,4 @@ lock:
 	mv environment.yml.new environment.yml
 
 clean:
-	rm -rf book/_build book/_records book/chapters book/_static/mathjax book/_static/bokeh
+	rm -rf book/_build book/_records book/chapters book/_static/*/

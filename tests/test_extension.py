@@ -1,11 +1,13 @@
 """The book's own Sphinx extension: a record becomes text, a missing one stops the build; MathJax is
 verified or replaced."""
 
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,15 +219,36 @@ def test_scripts_that_an_earlier_build_installed_are_not_loaded_by_every_page(of
 
 def test_without_npm_the_pages_point_at_the_cdn(offline, tmp_path, monkeypatch):
     monkeypatch.setattr(offline.shutil, "which", lambda name: None)
-    config = SimpleNamespace(mathjax_path="mathjax/tex-svg.js")
-    offline.install_mathjax(SimpleNamespace(srcdir=tmp_path), config)
-    assert config.mathjax_path == offline.FALLBACK
+    config = SimpleNamespace()
+    offline.install_scripts(SimpleNamespace(srcdir=tmp_path), config)
+    addresses = [config.mathjax_path, *config.tippy_js]
+    assert len(addresses) == len(offline.PACKAGES)
+    for address, package in zip(addresses, offline.PACKAGES):
+        assert address == f"https://cdn.jsdelivr.net/npm/{package.name}/{package.parts[0]}"
+
+
+def test_what_npm_gave_is_loaded_from_the_book(offline, tmp_path, monkeypatch):
+    """Folder and file, each in its place and nothing else."""
+    packed = tmp_path / "package"
+    for name in ("a/script.js", "a/more/one.js", "a/more/two.js", "left_out.js"):
+        (packed / name).parent.mkdir(parents=True, exist_ok=True)
+        (packed / name).write_text(name)
+    archive = tmp_path / "given.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(packed, "package")
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    package = offline.Package("given@1", found, "given", ("a/script.js", "a/more"))
+    monkeypatch.setattr(offline, "_pack", lambda package, folder: archive)
+    static = tmp_path / "_static"
+    assert offline.address(package, static) == "given/a/script.js"
+    kept = sorted(p.relative_to(static).as_posix() for p in static.rglob("*") if p.is_file())
+    assert kept == ["given/a/more/one.js", "given/a/more/two.js", "given/a/script.js"]
 
 
 def test_an_archive_with_another_hash_is_refused(offline, tmp_path, monkeypatch):
     archive = tmp_path / "mathjax-3.2.2.tgz"
     archive.write_bytes(b"something else")
-    monkeypatch.setattr(offline, "_pack", lambda folder: archive)
+    monkeypatch.setattr(offline, "_pack", lambda package, folder: archive)
     with pytest.raises(offline.ExtensionError, match="expected sha256"):
-        offline.install_mathjax(SimpleNamespace(srcdir=tmp_path), SimpleNamespace(mathjax_path=""))
+        offline.install_scripts(SimpleNamespace(srcdir=tmp_path), SimpleNamespace())
     assert not (tmp_path / "_static").exists()

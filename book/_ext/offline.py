@@ -1,69 +1,109 @@
-"""Pages that need no network: MathJax is installed by the build, pinned and verified; nothing else
-is fetched."""
+"""Pages that need no network: scripts from npm are installed by the build, pinned and verified;
+nothing else is fetched."""
 
 import hashlib
 import shutil
 import subprocess
 import tarfile
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from sphinx.errors import ExtensionError
 from sphinx.util import logging
 
-PACKAGE = "mathjax@3.2.2"
-SHA256 = "1b9c0a1c44df864e915690558e72adb9cc5203360daefd385084ced3b6c64c09"
-FALLBACK = f"https://cdn.jsdelivr.net/npm/{PACKAGE}/es5/tex-svg.js"
-# folders of _static with scripts that only pages load which need them
-INSTALLED = ("mathjax/", "bokeh/")
 logger = logging.getLogger(__name__)
 
 
-def install_mathjax(app, config):
-    """Put MathJax's SVG build and its TeX extensions under ``_static/mathjax``; without npm, point
-    at the CDN and say so."""
-    target = Path(app.srcdir) / "_static" / "mathjax"
-    if (target / "tex-svg.js").is_file():
-        return
+@dataclass(frozen=True)
+class Package:
+    """A package of npm, its hash, and which of its files a page loads: the first of ``parts`` is
+    the script itself, all are kept under ``_static/<folder>``."""
+
+    name: str
+    sha256: str
+    folder: str
+    parts: tuple[str, ...]
+
+
+MATHJAX = Package(
+    "mathjax@3.2.2",
+    "1b9c0a1c44df864e915690558e72adb9cc5203360daefd385084ced3b6c64c09",
+    "mathjax",
+    ("es5/tex-svg.js", "es5/input/tex/extensions"),
+)
+POPPER = Package(
+    "@popperjs/core@2.11.8",
+    "8e09bdfa912035668e62cea61321bce27cbd011b85672055db25d271bd63af49",
+    "popper",
+    ("dist/umd/popper.min.js",),
+)
+TIPPY = Package(
+    "tippy.js@6.3.7",
+    "bf63cd2e158be2100078053f4c44f02ffec8fde7f30544270785d0f2eae02626",
+    "tippy-bundle",
+    ("dist/tippy-bundle.umd.min.js",),
+)
+PACKAGES = (MATHJAX, POPPER, TIPPY)
+
+
+def install_scripts(app, config):
+    """Tell MathJax and the previews where their scripts are: in this book, or where npm cannot give
+    them at a CDN."""
+    static = Path(app.srcdir) / "_static"
+    config.mathjax_path = address(MATHJAX, static)
+    config.tippy_js = (address(POPPER, static), address(TIPPY, static))
+
+
+def address(package, static):
+    """Path of a package's script from ``_static``, where it has been put if it was not there, or
+    its URL at a CDN."""
+    target, script = static / package.folder, package.parts[0]
+    if not (target / script).is_file() and not _install(package, target):
+        logger.info(f"npm cannot give {package.name}: pages will load it and need a network")
+        return f"https://cdn.jsdelivr.net/npm/{package.name}/{script}"
+    return f"{package.folder}/{script}"
+
+
+def _install(package, target):
+    """Whether npm gave the package; then its parts are in the target."""
     with tempfile.TemporaryDirectory() as folder:
-        archive = _pack(folder)
+        archive = _pack(package, folder)
         if archive is None:
-            logger.info(
-                f"npm cannot give {PACKAGE}: formulae will be read from a CDN and need a network"
-            )
-            config.mathjax_path = FALLBACK
-            return
+            return False
         found = hashlib.sha256(archive.read_bytes()).hexdigest()
-        if found != SHA256:
+        if found != package.sha256:
             raise ExtensionError(
-                f"{PACKAGE}: expected sha256 {SHA256}, found {found}; do not use this file"
+                f"{package.name}: expected sha256 {package.sha256}, found {found}; "
+                "do not use this file"
             )
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
-        es5, fresh = Path(folder, "package", "es5"), target.with_name("mathjax.partial")
+        fresh = target.with_name(f"{target.name}.partial")
         shutil.rmtree(fresh, ignore_errors=True)
-        shutil.copytree(
-            es5 / "input" / "tex" / "extensions", fresh / "input" / "tex" / "extensions"
-        )
-        shutil.copy(es5 / "tex-svg.js", fresh)
+        for part in package.parts:
+            source, kept = Path(folder, "package", part), fresh / part
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, kept)
         shutil.rmtree(target, ignore_errors=True)
         fresh.rename(target)
+    return True
 
 
-def _pack(folder):
+def _pack(package, folder):
     npm = shutil.which("npm")
     if npm is None:
         return None
     done = subprocess.run(
-        [npm, "pack", PACKAGE, "--silent"], cwd=folder, capture_output=True, timeout=300
+        [npm, "pack", package.name, "--silent"], cwd=folder, capture_output=True, timeout=300
     )
-    return next(Path(folder).glob("mathjax-*.tgz"), None) if done.returncode == 0 else None
+    return next(Path(folder).glob("*.tgz"), None) if done.returncode == 0 else None
 
 
 def load_nothing_unasked(app, config):
     """Jupyter Book has every page load every script that an earlier build left under
     ``_static``."""
-    config.html_js_files = [name for name in config.html_js_files if not name.startswith(INSTALLED)]
+    config.html_js_files = [name for name in config.html_js_files if "/" not in name]
 
 
 def disconnect_thebe(app):
@@ -78,6 +118,6 @@ def disconnect_thebe(app):
 
 def setup(app):
     disconnect_thebe(app)
-    app.connect("config-inited", install_mathjax)
+    app.connect("config-inited", install_scripts)
     app.connect("config-inited", load_nothing_unasked)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
