@@ -1,4 +1,5 @@
-"""How axes of ``figures`` are divided, and what the book calls what stands along them."""
+"""How axes of ``figures`` are divided, what the book calls what stands along them, and how points
+look on them."""
 
 from __future__ import annotations
 
@@ -27,3 +28,17 @@ def logarithmic(axis, linear: float) -> None:
     """Both axes logarithmic beyond the distance ``linear`` from zero, and linear within."""
     axis.set_xscale("symlog", linthresh=linear)
     axis.set_yscale("symlog", linthresh=linear)
+
+
+def point(axis, x, y, marker: str, colour, *, size: float, **options) -> None:
+    """One or several points with a black edge."""
+    axis.plot(
+        x,
+        y,
+        marker,
+        color=colour,
+        markeredgecolor="black",
+        markersize=size,
+        linestyle="none",
+        **options,
+    )

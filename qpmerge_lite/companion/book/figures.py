@@ -13,7 +13,8 @@ import seaborn as sns
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
-from .axes import CALLED, logarithmic, name_layers
+from . import behind
+from .axes import CALLED, logarithmic, name_layers, point
 
 WIDTH = 7.4  # inches: the text column
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "p")
@@ -56,28 +57,15 @@ def _word(name: str) -> str:
     return name.replace("_", " ")
 
 
-def finish(figure: Figure, keyed=None, columns: int = 1) -> Figure:
-    """The figure, with one key under the whole of it where there is an axis that it is taken
-    from."""
+def finish(figure: Figure, table, keyed=None, columns: int = 1, shades: bool = False) -> Figure:
+    """The figure with the table behind it (see ``behind``), and with one key under the whole of it
+    where there is an axis that it is taken from."""
+    behind.attach(figure, table, shades)
     if keyed is not None:
         handles, labels = keyed.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     plt.close(figure)  # shown once, as the value of its cell
     return figure
-
-
-def _point(axis, x, y, marker: str, colour, *, size: float, **options) -> None:
-    """One or several points with a black edge."""
-    axis.plot(
-        x,
-        y,
-        marker,
-        color=colour,
-        markeredgecolor="black",
-        markersize=size,
-        linestyle="none",
-        **options,
-    )
 
 
 def plane(panels: dict, points: dict, lines: dict) -> Figure:
@@ -105,8 +93,8 @@ def plane(panels: dict, points: dict, lines: dict) -> Figure:
         axis.clabel(contours, levels[1:], fmt="%g", fontsize=9)
         for (name, path), line in zip(lines.items(), LINES):
             axis.plot(*np.asarray(path).T, color="black", linestyle=line, linewidth=1.2, label=name)
-        for (name, point), marker, colour in zip(points.items(), MARKERS, sns.color_palette()):
-            _point(axis, *point, marker, colour, size=9, label=name)
+        for (name, place), marker, colour in zip(points.items(), MARKERS, sns.color_palette()):
+            point(axis, *place, marker, colour, size=9, label=name)
         axis.set(
             title=title,
             xlabel="$d_1$",
@@ -116,7 +104,7 @@ def plane(panels: dict, points: dict, lines: dict) -> Figure:
         )
         axis.grid(False)
     axes[0].set_ylabel("$d_2$")
-    return finish(figure, axis, 3)
+    return finish(figure, behind.surfaces(panels, points), axis, 3, shades=True)
 
 
 def ridge_path(ridges, coefficients, prior: float, curves: dict) -> Figure:
@@ -132,7 +120,16 @@ def ridge_path(ridges, coefficients, prior: float, curves: dict) -> Figure:
         right.plot(ridges, values, linestyle=line, marker=marker, markevery=4, label=name)
     left.set(xscale="log", xlabel="ridge λ", ylabel="coefficient", title="coefficients")
     right.set(xlabel="ridge λ", ylabel="captured energy 1 − L/E", title="what the merge captures")
-    return finish(figure, right, 3)
+    return finish(
+        figure,
+        behind.curves(
+            "ridge λ",
+            ridges,
+            {"": curves, "coefficient": dict(enumerate(np.transpose(coefficients), 1))},
+        ),
+        right,
+        3,
+    )
 
 
 def nesting(families: dict, inclusions) -> Figure:
@@ -159,11 +156,13 @@ def nesting(families: dict, inclusions) -> Figure:
     for (name, (p, inside, outside)), marker, colour in zip(
         families.items(), MARKERS, sns.color_palette()
     ):
-        _point(axis, p, inside, marker, colour, size=9, label=_word(name))
-        _point(axis, p, outside, marker, "none", size=9)
+        point(axis, p, inside, marker, colour, size=9, label=_word(name))
+        point(axis, p, outside, marker, "none", size=9)
     axis.set(xscale="log", xlabel="coefficients p", ylabel="captured energy")
     axis.set_title("filled: in sample; hollow: cross-fitted; arrows: span inclusions")
-    return finish(figure, axis, 4)
+    return finish(
+        figure, behind.named(families, ("coefficients p", "in sample", "cross-fitted")), axis, 4
+    )
 
 
 def projection(projected: dict, others: dict) -> Figure:
@@ -194,7 +193,7 @@ def projection(projected: dict, others: dict) -> Figure:
             linewidth=0.8,
             linestyle="-" if name in projected else ":",
         )
-        _point(axis, x, y, marker, colour, size=9, label=_word(name))
+        point(axis, x, y, marker, colour, size=9, label=_word(name))
     axis.set(
         aspect="equal",
         xlabel="captured energy of the optima",
@@ -203,7 +202,7 @@ def projection(projected: dict, others: dict) -> Figure:
         xlim=(-0.2, 1.2),
         xticks=np.linspace(0, 1, 6),
     )
-    return finish(figure, axis, 4)
+    return finish(figure, behind.named(places, ("along", "across")), axis, 4)
 
 
 def cumulative(curves: dict, xlabel: str, ylabel: str) -> Figure:
@@ -219,7 +218,7 @@ def cumulative(curves: dict, xlabel: str, ylabel: str) -> Figure:
             label=name,
         )
     axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 1.03))
-    return finish(figure, axis, 2)
+    return finish(figure, behind.curves(xlabel, range(1, len(values) + 1), {"": curves}), axis, 2)
 
 
 def phases(x, y, panels: dict, columns, xlabel: str, ylabel: str, label: str = "") -> Figure:
@@ -268,7 +267,7 @@ def phases(x, y, panels: dict, columns, xlabel: str, ylabel: str, label: str = "
         bar.ax.tick_params(labelsize=9)
     figure.supxlabel(xlabel, fontsize=10)
     figure.supylabel(ylabel, fontsize=10)
-    return finish(figure)
+    return finish(figure, behind.maps(x, y, panels, columns, ylabel), shades=True)
 
 
 def bands(x, curves: dict, xlabel: str, ylabel: str) -> Figure:
@@ -279,7 +278,19 @@ def bands(x, curves: dict, xlabel: str, ylabel: str) -> Figure:
         axis.fill_between(x, values.min(0), values.max(0), alpha=0.15)
     axis.axhline(0, color="black", linewidth=1)
     axis.set(xlabel=xlabel, ylabel=ylabel)
-    return finish(figure, axis, 4)
+    return finish(
+        figure,
+        behind.curves(
+            xlabel,
+            x,
+            {
+                name: {"mean": v.mean(0), "lowest": v.min(0), "highest": v.max(0)}
+                for name, v in curves.items()
+            },
+        ),
+        axis,
+        4,
+    )
 
 
 def scatter(panels: dict, groups, label: str) -> Figure:
@@ -302,7 +313,7 @@ def scatter(panels: dict, groups, label: str) -> Figure:
             )
         axis.axhline(0, color="black", linewidth=1)
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    return finish(figure, axis, len(np.unique(groups)))
+    return finish(figure, behind.clouds(panels, groups), axis, len(np.unique(groups)))
 
 
 def agreement(panels: dict, labels, lined: int = 1, linear: float | None = None) -> Figure:
@@ -318,7 +329,7 @@ def agreement(panels: dict, labels, lined: int = 1, linear: float | None = None)
     for number, (axis, (title, (x, y, xlabel, ylabel))) in enumerate(zip(axes, panels.items())):
         for label, marker, colour in zip(dict.fromkeys(labels), MARKERS, sns.color_palette()):
             chosen = labels == label
-            _point(
+            point(
                 axis,
                 np.asarray(x)[chosen],
                 np.asarray(y)[chosen],
@@ -338,7 +349,7 @@ def agreement(panels: dict, labels, lined: int = 1, linear: float | None = None)
             axis.locator_params(axis="x", nbins=3)
         else:
             logarithmic(axis, linear)
-    return finish(figure, axis, 2)
+    return finish(figure, behind.clouds(panels, labels), axis, 2)
 
 
 def correlations(
@@ -353,14 +364,16 @@ def correlations(
             frame.groupby("kind"), MARKERS, sns.color_palette()
         ):
             label = CALLED.get(kind, kind)
-            _point(axis, part[x], part[y], marker, colour, size=5, markeredgewidth=0.5, label=label)
+            point(axis, part[x], part[y], marker, colour, size=5, markeredgewidth=0.5, label=label)
         axis.set(
             title=title,
             ylabel=ylabel if axis in axes[:, 0] else "",
             xlabel=xlabel if axis in axes[-1] else "",
         )
         axis.locator_params(axis="x", nbins=5)
-    return finish(figure, axes.flat[0], 3)
+    return finish(
+        figure, behind.stacked(frames, {"kind": "kind", x: xlabel, y: ylabel}), axes.flat[0], 3
+    )
 
 
 def gallery(images: dict, columns: int) -> Figure:
@@ -371,7 +384,7 @@ def gallery(images: dict, columns: int) -> Figure:
             axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(title, rotation=0, ha="right", va="center")
-    return finish(figure)
+    return finish(figure, None)
 
 
 def ranking(
@@ -393,7 +406,7 @@ def ranking(
         here = np.asarray([] if live is None else live[label])
         axis.plot(here, np.full(len(here), y), "o", color="black", fillstyle="none", markersize=5)
         marker, colour = ("D", 0) if label.startswith("QP") else ("o", 1)
-        _point(axis, mean, y, marker, sns.color_palette()[colour], size=7)
+        point(axis, mean, y, marker, sns.color_palette()[colour], size=7)
     if line is not None:
         axis.axvline(line, color="black", linestyle=":", linewidth=1)
     axis.set(
@@ -403,7 +416,7 @@ def ranking(
         ylim=(len(seeds) - 0.4, -0.6),
     )
     axis.grid(axis="y", visible=False)
-    return finish(figure)
+    return finish(figure, behind.ranked(seeds, intervals, live))
 
 
 def heat(table, label: str, low: float, high: float, fmt: str = ".2f") -> Figure:
@@ -423,7 +436,7 @@ def heat(table, label: str, low: float, high: float, fmt: str = ".2f") -> Figure
     )
     axis.set(xlabel="", ylabel="")
     plt.setp(axis.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
-    return finish(figure)
+    return finish(figure, behind.cells(table), shades=True)
 
 
 def bars(names, panels: dict, ylabel: str, columns: int = 2) -> Figure:
@@ -459,7 +472,7 @@ def bars(names, panels: dict, ylabel: str, columns: int = 2) -> Figure:
         axis.grid(axis="x", visible=False)
         axis.set_xticks(places, list(names[title]), rotation=90, fontsize=9)
     figure.supylabel(ylabel, fontsize=10)
-    return finish(figure, axes.flat[0] if len(parts) > 1 else None, 2)
+    return finish(figure, behind.parts(names, panels), axes.flat[0] if len(parts) > 1 else None, 2)
 
 
 def depth(names, panels: dict, xlabel: str = "", ylabel: str = "", columns: int = 1) -> Figure:
@@ -487,4 +500,4 @@ def depth(names, panels: dict, xlabel: str = "", ylabel: str = "", columns: int 
         name_layers(axis, names)
     plt.setp(axes[-1], xlabel=xlabel)
     figure.supylabel(ylabel, fontsize=10)
-    return finish(figure, axes.flat[0], 3)
+    return finish(figure, behind.curves(xlabel or "step", names, panels), axes.flat[0], 3)

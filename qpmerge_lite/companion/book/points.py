@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from . import behind
 from .figures import MARKERS, WIDTH, finish
 
 FILLS = ("black", "white", "0.65")  # told apart without colour, and by marker too
@@ -56,4 +57,6 @@ def points(panels: dict, xlabel: str, line: float | None = None) -> Figure:
         if len(panels) > 1:
             axis.locator_params(axis="x", nbins=9 // len(panels) + 1)
     axes[0, 0].set_ylim(len(first) - 0.4, -0.6)
-    return finish(figure, axes[0, 0] if len(labels) > 1 else None, len(labels))
+    return finish(
+        figure, behind.estimates(panels), axes[0, 0] if len(labels) > 1 else None, len(labels)
+    )
