@@ -114,7 +114,12 @@ class Claims(SphinxDirective):
         """One claim in a box of its own, which ``#claim-its-id`` points to."""
         text = claim_pages.block(row, self.config.qpmerge_tier, self.link)
         ids = [nodes.make_id(f"claim-{row.claim.id}")]
-        return nodes.container("", *self.parse_text_to_nodes(text), ids=ids, classes=["claim"])
+        return nodes.container(
+            "",
+            *self.parse_text_to_nodes(text),
+            ids=ids,
+            classes=["claim", f"voice-{row.claim.source}"],
+        )
 
 
 class Questions(SphinxDirective):
