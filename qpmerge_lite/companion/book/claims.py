@@ -12,11 +12,17 @@ from pathlib import Path
 from ..paths import records_folder, repository
 from ..records import Record, find, load_records
 from .predicates import ClaimError as ClaimError
+from .predicates import Standing, outlook, standing
 from .predicates import evaluate as evaluate
-from .predicates import outlook
 
 SOURCES = {"paper": "paper", "review": "its review", "ours": "this book"}
-ABOUT = ("programme", "bases", "accuracy", "energy", "calibration")  # the parts of the claims page
+ABOUT = {  # the parts of the claims page, and the question that each of them asks
+    "programme": "Is merging a convex programme, with known methods in it?",
+    "bases": "Which basis?",
+    "accuracy": "Is the merge more accurate?",
+    "energy": "Does captured energy say which merge is good?",
+    "calibration": "What hangs on the calibration set?",
+}
 VERDICTS = HOLDS, UNDECIDED, FAILS, NOT_RUN = ("holds", "undecided", "fails", "not run")
 NO_INTERVAL = " (no interval)"
 OF_TRUTH = {True: HOLDS, None: UNDECIDED, False: FAILS}
@@ -28,6 +34,7 @@ class Claim:
 
     Attributes:
         about: the part of the claims page that it stands in, one of ``ABOUT``.
+        short: a few words for the picture of all claims.
         records: ids of the records that it rests on; without any it is *not run*.
         predicate: an expression over them that decides it.
         rule, why: the predicate in words, and why its thresholds are what they are.
@@ -42,6 +49,7 @@ class Claim:
     source: str
     statement: str
     about: str
+    short: str = ""
     chapter: str = ""
     records: tuple[str, ...] = ()
     predicate: str = ""
@@ -62,6 +70,7 @@ class Row:
         measured: the claim's template, filled.
         parts: label -> verdict of its parts.
         needed: where it is undecided, how many samples would decide it.
+        standing: how far it is from its threshold; None where it is not run.
     """
 
     claim: Claim
@@ -69,6 +78,7 @@ class Row:
     measured: str
     parts: dict[str, str] = field(default_factory=dict)
     needed: str = ""
+    standing: Standing | None = None
 
     @property
     def sentence(self) -> str:
@@ -127,10 +137,11 @@ def judge(claim: Claim, records: Mapping[str, Record]) -> Row:
     if claim.tier and not any(id in records for id in claim.records):
         return Row(claim, NOT_RUN, f"not recorded at tier {claim.tier}")
     chosen = {id: find(records, id) for id in claim.records}
-    verdict = OF_TRUTH[evaluate(claim.predicate, chosen)]
+    found = standing(claim.predicate, chosen)
+    verdict = OF_TRUTH[found.truth]
     parts = {label: OF_TRUTH[evaluate(part, chosen)] for label, part in claim.parts.items()}
     needed = _needed(claim, chosen) if verdict == UNDECIDED else ""
-    return Row(claim, verdict, _filled(claim, chosen), parts, needed)
+    return Row(claim, verdict, _filled(claim, chosen), parts, needed, found)
 
 
 def rows(root=None, tier="smoke") -> list[Row]:

@@ -36,6 +36,25 @@ class Range(NamedTuple):
         return Range(self.value + other.value, self.low + other.low, self.high + other.high, both)
 
 
+class Standing(NamedTuple):
+    """Where a predicate stands on an axis that all claims share.
+
+    Attributes:
+        truth: see :func:`evaluate`.
+        at, low, high: the estimate and the ends of its interval, as distances from the threshold in
+            units of the interval's half width; positive where the predicate is met. Without an
+            interval all three are infinite, with the sign of the truth.
+        records: that the estimate is made of; of all comparisons that stand there, where there are
+            more than one.
+    """
+
+    truth: bool | None
+    at: float
+    low: float
+    high: float
+    records: tuple[Record, ...] = ()
+
+
 class Outlook(NamedTuple):
     """What a predicate would come to if its estimates are right.
 
@@ -87,6 +106,18 @@ def outlook(
     return _outlook(tree, names, rounding or {})
 
 
+def standing(predicate: str, records: Mapping[str, Record]) -> Standing:
+    """Where the comparison that decides a predicate stands, see :class:`Standing`.
+
+    Of comparisons that all have to be met it is the one furthest from it, of those of which one is
+    enough the one nearest to it or furthest beyond.
+
+    Raises: ClaimError as :func:`evaluate` does.
+    """
+    tree, names = _parsed(predicate, records)
+    return _standing(tree, names)
+
+
 def _parsed(predicate: str, records: Mapping[str, Record]):
     """The syntax tree of a predicate whose ids are replaced by names, and record by name."""
     names = {}
@@ -112,6 +143,42 @@ def _truth(node, names) -> bool | None:
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
         return _compare(type(node.ops[0]), *_sides(node, names))
     return _yes_or_no(node, names)
+
+
+def _standing(node, names) -> Standing:
+    if isinstance(node, ast.BoolOp):
+        parts = [_standing(part, names) for part in node.values]
+        decisive = (max if isinstance(node.op, ast.Or) else min)(parts, key=_by_truth)
+        there = [part for part in parts if _by_truth(part) == _by_truth(decisive)]
+        return decisive._replace(records=sum((part.records for part in there), ()))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        truth, at, low, high, measured = _standing(node.operand, names)
+        return Standing(None if truth is None else not truth, -at, -high, -low, measured)
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        return _distance(type(node.ops[0]), *_sides(node, names))
+    return _exactly(_yes_or_no(node, names), _range(node, names).records)
+
+
+def _by_truth(part: Standing) -> tuple[int, float]:
+    """Order from failing over undecided to holding, by distance within each."""
+    return (False, None, True).index(part.truth), part.at
+
+
+def _distance(op, left: Range, right: Range) -> Standing:
+    """One comparison, in half widths of the interval of the difference of its sides."""
+    truth = _compare(op, left, right)
+    ahead = right.plus(-left) if op in TURNED else left.plus(-right)
+    half = (ahead.high - ahead.low) / 2
+    if op is ast.Eq or half == 0:
+        return _exactly(truth, ahead.records)
+    ends = (ahead.value / half, ahead.low / half, ahead.high / half)
+    return Standing(truth, *ends, ahead.records)
+
+
+def _exactly(truth: bool | None, measured: tuple[Record, ...]) -> Standing:
+    """What is at no distance: met or not, or equal as far as intervals tell."""
+    at = {True: math.inf, False: -math.inf, None: 0.0}[truth]
+    return Standing(truth, at, at, at, measured)
 
 
 def _outlook(node, names, rounding) -> Outlook:
