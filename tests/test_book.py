@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from qpmerge_lite.companion.book import expected, run
+from qpmerge_lite.companion.book.claims import load_claims
 
 ROOT = Path(__file__).parents[1]
 BOOK, HTML = ROOT / "book", ROOT / "book" / "_build" / "html"
@@ -111,7 +112,7 @@ def test_the_pages_show_no_markup():
     for name, html in pages().items():
         visible = re.sub(r"<(script|style|pre)\b.*?</\1>", "", html, flags=re.S)
         assert not re.search(
-            r"\{(res|cite\S*|doc|ref|eq|claims|questions|tiers)\}"
+            r"\{(res|verdict|cite\S*|doc|ref|eq|claims(-picture)?|questions|tiers)\}"
             r"|class=\"system-message|np\.float64\(",
             visible,
         ), name
@@ -137,6 +138,16 @@ def test_measured_numbers_say_where_they_come_from():
                 title,
             )
     assert any('<abbr class="record"' in html for html in pages().values())
+
+
+@of_the_built_book
+def test_the_first_page_draws_every_claim_of_others_and_leads_to_its_rule():
+    built = pages()
+    wanted = [c.id for c in load_claims(BOOK / "claims.yml") if c.source != "ours"]
+    drawn = re.findall(r"<a href=\"claims\.html#([\w-]+)\" aria-describedby", built["intro.html"])
+    assert sorted(drawn) == sorted(re.sub(r"[._]", "-", f"claim-{id}") for id in wanted)
+    for id in drawn:
+        assert f'id="{id}"' in built["claims.html"], id
 
 
 @of_the_built_book

@@ -1,6 +1,8 @@
 """Claims: predicates over intervals are three-valued and evaluate nothing but what they may;
 verdicts follow from records."""
 
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from qpmerge_lite.companion.book.claims import (
     judge,
     load_claims,
 )
-from qpmerge_lite.companion.book.predicates import outlook
+from qpmerge_lite.companion.book.predicates import outlook, standing
 from qpmerge_lite.companion.records import Record, RecordError, read_json
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +57,7 @@ RECORDS = {
 ])  # fmt: skip
 def test_a_predicate_is_true_false_or_undecided(predicate, truth):
     assert evaluate(predicate, RECORDS) is truth
+    assert standing(predicate, RECORDS).truth is truth
 
 
 @pytest.mark.parametrize("predicate", [
@@ -65,6 +68,35 @@ def test_a_predicate_is_true_false_or_undecided(predicate, truth):
 def test_nothing_else_is_evaluated(predicate):
     with pytest.raises(ClaimError):
         evaluate(predicate, RECORDS)
+
+
+@pytest.mark.parametrize(("predicate", "place", "ids"), [
+    ("a.high > 0.5", (4, 3, 5), ["a.high"]),
+    ("a.high < 0.5", (-4, -5, -3), ["a.high"]),
+    ("not a.high < 0.5", (4, 3, 5), ["a.high"]),
+    ("a.low >= a.wide", (-0.75, -1.75, 0.25), ["a.low", "a.wide"]),
+    ("a.high > 0.5 and a.low > 0", (2, 1, 3), ["a.low"]),  # both hold: the one nearer to failing
+    ("a.high > 0.5 and a.low > 0.5", (-3, -4, -2), ["a.low"]),  # what fails decides
+    ("a.high > 0.5 or a.low > 0.5", (4, 3, 5), ["a.high"]),
+    ("a.high > 0.5 and a.lambda > 0", (4, 3, 5), ["a.high"]),  # without an interval nothing is near
+    ("a.lambda > 0 and a.yes", (math.inf,) * 3, ["a.lambda", "a.yes"]),
+    ("a.lambda > 0.6 or a.lambda > 0.7", (-math.inf,) * 3, ["a.lambda", "a.lambda"]),
+    ("a.low == a.wide", (0, 0, 0), ["a.low", "a.wide"]),
+])  # fmt: skip
+def test_a_predicate_stands_as_many_half_widths_from_its_threshold(predicate, place, ids):
+    found = standing(predicate, RECORDS)
+    assert (found.at, found.low, found.high) == pytest.approx(place)
+    assert [record.id for record in found.records] == ids
+
+
+@given(value=st.floats(-1, 1), below=st.floats(0.01, 3), above=st.floats(0.01, 3))
+def test_right_of_the_line_is_what_holds(value, below, above):
+    """A lopsided interval too lies right of the line where the rule is met by all of it, left where
+    by none, across where by some, and is two units long."""
+    record = Record("s.x", value, interval=(value - below, value + above))
+    found = standing("s.x > 0.1", {"s.x": record})
+    assert found.high - found.low == pytest.approx(2)
+    assert found.truth is (True if found.low > 0 else False if found.high <= 0 else None)
 
 
 def test_an_id_inside_another_is_not_mistaken():
@@ -344,6 +376,17 @@ def test_every_claim_of_the_book_can_be_judged_and_the_readme_says_the_same():
     assert between.strip() == claim_pages.summary(rows, link)
 
 
+def test_the_readme_lists_the_claims_of_others_and_counts_all():
+    rows = [
+        judge(claim(id=source, source=source, statement=f"Said by {source}."), {})
+        for source in claims.SOURCES
+    ]
+    shown = claim_pages.summary(rows, str)
+    assert "Said by paper." in shown and "Said by review." in shown
+    assert "Said by ours." not in shown and "| this book | 0 | 0 | 0 | 1 |" in shown
+    assert "All 3 claims" in shown
+
+
 def book_claims():
     return load_claims(ROOT / "book" / "claims.yml")
 
@@ -382,10 +425,47 @@ def test_a_claim_that_samples_could_decide_says_what_they_are(asked):
 
 
 def test_the_parts_of_the_page_hold_every_claim():
-    """The claims page asks for all of ``ABOUT``, and no claim is about anything else."""
+    """The claims page asks the questions of ``ABOUT``, and no claim is about anything else."""
     page = (ROOT / "book" / "claims.md").read_text(encoding="utf-8")
-    assert [f":about: {part}" in page for part in claims.ABOUT] == [True] * len(claims.ABOUT)
+    parts = [part.partition("\n")[0] for part in page.split("\n## ") if ":about:" in part]
+    assert parts == list(claims.ABOUT.values())
+    assert re.findall(r":about: (\w+)", page) == list(claims.ABOUT)
     assert {c.about for c in book_claims()} == set(claims.ABOUT)
+
+
+@pytest.mark.parametrize(
+    "asked", [c for c in book_claims() if c.source != "ours"], ids=lambda c: c.id
+)
+def test_the_first_page_and_the_readme_have_room_for_a_claim(asked):
+    assert 0 < len(asked.short) <= 28 and len(asked.statement) <= 200
+
+
+def sentences():
+    """The sentences of the first page."""
+    page = (ROOT / "book" / "intro.md").read_text(encoding="utf-8")
+    return re.split(r"^\d\. ", page.partition("::::{container} drawn")[0], flags=re.MULTILINE)[1:]
+
+
+def test_the_first_page_types_no_verdict():
+    """Its words are roles, which read them from the claims, and no claim of the paper is left
+    out."""
+    assert len(sentences()) == 5
+    roles = re.findall(r"\{verdict\}`([^`]+)`", " ".join(sentences()))
+    said = {id for role in roles for id in role.split()}
+    assert said >= {c.id for c in book_claims() if c.source == "paper"}
+    page = (ROOT / "book" / "intro.md").read_text(encoding="utf-8")
+    typed = re.sub(r"\{\w+\}`[^`]*`", "", page)
+    assert not re.search(r"\b(?:holds?|undecided|fails?|not run)\b", typed)
+
+
+def test_a_sentence_of_the_first_page_shows_numbers_of_the_claims_that_it_judges():
+    of = {c.id: c for c in book_claims()}
+    for sentence in sentences():
+        judged = re.findall(r"\{verdict\}`([^`]+)`", sentence)
+        asked = [of[id] for role in judged for id in role.split()]
+        assert asked
+        for number in re.findall(r"\{res\}`([^` ]+)", sentence):
+            assert any(number in c.records and not c.tier for c in asked), number
 
 
 def test_matching_takes_a_margin_or_says_why_there_is_none():

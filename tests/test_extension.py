@@ -29,7 +29,7 @@ def pages(tmp_path):
     Records("01_a", "standard", tmp_path / "recorded").record("a.b", 0.5)
     (tmp_path / "conf.py").write_text(
         f"import sys\nsys.path.insert(0, {str(EXTENSIONS)!r})\nextensions = ['myst_parser', "
-        f"'results']\nhtml_theme = 'basic'\n"
+        f"'verdicts']\nhtml_theme = 'basic'\n"
     )
 
     def build(text):
@@ -139,6 +139,43 @@ def test_claims_in_short_as_counts_and_as_rules(claims):
     status, problems, html = claims("```{claims}\n:rules:\n:chapter: x\n```")
     assert (status, problems) == (0, "") and "More than nothing." in html
     assert "holds" not in html and "abbr" not in html
+
+
+def test_the_table_can_be_narrowed_down_and_leads_to_the_rules(claims):
+    """Every line has the classes that a choice in the form names; the script comes with the page,
+    and without it the form is hidden and the table whole."""
+    status, problems, html = claims("```{claims}\n:short:\n```\n\n```{claims}\n```")
+    assert (status, problems) == (0, "")
+    lines = re.findall(r"<tr class=\"(by-\w+ is-[\w-]+) row-\w+\"", html)
+    assert lines == ["by-paper is-holds", "by-ours is-not-run", "by-ours is-holds"]
+    values = re.findall(r"<option value=\"([^\"]+)\"", html)
+    assert {name for line in lines for name in line.split()} <= set(values)
+    assert '<form class="claims-filter" hidden>' in html and 'aria-live="polite"' in html
+    assert html.count("<label>") == html.count("<select>") == 2
+    assert re.search(r"<script defer=\"defer\" src=\"_static/claims\.js", html)
+    for id in ("claim-c", "claim-d", "claim-e"):
+        assert f'href="#{id}"' in html and f'id="{id}"' in html
+
+
+def test_a_verdict_is_a_word_of_its_claim(claims):
+    """Of several claims each word stands once."""
+    status, problems, html = claims("A {verdict}`c`. B {verdict}`c d e`.")
+    assert (status, problems) == (0, "")
+    text = " ".join(re.sub(r"<[^>]+>", "", html).split())
+    assert "A holds. B holds and not run." in text
+    assert '<abbr class="verdict is-holds" title="More than nothing.">holds</abbr>' in html
+
+
+def test_a_verdict_of_no_claim_stops_the_build(claims):
+    status, problems, html = claims("{verdict}`c gone`")
+    assert status != 0 and "claims.yml has no gone" in problems and html == ""
+
+
+def test_the_picture_leads_to_the_claims_and_tells_where_their_numbers_come_from(claims):
+    status, problems, html = claims("```{claims-picture}\n```")
+    assert (status, problems) == (0, "")
+    assert 'href="claims.html#claim-c"' in html and "claim-d" not in html
+    assert "a.b · tier smoke · n = 8 · seed = 0 · interval [0.1, 0.15]" in html
 
 
 def test_questions_are_printed_whole(pages, tmp_path):

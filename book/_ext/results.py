@@ -1,5 +1,5 @@
-"""The role ``{res}`` and the directives ``{claims}``, ``{questions}``, ``{tiers}`` and
-``{published}``: measured numbers reach a page only through records."""
+"""The role ``{res}`` and the directives ``{questions}``, ``{tiers}`` and ``{published}``: measured
+numbers reach a page only through records."""
 
 import fnmatch
 import os
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import yaml
 from docutils import nodes
-from docutils.parsers.rst import directives
 from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
@@ -66,60 +65,6 @@ class Result(SphinxRole):
             raise ExtensionError(f"{self.env.docname}: {{res}}`{self.text}`: {error}") from error
         origin = explain(record, tier)
         return [nodes.abbreviation(self.rawtext, text, explanation=origin, classes=["record"])], []
-
-
-class Claims(SphinxDirective):
-    """``{claims}``: every claim of ``claims.yml``, or those of a ``source``, a ``chapter`` or what
-    they are ``about``, one by one with verdict, rule and measurement.
-
-    Flags for less: ``short`` is a table of verdicts, ``counts`` how many there are of each, and
-    ``rules`` what is asked, without any number.
-    """
-
-    option_spec = {
-        **dict.fromkeys(("source", "chapter", "about"), str),
-        **dict.fromkeys(("short", "counts", "rules"), directives.flag),
-    }
-
-    def run(self):
-        source = Path(self.env.srcdir) / "claims.yml"
-        self.env.note_dependency(str(source))
-        try:
-            chosen = [claim for claim in claims.load_claims(source) if self.wanted(claim)]
-            if "rules" in self.options:
-                return self.parse_text_to_nodes(claim_pages.rules(chosen))
-            rows = claims.judged(chosen, self.config.qpmerge_tier, self.records)
-        except MergeError as error:
-            raise ExtensionError(f"{self.env.docname}: claims: {error}") from error
-        if "counts" in self.options:
-            return self.parse_text_to_nodes(claim_pages.counts(rows))
-        if "short" in self.options:
-            return self.parse_text_to_nodes(claim_pages.short_table(rows, self.link))
-        return [self.block(row) for row in rows]
-
-    def wanted(self, claim):
-        """Whether a claim is of the source, chapter and part that the directive names."""
-        named = {"source", "chapter", "about"} & self.options.keys()
-        return all(getattr(claim, key) == self.options[key] for key in named)
-
-    def records(self, tier):
-        """Records of a tier, which a claim of that tier is judged by."""
-        return read(self.env, tier)
-
-    def link(self, chapter):
-        """A link that MyST fills with the chapter's title."""
-        return f"[](/chapters/{chapter})"
-
-    def block(self, row):
-        """One claim in a box of its own, which ``#claim-its-id`` points to."""
-        text = claim_pages.block(row, self.config.qpmerge_tier, self.link)
-        ids = [nodes.make_id(f"claim-{row.claim.id}")]
-        return nodes.container(
-            "",
-            *self.parse_text_to_nodes(text),
-            ids=ids,
-            classes=["claim", f"voice-{row.claim.source}"],
-        )
 
 
 class Questions(SphinxDirective):
@@ -238,7 +183,6 @@ class Published(SphinxDirective):
 def setup(app):
     app.add_config_value("qpmerge_tier", os.environ.get("QPMERGE_TIER", "smoke"), "env")
     app.add_role("res", Result())
-    app.add_directive("claims", Claims)
     app.add_directive("questions", Questions)
     app.add_directive("tiers", Tiers)
     app.add_directive("published", Published)

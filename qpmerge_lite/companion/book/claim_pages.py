@@ -135,8 +135,13 @@ def questions(content: dict) -> str:
 
 
 def summary(rows: list[Row], link: Callable[[str], str]) -> str:
-    """Counts and short table, one below the other: what README.md shows."""
-    return f"{counts(rows)}\n\n{short_table(rows, link)}"
+    """What README.md shows: counts, and below them the claims of the paper and of its review."""
+    others = [row for row in rows if row.claim.source != "ours"]
+    return (
+        f"{counts(rows)}\n\n{short_table(others, link)}\n\n"
+        f"All {len(rows)} claims, with rules and numbers, are on the page *Claims and verdicts* "
+        "that `make book` makes of [book/claims.yml](book/claims.yml)."
+    )
 
 
 def replace_between_markers(text: str, table: str) -> str:
