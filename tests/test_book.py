@@ -5,8 +5,11 @@ numbers from records.
 """
 
 import json
+import os
 import re
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
@@ -153,3 +156,44 @@ def test_the_first_page_draws_every_claim_of_others_and_leads_to_its_rule():
 @of_the_built_book
 def test_the_records_agree_with_the_expected_ones():
     assert expected.compare("smoke", ROOT) == []
+
+
+class Anchors(HTMLParser):
+    """What a page can be pointed at, and what it points to."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.ids, self.links = {"", "top"}, []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.ids |= {found[key] for key in ("id", "name") if found.get(key)}
+        if tag == "a" and found.get("href"):
+            self.links.append(found["href"])
+
+
+@of_the_built_book
+def test_every_link_within_the_book_leads_somewhere():
+    """To a page or file that is there, and to a place that it has."""
+    anchors = {name: Anchors(page) for name, page in pages().items()}
+    broken = []
+    for name, page in anchors.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = os.path.normpath(os.path.join(os.path.dirname(name), unquote(parts.path)))
+            target = name if not parts.path else target
+            known = anchors[target].ids if target in anchors else None
+            if known is None and not (HTML / target).is_file():
+                broken.append((name, link))
+            elif known is not None and unquote(parts.fragment) not in known:
+                broken.append((name, link))
+    assert broken == []
+
+
+@of_the_built_book
+def test_the_pages_are_no_more_than_a_reader_would_load():
+    size = sum(path.stat().st_size for path in HTML.rglob("*") if path.is_file())
+    assert size <= 25_000_000

@@ -1,0 +1,124 @@
+"""The built book in a real browser: what a reader would stumble over. Run by `make browser`, which
+installs what drives an installed Chromium."""
+
+import os
+from pathlib import Path
+
+import browser as b
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+HTML = ROOT / "book" / "_build" / "html"
+CONTENTS = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf-8"))
+ENTRIES = [entry["file"] for part in CONTENTS["parts"] for entry in part["chapters"]]
+PAGES = [f"{entry}.html" for entry in (CONTENTS["root"], *ENTRIES, "genindex", "search")]
+pytestmark = [
+    pytest.mark.book,
+    pytest.mark.skipif(
+        not os.environ.get("QPMERGE_BROWSER"), reason="asks for a browser; run `make browser`"
+    ),
+]
+every_page = pytest.mark.parametrize("name", PAGES)
+READY = "performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd"
+
+
+@pytest.fixture(scope="module")
+def origin():
+    with b.served(HTML) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright, b.launched(playwright) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def visits(chromium, origin, tmp_path_factory):
+    """A function that looks at a page, once."""
+    rules, seen = b.axe(tmp_path_factory.mktemp("axe")), {}
+
+    def look(name):
+        if name not in seen:
+            seen[name] = b.looked_at(chromium, origin, name, rules)
+        return seen[name]
+
+    return look
+
+
+@every_page
+def test_no_page_tells_the_console_of_an_error(visits, name):
+    assert visits(name).said == []
+
+
+@every_page
+def test_no_page_asks_another_server_or_for_what_is_not_there(visits, name):
+    visit = visits(name)
+    assert (visit.elsewhere, visit.missing) == ([], [])
+
+
+@every_page
+def test_every_formula_is_drawn(visits, name):
+    found = visits(name).mathematics
+    assert (found["drawn"], found["errors"]) == (found["asked"], [])
+
+
+def test_formulae_were_looked_for(visits):
+    assert visits("notation.html").mathematics["drawn"] > 20
+
+
+@every_page
+def test_a_narrow_page_does_not_scroll_sideways(visits, name):
+    assert visits(name).sideways == []
+
+
+@every_page
+@pytest.mark.parametrize("colours", list(b.SCHEMES))
+def test_axe_finds_nothing_serious(visits, name, colours):
+    assert visits(name).violations[colours] == []
+
+
+def test_a_search_finds_pages(chromium, origin):
+    with b.opened(chromium, origin) as (page, visit):
+        page.goto(f"{origin}/search.html?q=captured+energy")
+        page.wait_for_selector("#search-results li a")
+        titles = page.locator("#search-results li > a").all_inner_texts()
+        page.locator("#search-results li > a").first.click()
+        page.wait_for_selector("article")
+    assert len(titles) > 3 and visit.said == []
+
+
+def test_the_first_page_can_be_used_within_two_seconds(chromium, origin):
+    """From the request to the moment that its text and links are there; the best of three, as the
+    machine may have other things to do."""
+    took = []
+    for _ in range(3):
+        with b.opened(chromium, origin) as (page, _):
+            page.goto(f"{origin}/intro.html", wait_until="domcontentloaded")
+            assert page.locator("article a[href*='chapters/']").first.is_visible()
+            took.append(page.evaluate(READY))
+    assert min(took) < 2000
+
+
+@every_page
+def test_figures_to_play_with_answer_pointer_and_keyboard(chromium, origin, name):
+    """Every slider of a page moves with an arrow key, and what is drawn changes; every figure says
+    what lies under the pointer."""
+    with b.opened(chromium, origin) as (page, visit):
+        page.goto(f"{origin}/{name}", wait_until="networkidle")
+        figures = page.locator("article .bk-Figure")
+        if figures.count() == 0:
+            assert page.locator("article [data-bokeh], article .bk-root").count() == 0
+            return
+        for slider in page.locator("article .noUi-handle").all():
+            slider.scroll_into_view_if_needed()
+            before = figures.first.screenshot()
+            slider.focus()
+            page.keyboard.press("ArrowRight")
+            page.wait_for_timeout(300)
+            assert figures.first.screenshot() != before
+        assert visit.said == []
