@@ -1,5 +1,7 @@
 """One set of pins, said three times: lock, conda environment and package requirements agree."""
 
+import fnmatch
+import json
 import os
 import re
 import shutil
@@ -27,6 +29,7 @@ LOCK = pins(text("requirements.lock").splitlines()) | pins(
     text("requirements-torch.txt").splitlines()
 )
 HUB = pins(text("requirements-hub.lock").splitlines())
+BROWSER = pins(text("requirements-browser.lock").splitlines())
 PROJECT = tomllib.loads(text("pyproject.toml"))
 
 
@@ -37,7 +40,7 @@ def test_the_conda_environment_has_the_pins_of_the_lock():
     assert "python=3.11" in dependencies
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "requirements-hub.lock"])
+@pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("requirements*.lock")))
 def test_every_locked_file_is_hashed(name):
     for requirement in re.split(r"\n(?=\S)", text(name).strip()):
         if not requirement.startswith("#"):
@@ -45,7 +48,14 @@ def test_every_locked_file_is_hashed(name):
 
 
 @pytest.mark.parametrize(
-    "name", [*(path.name for path in ROOT.glob("requirements*")), "environment.yml", "Makefile"]
+    "name",
+    [
+        *sorted(path.name for path in ROOT.glob("requirements*")),
+        "environment.yml",
+        "binder/environment.yml",
+        "binder/postBuild",
+        "Makefile",
+    ],
 )
 def test_no_index_is_named(name):
     assert not re.search(r"https?://|file:|--(extra-)?index-url +[^.…\"]|--find-links", text(name))
@@ -54,6 +64,7 @@ def test_no_index_is_named(name):
 def test_what_is_asked_for_by_name_is_locked_as_asked():
     assert pins(text("requirements.in").splitlines()).items() <= LOCK.items()
     assert pins(text("requirements-hub.in").splitlines()).items() <= HUB.items()
+    assert pins(text("requirements-browser.in").splitlines()).items() <= BROWSER.items()
 
 
 def test_what_reads_checkpoints_adds_to_the_pins_and_changes_none():
@@ -62,6 +73,35 @@ def test_what_reads_checkpoints_adds_to_the_pins_and_changes_none():
     } == {}
     assert {"transformers", "tokenizers"} <= HUB.keys() - LOCK.keys()
     assert "pip install --require-hashes -r requirements-hub.lock" in text("environment.yml")
+
+
+def test_what_drives_a_browser_changes_no_pin():
+    assert {name: v for name, v in BROWSER.items() if LOCK.get(name, v) != v} == {}
+
+
+def test_binder_has_a_torch_that_the_package_takes_and_no_cuda():
+    """Its Python is that of the pins, torch is conda's, and everything else is from the locks."""
+    from packaging.requirements import Requirement
+
+    binder = yaml.safe_load(text("binder/environment.yml"))["dependencies"]
+    assert "python=3.11" in binder and all(isinstance(entry, str) for entry in binder)
+    (torch,) = (Requirement(entry) for entry in binder if entry.startswith("pytorch"))
+    asked = next(r for r in PROJECT["project"]["dependencies"] if r.startswith("torch"))
+    assert (torch.name, torch.specifier) == ("pytorch-cpu", Requirement(asked).specifier)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash on this machine")
+def test_binder_installs_the_pins_and_this_folder(tmp_path):
+    """As it will be run, with a pip that only says what it was told."""
+    told, pip = tmp_path / "told", tmp_path / "pip"
+    pip.write_text(f'#!/bin/sh\necho "$@" > {told}\ncp "$4" {told}.pins\n')
+    pip.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert os.access(ROOT / "binder" / "postBuild", os.X_OK)
+    subprocess.run([ROOT / "binder" / "postBuild"], cwd=ROOT, env=environment, check=True)
+    assert told.read_text().split()[-2:] == ["--editable", ".[suites,qp,hub]"]
+    wanted = {name: version for name, version in (LOCK | HUB).items() if name != "torch"}
+    assert pins((tmp_path / "told.pins").read_text().splitlines()) == wanted
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make on this machine")
@@ -117,3 +157,74 @@ def test_the_version_is_the_same_everywhere():
 
     assert qpmerge_lite.__version__ == version
     assert yaml.safe_load(text("CITATION.cff"))["version"] == version
+
+
+def third_party():
+    """Rows of the table of what the pages carry: (what, version, licence, patterns, origin)."""
+    rows = [line.strip("| ").split(" | ") for line in text("THIRD_PARTY.md").splitlines()]
+    return [
+        (row[0], row[1], row[2], re.findall(r"`([^`]+)`", row[3]), row[4])
+        for row in rows
+        if len(row) == 5 and row[0] not in ("what", "---")
+    ]
+
+
+def test_what_the_pages_carry_is_listed_in_the_version_that_is_pinned():
+    """What comes from npm, and what comes with a package as a part of it."""
+    listed = {origin.removeprefix("npm: "): version for _, version, _, _, origin in third_party()}
+    fetched = re.findall(
+        r'"(@?[a-z][\w./-]*)@(\d[\w.]*)"', text("book/_ext/offline.py")
+    )  # as in "mathjax@3.2.2"
+    assert fetched and {name: listed.get(name) for name, _ in fetched} == dict(fetched)
+    for what, version, licence, patterns, origin in third_party():
+        assert licence and patterns, what
+        if re.sub(r"[ -]+", "-", what).lower() == origin:  # not a part of it under another name
+            assert LOCK[origin] == version, what
+        elif not origin.startswith("npm: "):
+            assert origin in LOCK, what
+
+
+@pytest.mark.book
+def test_every_file_of_others_that_the_pages_carry_is_listed():
+    """Ours are those of ``book/_static`` that git keeps."""
+    static = ROOT / "book" / "_build" / "html" / "_static"
+    ours = {path.name for path in (ROOT / "book" / "_static").iterdir() if path.is_file()}
+    files = {path.relative_to(static).as_posix() for path in static.rglob("*") if path.is_file()}
+    listed = [pattern for row in third_party() for pattern in row[3]]
+    unlisted = {f for f in files - ours if not any(fnmatch.fnmatchcase(f, p) for p in listed)}
+    assert sorted(unlisted) == []
+    for what, version, _, patterns, origin in third_party():
+        if what in ("Bootstrap", "Font Awesome Free", "clipboard.js"):  # a part has its own version
+            parts = [f for f in files if any(fnmatch.fnmatchcase(f, p) for p in patterns)]
+            said = [(static / f).read_bytes() for f in parts if f.endswith((".js", ".txt"))]
+            assert any(version.encode() in content for content in said), (what, origin)
+
+
+WORKFLOWS = sorted(path.name for path in (ROOT / ".github" / "workflows").glob("*.yml"))
+WRITES = {"contents": "write", "pages": "write", "id-token": "write"}
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_workflow_asks_for_what_there_is_and_code_of_a_change_may_write_nothing(name):
+    """Whatever may write does not check anything out, and so runs nothing of the repository."""
+    workflow = yaml.safe_load(text(f".github/workflows/{name}"))
+    assert workflow["permissions"] == {"contents": "read"}
+    targets = re.findall(r"^([a-z]+):", text("Makefile"), re.MULTILINE)
+    for job in workflow["jobs"].values():
+        asked = job.get("permissions", {}).items()
+        if asked & WRITES.items():
+            assert not any("actions/checkout" in step.get("uses", "") for step in job["steps"])
+        for line in "\n".join(step.get("run", "") for step in job["steps"]).splitlines():
+            words = line.split()
+            if words[:1] == ["make"]:
+                wanted = [word for word in words[1:] if re.fullmatch("[a-z]+", word)]
+                assert set(wanted) <= set(targets), line
+
+
+def test_published_pages_are_told_their_addresses():
+    steps = yaml.safe_load(text(".github/workflows/book.yml"))["jobs"]["build"]["steps"]
+    (told,) = [step["env"] for step in steps if step.get("run", "").startswith("make ")]
+    assert told == {
+        "QPMERGE_REPOSITORY": "${{ github.server_url }}/${{ github.repository }}",
+        "QPMERGE_BOOK_URL": "${{ steps.pages.outputs.base_url }}",
+    }
