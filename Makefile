@@ -5,6 +5,8 @@
 # make oracles    hold the methods to other people's implementations of them, in a second environment
 # make peers      time them and their memory beside fusion_bench's, in the same one: half an hour
 # make peers-merge  the same of merges of folders, beside mergekit's: half an hour, 6 GB of disk, 10 GB of memory
+# make pdf        the whole book as book/_build/book.pdf; needs Chromium or Chrome
+# make browser    make book, then look at every page in Chromium or Chrome, as a reader would
 #
 # Options of the two benchmarks: make bench BENCH="--plot time.png --repeats 5"; make peers BENCH="--experts 3 --repeats 1"
 # Versions of make core: those of the locks, or with OLDEST=1 the oldest that pyproject.toml allows.
@@ -25,6 +27,8 @@ STAMP := $(VENV)/.installed
 # transformers, whose architectures and checkpoints are merged: chapters and tests ask for it
 HUB := $(VENV)/.installed-hub
 NEEDED := $(STAMP) $(HUB)
+# what drives the browser of `make browser`
+BROWSER := $(VENV)/.installed-browser
 QPMERGE := $(BIN)/qpmerge
 CORE := $(VENV)-core
 # constraints for pip: what was locked, and what the core claims to work with at least
@@ -33,7 +37,7 @@ LOWER_BOUNDS = sed -nE '/^dependencies = /{s/[^"]*"([^"]*)>=([^"]*)"[^"]*/\1==\2
 OLDEST ?=
 export QPMERGE_TIER := $(TIER)
 
-.PHONY: book test notebooks html check core bench oracles peers peers-merge lock clean
+.PHONY: book test notebooks html pdf browser check core bench oracles peers peers-merge lock clean
 .DELETE_ON_ERROR:
 
 book: notebooks
@@ -48,6 +52,13 @@ notebooks: $(NEEDED)
 
 html: $(STAMP)
 	$(BIN)/jupyter-book build -W -n --keep-going book
+
+pdf: notebooks
+	$(BIN)/jupyter-book build -W -n --keep-going --builder singlehtml book
+	$(BIN)/python -m qpmerge_lite.companion.book.pdf
+
+browser: book $(BROWSER)
+	QPMERGE_BROWSER=1 QPMERGE_BUILT=1 $(BIN)/python -m pytest tests/test_browser.py
 
 check: $(NEEDED)
 	$(QPMERGE) book check --tier $(TIER)
@@ -95,11 +106,16 @@ $(HUB): requirements-hub.lock $(STAMP)
 	$(BIN)/pip install --quiet --require-hashes -r requirements-hub.lock
 	touch $@
 
+$(BROWSER): requirements-browser.lock $(STAMP)
+	$(BIN)/pip install --quiet --require-hashes -r requirements-browser.lock
+	touch $@
+
 # needs uv; keeps the pins of the present lock where it can, and writes the same ones into environment.yml
 RESOLVE := uv pip compile --quiet --universal --python-version 3.11.5 --generate-hashes --no-annotate --no-header --no-emit-index-url
 lock:
 	$(RESOLVE) requirements.in -o requirements.lock
 	$(RESOLVE) requirements-hub.in -c requirements.lock -o requirements-hub.lock
+	$(RESOLVE) requirements-browser.in -c requirements.lock -o requirements-browser.lock
 	{ sed '/- pip:$$/q' environment.yml; \
 	  sed -nE 's/^([a-z0-9_.-]+==[^\]*[^\ ]) *\\?$$/      - "\1"/p' requirements.lock requirements-torch.txt; \
 	  echo '      - -e .'; } > environment.yml.new
