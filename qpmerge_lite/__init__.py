@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .solvers import QP, FeatCal, RegMean, Sketched
     from .spectral.essential import esm
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 __all__ = [
     "AutoMerge",
     "FAMILIES",

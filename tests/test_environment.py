@@ -200,6 +200,23 @@ def test_every_file_of_others_that_the_pages_carry_is_listed():
             assert any(version.encode() in content for content in said), (what, origin)
 
 
+def test_the_archive_is_told_what_the_citation_says():
+    citation, archive = yaml.safe_load(text("CITATION.cff")), json.loads(text(".zenodo.json"))
+    paper = citation["preferred-citation"]
+    assert archive["title"] == citation["title"]
+    assert archive["version"] == citation["version"]
+    assert archive["publication_date"] == str(citation["date-released"])
+    assert archive["license"] == citation["license"] == PROJECT["project"]["license"]
+    assert [item["identifier"] for item in archive["related_identifiers"]] == [paper["doi"]]
+    assert archive["keywords"] == PROJECT["project"]["keywords"]
+
+
+def test_the_newest_version_of_the_changelog_is_the_one_that_is_cited():
+    citation = yaml.safe_load(text("CITATION.cff"))
+    version, day = re.search(r"^## \[(\d[\d.]*)\] - (\S+)$", text("CHANGELOG.md"), re.M).groups()
+    assert (version, day) == (citation["version"], str(citation["date-released"]))
+
+
 WORKFLOWS = sorted(path.name for path in (ROOT / ".github" / "workflows").glob("*.yml"))
 WRITES = {"contents": "write", "pages": "write", "id-token": "write"}
 
