@@ -84,6 +84,7 @@ CHECKPOINTS = [
     "heads.card",
     "compatibility",
     "hub",
+    "outlines",
     "calibration.data_sets",
     "fingerprints",
     "moments.files",

@@ -80,18 +80,28 @@ def class_of(base: Checkpoint):
     return found
 
 
+def configuration_of(checkpoint: Checkpoint):
+    """The configuration of a checkpoint's model as transformers has it: of its config.json, or of
+    what is known of the model of an adapter, whose folder has none."""
+    from transformers import AutoConfig
+
+    if checkpoint.config_file == CONFIG:
+        return AutoConfig.from_pretrained(checkpoint.folder, **HERE_ALONE)
+    return AutoConfig.for_model(**checkpoint.config)
+
+
 def empty_model(base: Checkpoint) -> PreTrainedModel:
     """The model of a checkpoint without its numbers, on the meta device: no memory is taken for it.
 
     Raises: Refused where transformers is not installed or does not have the class.
     """
     require_transformers()
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     made = class_of(base)
     try:
         with quietly(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(base.folder, **HERE_ALONE)
+            config = configuration_of(base)
             model = made.from_config(config) if made is AutoModel else made(config)
             model.tie_weights()
     except TROUBLES as error:

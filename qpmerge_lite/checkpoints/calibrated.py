@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,71 +60,81 @@ def merged_model(
     Raises: Refused where transformers cannot build the model, or has other tensors than the files;
         what the method raises, with the files that were read.
     """
-    model, layout = build(report.base)
-    names = list(report.backbone.entries)
     rounds = method not in OWN_PRECISION  # what is run is rounded anyhow
     room = None if solved is None else solved.folder.parent
-    states = {e.name: layout.state_of(e, names, rounds, room) for e in report.experts}
-    run = _run_of(model, bool(report.heads))
-    others = _beside(run, {run.inner(layout.in_model[name]) for name in names})
-    states = {name: others | run.inside(state) for name, state in states.items()}
-    heads = functions_of(report.heads, run.module) if report.heads and method == CHOOSES else None
-    inputs = {name: cast(batches, model.dtype) for name, batches in calibration.items()}
+    running = Running(report)
+    body = running.module
+    states = {e.name: running.state_of(e, rounds, room) for e in report.experts}
+    heads = functions_of(report.heads, body) if report.heads and method == CHOOSES else None
+    inputs = {name: cast(batches, body.dtype) for name, batches in calibration.items()}
     given = {"group": group, "progress": progress, **options}
     given |= {} if heads is None else {"heads": heads}
     try:
         with (
             nullcontext() if solved is None else keeping(solved),
-            nullcontext() if heads is None else noting_arguments(run.module),
+            nullcontext() if heads is None else noting_arguments(body),
         ):
-            merge = function_of(method)(run.module, states, inputs, **given)
+            merge = function_of(method)(body, states, inputs, **given)
     except MergeError as error:
-        raise located(error, [report.base, *report.experts], names) from error
-    merge.state_dict = layout.stored(run.outside(merge.state_dict, others))
-    merge.averaged = layout.by_file(run.outside(merge.averaged, others))
+        raise located(error, [report.base, *report.experts], running.names) from error
+    merge.state_dict = running.stored(merge.state_dict)
+    merge.averaged = running.by_file(merge.averaged)
     return merge
 
 
-class _Run(NamedTuple):
-    """The module that is run, which may be a part of the model, and how its tensors are called.
-
-    Attributes:
-        prefix: what their names in the model begin with.
-    """
-
-    module: PreTrainedModel
-    prefix: str
-
-    def inner(self, name: str) -> str:
-        """Name in the module of a name in the model."""
-        return name.removeprefix(self.prefix)
-
-    def inside(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of the model's tensors that the module has, by its names."""
-        return {self.inner(name): v for name, v in state.items() if name.startswith(self.prefix)}
-
-    def outside(self, values: Mapping[str, Value], without: Collection[str]) -> dict[str, Value]:
-        """What is told of the module's tensors, but for some, by the names of the model."""
-        return {self.prefix + name: v for name, v in values.items() if name not in without}
-
-
-def _run_of(model: PreTrainedModel, has_heads: bool) -> _Run:
-    """The whole model, or its backbone, as transformers tells it, where heads are kept."""
-    body = model.base_model if has_heads else model
-    (path,) = [name for name, module in model.named_modules() if module is body]
-    return _Run(body, path + "." if path else "")
-
-
-def _beside(run: _Run, names: set[str]) -> dict[str, Tensor]:
-    """Entries of the base that no expert brings, which are its own in all of them: as a pooler that
-    some experts' classes have not.
+class Running:
+    """What of a base is run, and how its tensors are called there and in the files: the whole
+    model, or its backbone, as transformers tells it, where heads are kept.
 
     Args:
-        names: that experts bring.
+        report: on checkpoints that fit.
+    Attributes:
+        module: what is run, with the base's weights.
+        names: of the tensors in the files that experts bring.
+    Raises: Refused where transformers cannot build the model, or has other tensors than the files.
     """
-    ties = tied(run.module)
-    values = run.module.state_dict().items()
-    return {name: value for name, value in values if names.isdisjoint(ties[name])}
+
+    def __init__(self, report: Report):
+        model, self._layout = build(report.base)
+        self.module: PreTrainedModel = model.base_model if report.heads else model
+        self.names = list(report.backbone.entries)
+        (path,) = [name for name, module in model.named_modules() if module is self.module]
+        self._prefix = path + "." if path else ""
+        self._others = self._beside({self._layout.in_model[name] for name in self.names})
+
+    def _beside(self, names: set[str]) -> dict[str, Tensor]:
+        """Entries of the base that no expert brings, which are its own in all of them: as a pooler
+        that some experts' classes have not.
+
+        Args:
+            names: that experts bring, as the model has them.
+        """
+        ties, values = tied(self.module), self.module.state_dict().items()
+        inner = {name.removeprefix(self._prefix) for name in names}
+        return {name: value for name, value in values if inner.isdisjoint(ties[name])}
+
+    def state_of(
+        self, checkpoint: Checkpoint, rounds: bool = False, room: Path | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors of a checkpoint as the module has them, see ``Layout.state_of``."""
+        state = self._layout.state_of(checkpoint, self.names, rounds, room)
+        start = self._prefix
+        inside = {n.removeprefix(start): v for n, v in state.items() if n.startswith(start)}
+        return self._others | inside
+
+    def _outside(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """What is told of the module's tensors, but for those that no expert brings, by the names
+        of the whole model."""
+        kept = values.keys() - self._others.keys()
+        return {self._prefix + name: v for name, v in values.items() if name in kept}
+
+    def stored(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the module, all of them, under the names and in the shapes of the files."""
+        return self._layout.stored(self._outside(state))
+
+    def by_file(self, told: Mapping[str, Value]) -> dict[str, Value]:
+        """What is told of tensors of the module, told of those of the files."""
+        return self._layout.by_file(self._outside(told))
 
 
 def cast(batches: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> list[dict[str, Tensor]]:

@@ -84,15 +84,15 @@ class Costs(NamedTuple):
 def estimated_plan(plan: Plan) -> Costs:
     """Costs of a merge as planned, from headers."""
     report, order = plan.report, plan.order
-    base, every = report.base, report.bytes
+    every = report.bytes
     if order.recipe is not None:
         written = sum(header.size for header in plan.headers.values())
         return Costs(memory_of_recipe(order.recipe, report), every, written, TENSORS)
     if plan.moments:
         files = [file.header.size for of_expert in plan.moments.values() for file in of_expert]
-        stored = max((_of_all(report, [name]) for name in base.entries), default=0)
+        stored = max((_of_all(report, [name]) for name in report.backbone.entries), default=0)
         memory = stored + memory_of_layer(report, plan.method, order.options)
-        return Costs(memory, 2 * every + sum(files), base.bytes, LAYERS)
+        return Costs(memory, 2 * every + sum(files), _written(report), LAYERS)
     costs = estimated(report, plan.method, order.options)
     if plan.inputs is None:
         return costs
@@ -111,8 +111,13 @@ def estimated(report: Report, method: str, options: Mapping[str, object]) -> Cos
         memory = max((_of_group(report, method, names) for names in groups), default=0)
     if at_once(method, options) == SHAPES:  # not in the order of the files: digests read them again
         read += report.bytes
-    written = base.bytes + sum(_stored(head, head.entries) for head in report.heads.values())
-    return Costs(memory, read, written, at_once(method, options))
+    return Costs(memory, read, _written(report), at_once(method, options))
+
+
+def _written(report: Report) -> int:
+    """Bytes of a merge's files of weights, with heads that are kept."""
+    heads = [_stored(head, head.entries) for head in report.heads.values()]
+    return report.base.bytes + sum(heads)
 
 
 def _of_group(report: Report, method: str, names: Sequence[str]) -> int:

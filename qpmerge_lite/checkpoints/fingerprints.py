@@ -12,15 +12,18 @@ from .folders import TOKENIZER, Checkpoint
 from .headers import Entry, pieces
 
 
-def of_weights(checkpoint: Checkpoint) -> str:
-    """SHA-256 of all tensors in the order of their names: name, dtype, shape, bytes. How they are
-    split into files does not count, nor what these say of themselves.
+def of_weights(*parts: Checkpoint) -> str:
+    """SHA-256 of all tensors of a checkpoint in the order of their names in its files: name, dtype,
+    shape, bytes. How they are split into files does not count, nor what these say of themselves.
+
+    Args:
+        parts: the checkpoint, or its backbone and its head.
 
     Raises: Refused where a file cannot be read.
     """
     digest = hashlib.sha256()
     places: dict[str, tuple[Path, Entry]] = {}
-    for header in checkpoint.headers.values():
+    for header in [header for part in parts for header in part.headers.values()]:
         places |= {entry.name: (header.path, entry) for entry in header.entries.values()}
     for name in sorted(places):  # those that the files have
         path, entry = places[name]

@@ -16,6 +16,7 @@ from .headers import SAVE_AGAIN, Entry, Header, read_header
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 ADAPTER = "adapter_config.json"
+MANIFEST = "merge.json"  # which says of a merge how it was made
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",

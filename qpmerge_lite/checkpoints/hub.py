@@ -7,27 +7,20 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 
 from .adapters.reading import WEIGHTS
 from .calibration.records import require
-from .compatibility import Report, check
 from .deltas.reading import as_delta, behind
 from .findings import Refused
-from .folders import ADAPTER, INDEX, OTHERS, SINGLE, TOKENIZER, read_json
-from .headers import LARGEST, LENGTH
-from .heads.telling import AUTO
+from .folders import ADAPTER, INDEX, MANIFEST, OTHERS, SINGLE, TOKENIZER, read_json
 
 PREFIX = "hf:"
-SMALL = (*OTHERS, *TOKENIZER, INDEX, ADAPTER)  # never code, never a pickle
-FIRST = 100_000  # bytes of a file that are asked for at first: nearly every header is shorter
+SMALL = (*OTHERS, *TOKENIZER, INDEX, ADAPTER, MANIFEST)  # never code, never a pickle
 
 
 @dataclass(frozen=True)
@@ -103,22 +96,23 @@ def local(place: Path, *, progress: bool = False, more: Sequence[str] = ()) -> P
     reference = reference_of(place)
     if reference is None:
         return place
-    folder = _snapshot(reference, (*SMALL, *more), progress)
+    folder = snapshot(reference, (*SMALL, *more), progress)
     pinned = Reference(reference.repo, folder.name)
-    names = _weights(folder)
-    _snapshot(pinned, [escape(name) for name in names], progress)
+    names = files_of_weights(folder)
+    snapshot(pinned, [escape(name) for name in names], progress)
     if names and not any((folder / name).is_file() for name in names):
-        _refuse_without_weights(pinned)
+        refuse_without_weights(pinned)
     return folder
 
 
-def _refuse_without_weights(reference: Reference) -> None:
+def refuse_without_weights(reference: Reference) -> None:
+    """Refused, for a repository that has no weights in safetensors."""
     expected = f"{SINGLE}, {INDEX} or an adapter's {WEIGHTS}"
     cure = f"see {reference.page}; pickled weights are never fetched"
     raise Refused(reference, expected, "none of them", cure)
 
 
-def _weights(folder: Path) -> list[str]:
+def files_of_weights(folder: Path) -> list[str]:
     """Files that the weights may be in, by what the small files say; names that are paths are left
     out, which are refused when the folder is read."""
     if not (folder / INDEX).is_file():
@@ -128,7 +122,7 @@ def _weights(folder: Path) -> list[str]:
     return sorted(name for name in names if Path(name).suffix and Path(name).name == name)
 
 
-def _snapshot(reference: Reference, patterns, progress: bool = False) -> Path:
+def snapshot(reference: Reference, patterns, progress: bool = False) -> Path:
     """The client's folder of a revision, with the files that fit these patterns."""
     require_client()
     from huggingface_hub import snapshot_download
@@ -205,134 +199,3 @@ def _bars(shown: bool) -> Iterator[None]:
 def is_away(place: Path) -> bool:
     """Whether a place is at the Hub."""
     return reference_of(behind(place) or place) is not None
-
-
-@dataclass
-class Outlines:
-    """Folders in place of those of references, with headers and holes where their weights are.
-
-    Attributes:
-        base, experts: folders, as of ``check``.
-        missing: bytes of weights that a merge would download.
-        names: such a folder -> the reference that it stands for.
-    """
-
-    base: Path
-    experts: dict[str, Path]
-    missing: int = 0
-    names: dict[str, str] = field(default_factory=dict)
-
-    def named(self, text: str) -> str:
-        """A text with references in place of these folders."""
-        for folder, name in self.names.items():
-            text = text.replace(folder, name)
-        return text
-
-
-def check_places(base: Path, experts: Mapping[str, Path], heads: str = AUTO) -> tuple[Report, int]:
-    """What ``check`` finds about folders and references, of which headers alone are fetched, and
-    how many bytes of weights a merge would download.
-
-    Args:
-        base: folder or reference of the model that the experts were tuned from.
-        experts: name -> folder or reference, or ``delta:`` and one of a task vector.
-        heads: as of ``check``.
-    """
-    with outlined(base, experts) as outlines:
-        report = check(outlines.base, outlines.experts, heads)
-    report.findings = [
-        replace(finding, where=outlines.named(finding.where)) for finding in report.findings
-    ]
-    return report, outlines.missing
-
-
-@contextmanager
-def outlined(base: Path, experts: Mapping[str, Path]) -> Iterator[Outlines]:
-    """Folders to check what is at the Hub by: small files as they are, and of every file of weights
-    its header, at its size. They are gone afterwards.
-
-    Raises: Refused saying why the Hub does not give them.
-    """
-    with tempfile.TemporaryDirectory(prefix="qpmerge-") as root:
-        outlines = Outlines(base, dict(experts))
-        outlines.base = _outline(base, Path(root), outlines)
-        for name, place in experts.items():
-            outlines.experts[name] = _outline(place, Path(root), outlines)
-        yield outlines
-
-
-def _outline(place: Path, root: Path, outlines: Outlines) -> Path:
-    """The folder to check one place by."""
-    differences = behind(place)
-    if differences is not None:
-        return as_delta(_outline(differences, root, outlines))
-    reference = reference_of(place)
-    if reference is None:
-        return place
-    kept = _snapshot(reference, SMALL)
-    pinned = Reference(reference.repo, kept.name)
-    names = _weights(kept)
-    if _has_weights(kept, names):
-        outlines.names[str(kept)] = str(pinned)
-        return kept
-    folder = root / str(len(outlines.names))
-    folder.mkdir()
-    outlines.names[str(folder)] = str(pinned)
-    _copy_small(kept, folder)
-    sizes = _sizes(pinned, names) if names else {}
-    if names and not sizes:
-        _refuse_without_weights(pinned)
-    for name, size in sizes.items():
-        with (folder / name).open("wb") as file:
-            file.write(first_bytes(pinned, name, size))
-            file.truncate(size)
-        outlines.missing += 0 if (kept / name).is_file() else size
-    return folder
-
-
-def _has_weights(kept: Path, names: list[str]) -> bool:
-    """Whether all weights of a repository have been downloaded: all shards, or the one file."""
-    there = [(kept / name).is_file() for name in names]
-    return any(there) if names == [SINGLE, WEIGHTS] else bool(there) and all(there)
-
-
-def _copy_small(kept: Path, folder: Path) -> None:
-    for path in kept.rglob("*"):
-        name = path.relative_to(kept).as_posix()
-        if path.is_file() and any(fnmatchcase(name, pattern) for pattern in SMALL):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / name)
-
-
-def _sizes(reference: Reference, names: list[str]) -> dict[str, int]:
-    """Bytes of those of the files that the repository has."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
-    with troubles(reference):
-        found = HfApi(endpoint()).get_paths_info(reference.repo, names, revision=reference.revision)
-    return {entry.path: entry.size for entry in found if isinstance(entry, RepoFile)}
-
-
-def first_bytes(reference: Reference, name: str, size: int) -> bytes:
-    """The beginning of a file of weights, its whole header at least where it has one."""
-    start = _range(reference, name, min(FIRST, size))
-    length = LENGTH + int.from_bytes(start[:LENGTH], "little")
-    if len(start) < length <= min(size, LENGTH + LARGEST):
-        start = _range(reference, name, length)
-    return start[:length]
-
-
-def _range(reference: Reference, name: str, count: int) -> bytes:
-    """The first bytes of a file, this many of them."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-    if not count:
-        return b""
-    url = hf_hub_url(reference.repo, name, revision=reference.revision, endpoint=endpoint())
-    headers = {**build_hf_headers(), "Range": f"bytes=0-{count - 1}"}
-    with troubles(reference):
-        answer = get_session().get(url, headers=headers)
-        hf_raise_for_status(answer)
-    return answer.content[:count]

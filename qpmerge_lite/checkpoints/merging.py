@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .folders import Checkpoint
+from .folders import MANIFEST, Checkpoint
 from .heads.files import write_heads
 from .large.estimates import disk_of_pass
 from .manifests import choice_of, manifest_of, without_time
 from .methods import CALIBRATED
 from .orders import Order
-from .output import CARD, MANIFEST, card, check_room, copy_files, say_dtype, write_json
+from .output import CARD, card, check_room, copy_files, say_dtype, write_json
 from .partial import Partial, all_or_nothing
 from .planning import Plan, plan_of, refuse_changes, settled
 

@@ -10,8 +10,9 @@ from .calibration.sources import SAMPLES
 from .compatibility import refuse_errors
 from .findings import Refused
 from .heads.telling import AUTO, MERGED, OPTION, WISHES
-from .hub import check_places, is_away, local
+from .hub import is_away, local
 from .methods import CALIBRATED, FROM_MOMENTS, SETTLED, WEIGHTS_ONLY
+from .outlines import check_places
 from .recipes.reading import Recipe
 
 
@@ -141,7 +142,7 @@ def fetched(
     these show what is wrong.
 
     Args:
-        base, experts, heads: as of :func:`hub.check_places`.
+        base, experts, heads: as of :func:`outlines.check_places`.
     """
     if not any(is_away(place) for place in (base, *experts.values())):
         return base, dict(experts)

@@ -13,12 +13,12 @@ from pathlib import Path
 from .. import __version__
 from .deltas.reading import behind
 from .findings import Refused, size
-from .folders import CONFIG, INDEX, OTHERS, TOKENIZER, Checkpoint, read_json
+from .folders import CONFIG, INDEX, MANIFEST, OTHERS, TOKENIZER, Checkpoint, read_json
 from .headers import NAMES, read_header
 from .heads.card import about_heads
 from .partial import explained, refuse_if_there, tidy
 
-MANIFEST, CARD = "merge.json", "README.md"
+CARD = "README.md"
 
 
 def check_place(out: Path, inputs: Sequence[Path]) -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .compatibility import Report, check, refuse_errors
-from .findings import Refused, shortened
+from .findings import Refused
 from .folders import INDEX, OTHERS, PROCESSOR, TOKENIZER
 from .headers import Header
-from .heads.telling import OPTION
 from .methods import BY_MOMENTS, MODEL, WEIGHTS_ONLY, at_once, check_options, chosen
 from .moments.files import MomentsFile, read_all
 from .orders import Order, check_calibration, check_heads, check_moments, downloaded
@@ -116,8 +115,9 @@ def plan_of(
     order = downloaded(order, progress)
     report = check(order.base, order.experts, order.heads)
     refuse_errors(report)
-    refuse_moments_with_heads(order, report)
-    moments = read_all(order.moments, report.base, report.experts) if order.moments else {}
+    moments = {}
+    if order.moments:
+        moments = read_all(order.moments, report.backbone, report.experts, report.heads)
     inputs = None
     if order.recipe is not None:
         plans(order.recipe, report)  # which refuses what does not fit
@@ -133,15 +133,6 @@ def plan_of(
     stamps = stamps_of(order, report)
     shared_by = None if inputs is None else group
     return Plan(order, method, why, report, inputs, moments, stamps, shared_by)
-
-
-def refuse_moments_with_heads(order: Order, report: Report) -> None:
-    """Refused where experts have heads of their own, and moments, which are of whole models."""
-    if report.heads and order.moments:
-        expected = "experts of the base's own architecture"
-        found = f"heads of their own ({shortened(report.heads)})"
-        cure = f"give --calibration, or {OPTION} merged where all heads are as the base's"
-        raise Refused("--moments", expected, found, cure)
 
 
 def settled(order: Order) -> tuple[Order, str, str]:

@@ -10,9 +10,9 @@ from ..compatibility import Report
 from ..costs import Costs, estimated, estimated_plan
 from ..findings import WARNING, Finding, Refused, size
 from ..heads.telling import AUTO, OPTION
-from ..hub import check_places
 from ..large.measured import measured
 from ..methods import METHODS, assignment, literal
+from ..outlines import check_places
 from .words import columns, named_folders, pairs, shows_progress, talks
 
 MEMORY = "memory beside what Python and its packages take"

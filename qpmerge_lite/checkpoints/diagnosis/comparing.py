@@ -14,13 +14,14 @@ from ...calibration import Batch
 from ...errors import NonFinite, is_finite
 from ...experts import State
 from ...forwards import evaluating, main_output
-from ...heads import outputs_of
+from ...heads import Heads, logits_of, outputs_of
 from ..findings import Refused
 
 PREDICTIONS, OUTPUTS = "predictions", "outputs"
 MERGED, EXPERT, BASE = "merged", "expert", "base"
 ROLES = (MERGED, EXPERT, BASE)
 LOGITS = "logits"
+ENERGY = "energy"  # what is captured of the outputs that heads read
 NOT_CLASSES = ("regression", "multi_label_classification")  # whose logits are no softmax
 LEVEL, FEWEST = 0.95, 8  # of intervals; fewer texts than that have none
 DRAWS, ROUNDS = 100, 20  # of the bootstrap: draws at a time, and how many times
@@ -131,6 +132,40 @@ def compared(
                 yield _text_of_predictions(own, tokens_of(batch, row) if predicts_next else None)
 
 
+def compared_by_head(
+    model: nn.Module, states: Mapping[str, State], batches: Sequence[Batch], heads: Heads
+) -> Iterator[tuple[Text, Text]]:
+    """Every text of one expert: what its head predicts of the outputs of each model, and these
+    outputs.
+
+    Args:
+        model: the backbone of the base; states: role -> weights, for ``ROLES``.
+        batches: of the expert.
+        heads: expert's name -> function from what the backbone returns to logits (N, classes), of
+            N texts, or of their tokens one after the other.
+    Raises: NonFinite for outputs that are not finite; Refused for other than one per text.
+    """
+    for batch in batches:
+        outputs, logits = {}, {}
+        for role in ROLES:
+            with torch.no_grad(), evaluating(model):
+                returned = outputs_of(model, dict(states[role]), batch)
+                predicted = logits_of(heads, batch, returned)
+            outputs[role] = _checked(main_output(returned), batch, role)
+            logits[role] = predicted.split(_predictions_of_texts(batch, len(predicted)))
+        for row in range(batch.size):
+            predictions = {role: by_text[row] for role, by_text in logits.items()}
+            own = {role: positions_of(output, batch, row) for role, output in outputs.items()}
+            yield _text_of_predictions(predictions, None), _text_of_outputs(own)
+
+
+def _predictions_of_texts(batch: Batch, count: int) -> list[int]:
+    """How many predictions there are of each text, ``count`` of all: one, or one for a token."""
+    if count == batch.size:
+        return [1] * count
+    return batch.arguments["attention_mask"].count_nonzero(1).tolist()
+
+
 def is_causal(model: nn.Module) -> bool:
     """Whether a model predicts the next token at every position: it is of a class for that, and no
     encoder that reads both ways all the same, as a BERT does unless its configuration says
@@ -147,7 +182,11 @@ def is_causal(model: nn.Module) -> bool:
 def output_of(model: nn.Module, state: State, batch: Batch, role: str) -> Tensor:
     """What is compared of one model on a batch, (B, …, d)."""
     with evaluating(model):
-        output = main_output(outputs_of(model, dict(state), batch))
+        return _checked(main_output(outputs_of(model, dict(state), batch)), batch, role)
+
+
+def _checked(output: Tensor, batch: Batch, role: str) -> Tensor:
+    """What a model puts out, refused unless it is finite and there is one for each text."""
     where = f"{batch.task!r}, batch {batch.number}, outputs of {role}"
     if len(output) != batch.size:
         shape, cure = f"shape {tuple(output.shape)}", "compare models of one text, without choices"
@@ -159,10 +198,13 @@ def output_of(model: nn.Module, state: State, batch: Batch, role: str) -> Tensor
 
 def positions_of(output: Tensor, batch: Batch, row: int) -> Tensor:
     """Outputs (P, d) of one text at the positions that are no padding, out of (B, S, d); or (1, d)
-    out of (B, d), where there is one for a text."""
+    out of (B, d), where there is one for a text. Of a picture, all of them."""
     if output.dim() < 3:
         return output[row : row + 1]
-    mask = batch.arguments["attention_mask"][row]
+    masks = batch.arguments.get("attention_mask")
+    if masks is None:  # pictures, which have no padding
+        return output[row]
+    mask = masks[row]
     if output.shape[1] != len(mask):
         where, cure = f"{batch.task!r}, batch {batch.number}", "compare it from Python"
         expected = f"outputs at {len(mask)} positions, as there are tokens"

@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...assess import audit
-from ...calibration import check_calibration
+from ...calibration import Batch, check_calibration
 from ...errors import MergeError
-from ...experts import check_experts
-from ..calibrated import build, cast
+from ...experts import State, check_experts
+from ..calibrated import Running, cast
 from ..calibration.feeds import Feed, feed_of
 from ..calibration.sources import SAMPLES
-from ..compatibility import check, refuse_errors
+from ..compatibility import Report, check, refuse_errors
 from ..findings import WARNING, Finding
-from ..folders import CONFIG, OTHERS, TOKENIZER, Checkpoint, read_json
+from ..folders import CONFIG, MANIFEST, OTHERS, TOKENIZER, Checkpoint, read_json
+from ..heads.running import functions_of, noting_arguments
+from ..heads.tasks import has_task
+from ..heads.telling import AUTO, OWN
 from ..heads.telling import MERGED as LIKE_THE_REST
+from ..hub import local
 from ..manifests import input_of, warnings_of
-from ..orders import check_all_named, check_names, check_sizes, fetched
-from ..output import MANIFEST, versions
+from ..orders import check_all_named, check_names, check_sizes
+from ..outlines import outlined
+from ..output import versions
 from ..planning import READERS
 from ..weights_only import located
 from .certificates import certify_in_passing
-from .comparing import BASE, EXPERT, MERGED, Text, compared, estimates, what_is_returned
+from .comparing import (
+    BASE,
+    ENERGY,
+    EXPERT,
+    LOGITS,
+    MERGED,
+    PREDICTIONS,
+    Text,
+    compared,
+    compared_by_head,
+    estimates,
+    what_is_returned,
+)
 
 NO_EXPERT = ""  # what the merge is called beside experts, which may have every other name
 
@@ -75,27 +93,57 @@ def diagnose_folders(question: Question, *, progress: bool = False) -> dict:
     expected = "a file for every expert, for diagnose"
     check_all_named("--calibration", question.calibration, question.experts, expected, told)
     check_sizes(question, "samples", "max_length", "batch_size")
-    places = {NO_EXPERT: question.merged, **question.experts}
-    base, folders = fetched(question.base, places, LIKE_THE_REST, progress)
-    report = check(base, folders, heads=LIKE_THE_REST)
-    refuse_errors(report)
-    merged, *experts = report.experts
-    merged.name = MERGED
+    with outlined() as outlines:
+        checked(_placed(question, outlines.of))
+    report, of_merge = checked(_placed(question, partial(local, progress=progress)))
+    (merged,) = of_merge.experts
     recipe = recipe_of(merged)
-    inputs = feed_of(question, replace(report, experts=experts))  # whose findings are shared
+    inputs = feed_of(question, report)
     calibration = inputs.as_json()
-    warnings = [*seen_before(recipe, calibration), *warnings_of(report)]
-    measured = _Measuring(report.base, merged, experts, inputs).run(progress)
+    warnings = seen_before(recipe, calibration) + warnings_of(report)
+    warnings += [warning for warning in warnings_of(of_merge) if warning not in warnings]
+    measured = _Measuring(report, merged, inputs).run(progress)
     return {
         "diagnosis": 1,
         "versions": versions(True),
         **measured,
         "recipe": recipe,
-        "inputs": _inputs(report.base, merged, experts),
+        "inputs": _inputs(report.base, merged, report.experts),
         "calibration": calibration,
         "warnings": warnings,
         "notes": inputs.notes,
     }
+
+
+def _placed(question: Question, place: Callable[[Path], Path]) -> Question:
+    """The question with other places of base, merge and experts."""
+    experts = {name: place(expert) for name, expert in question.experts.items()}
+    base, merged = place(question.base), place(question.merged)
+    return replace(question, base=base, merged=merged, experts=experts)
+
+
+def checked(question: Question) -> tuple[Report, Report]:
+    """The experts beside their base, as the merge took them; and the merge beside it, which has all
+    tensors of the base.
+
+    Raises: MergeError where they do not fit.
+    """
+    of_merge = check(question.base, {NO_EXPERT: question.merged}, heads=LIKE_THE_REST)
+    refuse_errors(of_merge)
+    (merged,) = of_merge.experts
+    merged.name = MERGED
+    report = check(question.base, question.experts, heads=_heads_of(merged))
+    refuse_errors(report)
+    return report, of_merge
+
+
+def _heads_of(merged: Checkpoint) -> str:
+    """Whether experts' heads are their own, by what the merge is: it keeps them, or has one of a
+    task that was merged like everything else, or none, so that the experts tell."""
+    recipe = recipe_of(merged) or {}
+    if recipe.get("heads"):
+        return OWN
+    return LIKE_THE_REST if has_task(merged) else AUTO
 
 
 def recipe_of(merged: Checkpoint) -> dict | None:
@@ -133,14 +181,16 @@ class _Measuring:
 
     def __init__(
         self,
-        base: Checkpoint,
+        report: Report,
         merged: Checkpoint,
-        experts: Sequence[Checkpoint],
         inputs: Feed,
     ):
-        self.base, self.merged, self.experts = base, merged, experts
-        self.model, self.layout = build(base)
+        self.base, self.merged, self.experts = report.base, merged, report.experts
+        self.running = Running(report)
+        self.model = self.running.module
         self.model.config.return_dict = True
+        # functions of the experts' own heads; None where these are merged, or predict no classes
+        self.heads = functions_of(report.heads, self.model) if report.heads else None
         dtype = self.model.dtype
         self.batches = {name: cast(batches, dtype) for name, batches in inputs.batches.items()}
 
@@ -150,7 +200,7 @@ class _Measuring:
         try:
             return self._run(progress)
         except MergeError as error:
-            raise located(error, read, list(self.base.entries)) from error
+            raise located(error, read, self.running.names) from error
 
     def _run(self, progress: bool) -> dict:
         from tqdm import tqdm
@@ -160,17 +210,19 @@ class _Measuring:
         device = next(self.model.parameters()).device
         numbered = check_calibration(self.batches, list(self.batches), device)
         kind, field = what_is_returned(self.model, numbered[first][0])
-        told: dict = {"compared": {"kind": kind, "field": field, "model": _name(self.model)}}
+        if self.heads is not None:
+            kind, field = PREDICTIONS, LOGITS
+        what = {"kind": kind, "field": field, "model": type(self.model).__name__}
+        told: dict = {"compared": what | {"by_heads": self.heads is not None}}
         told["experts"], energies, changed = {}, {}, set[str]()
-        before = self.layout.stored(self.model.state_dict())
+        before = self.running.stored(self.model.state_dict())
         for expert in tqdm(self.experts, desc="experts", disable=not progress):
             own = self._state(expert)
             states = {MERGED: state, EXPERT: own, BASE: self.model.state_dict()}
-            texts = list(compared(self.model, states, numbered[expert.name], kind))
-            told["experts"][expert.name] = _of_expert(texts)
+            told["experts"][expert.name] = self._told(states, numbered[expert.name], kind)
             energies[expert.name] = self._energies(expert.name, state, own)
-            changed |= _differing(self.layout.stored(own), before)
-        untouched = changed - _differing(self.layout.stored(state), before)
+            changed |= _differing(self.running.stored(own), before)
+        untouched = changed - _differing(self.running.stored(state), before)
         certificates, left_out = self._certificates(state, progress)
         told["layers"] = _layers(energies, certificates)
         told["left_out"] = left_out
@@ -179,8 +231,18 @@ class _Measuring:
 
     def _state(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """The weights of a checkpoint as the model has them."""
-        weights = self.layout.state_of(checkpoint)
+        weights = self.running.state_of(checkpoint)
         return check_experts(self.model, {checkpoint.name: weights}, cast=True)[checkpoint.name]
+
+    def _told(self, states: Mapping[str, State], batches: Sequence[Batch], kind: str) -> dict:
+        """What is told of one expert, by models' weights and its own inputs."""
+        if self.heads is None:
+            return _of_expert(list(compared(self.model, states, batches, kind)))
+        with noting_arguments(self.model):
+            pairs = list(compared_by_head(self.model, states, batches, self.heads))
+        told = _of_expert([predictions for predictions, _ in pairs])
+        captured = estimates([outputs for _, outputs in pairs])["captured"]
+        return told | {ENERGY: None if captured is None else asdict(captured)}
 
     def _energies(self, name: str, state, own) -> dict[str, float | None]:
         """Captured energy of every layer's output, on the texts of one expert."""
@@ -193,19 +255,11 @@ class _Measuring:
             self.model, state, experts, self.batches, progress=progress
         )
         by_reason: dict[str, list[str]] = {}
+        by_file = self.running.by_file(reasons)
         for name in self.base.entries:
-            reason = reasons.get(self._named(name))
-            if reason is not None:
-                by_reason.setdefault(reason, []).append(name)
+            if name in by_file:
+                by_reason.setdefault(by_file[name], []).append(name)
         return certificates, by_reason
-
-    def _named(self, name: str) -> str:
-        """What the model calls an entry of the files."""
-        return self.layout.in_model.get(name, name)
-
-
-def _name(model: nn.Module) -> str:
-    return type(model).__name__
 
 
 def _differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> set[str]:

@@ -13,6 +13,7 @@ TITLES = {
     "captured": "captured",
     "agreement": "agreement",
     "agreement_of_base": "agreement of base",
+    "energy": "energy of outputs",
     "perplexity_of_merged": "perplexity",
     "perplexity_of_expert": "perplexity of expert",
     "perplexity_of_base": "perplexity of base",
@@ -25,6 +26,8 @@ MEANINGS = {
         "further away",
         "agreement": "share of predictions in which the merge's first choice is the expert's",
         "agreement_of_base": "the same of the base, which is where the merge started from",
+        "energy": "share of the squared difference between the base's outputs, which the heads "
+        "read, and the expert's that is gone in the merge's",
         "perplexity_of_merged": "how many tokens the merge wavers between, on average, when it "
         "reads these texts: lower is better",
         "perplexity_of_expert": "the same of the expert",
@@ -107,7 +110,8 @@ def compared(diagnosis: Mapping) -> str:
     """What of the models is compared, in a sentence."""
     what = diagnosis["compared"]
     kind = "predictions" if what["kind"] == "predictions" else "outputs"
-    return f"compared: {kind} of {what['model']} ({what['field']})"
+    heads = " with the head of every expert" if what["by_heads"] else ""
+    return f"compared: {kind} of {what['model']}{heads} ({what['field']})"
 
 
 def lowest(row: Mapping) -> tuple[str, float | None]:

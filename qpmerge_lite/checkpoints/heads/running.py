@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures import HERE_ALONE, class_of, quietly
+from ..architectures import class_of, configuration_of, quietly
 from ..folders import Checkpoint
 from ..tensors import read_tensors
 from .tasks import class_named, labels_of
@@ -74,7 +74,7 @@ def _function_of(head: Checkpoint, dtype: torch.dtype) -> Callable[..., Tensor]:
     reads = signature(model.forward).parameters
     is_per_token = any(task in class_named(head.config) for task in PER_TOKEN)
     config = model.config.get_text_config()
-    if config.pad_token_id is None:
+    if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = NO_TOKEN
 
     def logits(output) -> Tensor:
@@ -93,11 +93,8 @@ def _function_of(head: Checkpoint, dtype: torch.dtype) -> Callable[..., Tensor]:
 
 def _alone(head: Checkpoint, dtype: torch.dtype) -> tuple[PreTrainedModel, Given]:
     """A classifier without its backbone, and what is in the place of that."""
-    from transformers import AutoConfig
-
     with quietly(), torch.device("meta"):
-        config = AutoConfig.from_pretrained(head.folder, **HERE_ALONE)
-        model = class_of(head)(config)
+        model = class_of(head)(configuration_of(head))
     prefix = model.base_model_prefix
     own = read_tensors(head, head.entries)
     is_own = any(name.startswith(f"{prefix}.pooler.") for name in own)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from ..findings import Refused, shortened
 from ..fingerprints import of_config, of_weights
 from ..folders import Change, Checkpoint
 from ..headers import Header, read_header
+from ..heads.telling import Backbone
 
 KEY, FORMAT, SUFFIX = "qpmerge_moments", 1, ".safetensors"
 KINDS = ("Dense", "Transposed", "Convolution", "Norm", "Table")  # of layers, as the engine has them
@@ -241,11 +242,54 @@ def check_measured(file: MomentsFile, expert: Checkpoint, found: Mapping[str, st
             raise Refused(where, expected, f"others ({file.model[name]:.64})", OTHER_MODEL)
 
 
+def as_in_base(file: MomentsFile, expert: Checkpoint, base: Checkpoint) -> MomentsFile:
+    """A file of an expert's moments with the base's names of tensors, and without what is not
+    merged, as a head of its own. Layers of a backbone are called as that has them by itself.
+
+    Args:
+        expert: under the base's names, with the tensors that are merged alone.
+        base: with these alone too.
+    """
+    names = {entry.name: name for name, entry in expert.entries.items()}
+    start = _start_of_backbone(names, base.prefix) if isinstance(base, Backbone) else ""
+    layers = {}
+    for layer in file.layers.values():
+        parameters = {}
+        for parameter, of_files in layer.parameters.items():
+            merged = [names[name] for name in of_files if name in names]
+            if merged:
+                parameters[parameter.removeprefix(start)] = merged
+        if len(parameters) == len(layer.parameters):
+            own = replace(layer, name=layer.name.removeprefix(start), parameters=parameters)
+            layers[own.name] = own
+    averaged = {names[name]: reason for name, reason in file.averaged.items() if name in names}
+    return replace(file, layers=layers, averaged=averaged)
+
+
+def _start_of_backbone(names: Mapping[str, str], prefix: str) -> str:
+    """What an expert's names of its backbone begin with.
+
+    Args:
+        names: of the expert's tensors -> the base's, which begin with a ``prefix``.
+    """
+    for own, of_base in names.items():
+        rest = of_base.removeprefix(prefix)
+        if own.endswith(rest):
+            return own.removesuffix(rest)
+    return ""
+
+
 def read_all(
-    given: Mapping[str, Sequence[Path]], base: Checkpoint, experts: Sequence[Checkpoint]
+    given: Mapping[str, Sequence[Path]],
+    base: Checkpoint,
+    experts: Sequence[Checkpoint],
+    heads: Mapping[str, Checkpoint],
 ) -> dict[str, list[MomentsFile]]:
     """The files of moments of every expert, held against the checkpoints: expert's name -> files.
 
+    Args:
+        base, experts: where heads are kept, their backbones alone.
+        heads: expert's name -> its head, where heads are kept.
     Raises: Refused for a file that is damaged, of other weights, or does not fit the base; for an
         expert that is no whole model.
     """
@@ -254,7 +298,8 @@ def read_all(
         if isinstance(expert, Change):
             expected, cure = "a whole model beside --moments", expert.make_whole
             raise Refused(expert.place, expected, expert.kind, cure)
-        files[expert.name] = [read_moments(path) for path in given[expert.name]]
+        read = [read_moments(path) for path in given[expert.name]]
+        files[expert.name] = [as_in_base(file, expert, base) for file in read]
         texts = {file.about["calibration"].get("sha256") for file in files[expert.name]}
         if len(texts) < len(files[expert.name]):
             cure = "leave one of them out"
@@ -263,7 +308,8 @@ def read_all(
         for file in files[expert.name]:
             check_fits(file, base)
     for expert in experts:
-        digests = {"weights": of_weights(expert), "config": of_config(expert)}
+        parts = [expert, heads[expert.name]] if expert.name in heads else [expert]
+        digests = {"weights": of_weights(*parts), "config": of_config(expert)}
         for file in files[expert.name]:
             check_measured(file, expert, digests)
     return files

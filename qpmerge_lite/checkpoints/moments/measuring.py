@@ -31,6 +31,7 @@ from ..deltas.reading import behind
 from ..findings import Refused
 from ..folders import Checkpoint
 from ..headers import Entry, pieces
+from ..heads.running import NO_TOKEN
 from ..orders import check_sizes, fetched
 from ..output import check_new_file, new_file, versions
 from .files import (
@@ -84,8 +85,9 @@ def measure(order: Measurement, *, progress: bool = False) -> dict:
     themselves, but for rounding of 6e-8 where texts are many. Where folds are added up for RegMean,
     float32 products of other rows add up otherwise: less than 1e-5 of the merge's distance from the
     base at its default, 2e-4 where α = 1 inverts grams as they are. Of a model in float64 it is
-    1e-10. (Tests hold it to these.) One group of layers is in memory at a time; on the disk,
-    everything is there twice until the file is whole.
+    1e-10. (Tests hold it to these.) Of a model with a head, layers of the head are measured too: a
+    merge that keeps heads takes those of the backbone alone. One group of layers is in memory at a
+    time; on the disk, everything is there twice until the file is whole.
 
     Returns: what the file says of itself, and how many layers it has.
     Raises: Refused for what can be seen before the model is run; MergeError, NonFinite while it
@@ -108,6 +110,10 @@ def measure(order: Measurement, *, progress: bool = False) -> dict:
         expected = f"at least {order.folds} inputs, one for every fold"
         raise Refused(order.calibration, expected, f"{count}", cure)
     model, layout = build(checkpoint)
+    config = model.config.get_text_config()
+    # without a token for padding, some classifiers read one text at a time only
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = NO_TOKEN
     batches = cast(inputs.batches[MODEL], model.dtype)
     with new_file(order.out, "whole") as made:
         with (made / "sums").open("xb") as file:
