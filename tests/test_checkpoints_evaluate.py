@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_families import EXPERTS, Family, bert, change, contents, run, texts, tokenizer
+from test_checkpoints_adapters import factors, write_adapter
 from test_checkpoints_diagnose import llama
-from test_checkpoints_heads import LABELS, NAMES, body_in
+from test_checkpoints_heads import LABELS, NAMES, adapted, body_in
 from test_checkpoints_heads import Family as Headed
 from test_checkpoints_hub import hub  # noqa: F401
 
@@ -313,6 +314,81 @@ def test_a_merge_of_the_hub_comes_with_its_heads(families, hub, tmp_path, capsys
     assert here["tasks"] == there["tasks"]
     assert [row["files"] for row in here["inputs"]] == [row["files"] for row in there["inputs"]]
     assert not list(tmp_path.rglob("evil.py"))
+
+
+def test_a_repository_is_looked_at_before_it_is_downloaded(families, hub, tmp_path, capsys):
+    """Headers and small files show what cannot be evaluated; nothing is read to its end then."""
+    root = families["bert"].root
+    commit = hub.add("ours/merged", contents(root / "merged"))
+    hub.add("ours/topics", contents(root / "topics"))
+    weights = ("model.safetensors", "head.safetensors")
+    words = ["evaluate", "mine=hf:ours/merged", "--expert", "topics=hf:ours/topics", "--data"]
+    refused = {
+        f"topics={root}/topics-numbers.jsonl": "expected a field 'label'",
+        f"law={root}/topics.jsonl": f"hf:ours/merged@{commit}/heads: expected a head called 'law'",
+    }
+    for data, expected in refused.items():
+        task = data.partition("=")[0]
+        given = [word.replace("topics=hf:", f"{task}=hf:") for word in words]
+        status, out, err = run(capsys, *given, data)
+        assert (status, out) == (1, "") and expected in err, err
+        asked = [(path, span) for verb, path, span in hub.requests if verb == "GET"]
+        assert all(span for path, span in asked if path.endswith(weights))
+    local = [word.replace("hf:ours", str(root)) for word in words]
+    here = json.loads(run(capsys, *local, f"topics={root}/topics.jsonl", "--json")[1])
+    there = json.loads(run(capsys, *words, f"topics={root}/topics.jsonl", "--json")[1])
+    assert here["tasks"] == there["tasks"]
+    assert [row["files"] for row in here["inputs"]] == [row["files"] for row in there["inputs"]]
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_an_adapter_is_an_expert_with_its_head(families, kind, tmp_path, capsys):
+    family = families[kind]
+    folder, model = adapted(family, "topics", 3)
+    rows = f"topics={write_rows(tmp_path / 'rows.jsonl', texts(21, COUNT), labels_of('topics'))}"
+    given = ["--data", rows, "--expert", f"topics={folder}", "--base", family.base, "--json"]
+    status, out, err = run(capsys, "evaluate", family.root / "merged", f"mine={folder}", *given)
+    assert (status, err) == (0, "")
+    told = json.loads(out)
+    found = told["tasks"]["topics"]["models"]
+    right = sum(right_by_hand(model, "topics", 1))
+    assert found["expert"]["accuracy"]["value"] == right / COUNT
+    assert found["mine"]["accuracy"] == found["expert"]["accuracy"]
+    assert found["mine"]["difference"]["value"] == 0
+    merged = sum(right_by_hand(with_head(family, "topics", body_in(family.root / "merged", family)),
+                               "topics", 1))  # fmt: skip
+    assert found["merged"]["accuracy"]["value"] == merged / COUNT
+    rows = {row["name"]: row["files"] for row in told["inputs"]}
+    assert list(rows) == ["topics: expert", "merged", "merged, head of topics", "base"]
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= rows["topics: expert"].keys()
+
+
+def test_changes_of_a_base_are_models_beside_it(families, hub, tmp_path, capsys):
+    """An adapter without a head, at the Hub too, and a task vector; each needs its base."""
+    family, layer = families["causal"], "model.layers.0.self_attn.q_proj"
+    folder = write_adapter(tmp_path / "adapter", factors(layer, 8, 8))
+    hub.add("ours/adapter", contents(folder))
+    vector, whole = tmp_path / "vector.safetensors", tmp_path / "whole"
+    assert run(capsys, "delta", family.base, family.root / "first", "--out", vector)[0] == 0
+    assert run(capsys, "merge", family.base, folder, "--out", whole)[0] == 0
+    (tmp_path / "texts.txt").write_text("\n".join(texts(30, 12)), encoding="utf-8")
+    models = {
+        "adapter": folder, "there": "hf:ours/adapter", "whole": whole,
+        "vector": f"delta:{vector}", "first": family.root / "first",
+    }  # fmt: skip
+    words = [f"{name}={place}" for name, place in models.items()]
+    words += ["--data", f"t={tmp_path / 'texts.txt'}", "--expert", f"t={folder}", "--json"]
+    status, out, err = run(capsys, "evaluate", *words, "--base", family.base)
+    assert (status, err) == (0, "")
+    found = {name: m["perplexity"] for name, m in json.loads(out)["tasks"]["t"]["models"].items()}
+    assert found["adapter"] == found["there"] == found["expert"]
+    assert found["adapter"]["value"] == pytest.approx(found["whole"]["value"], rel=1e-6)
+    assert found["vector"]["value"] == pytest.approx(found["first"]["value"], rel=1e-6)
+    assert len({round(found[name]["value"], 6) for name in ("whole", "first", "base")}) == 3
+    for name, kind in (("adapter", "an adapter"), ("vector", "a task vector")):
+        alone = ["evaluate", str(models[name]), *words[len(models) : len(models) + 2]]
+        status, _, err = run(capsys, *alone)
+        assert status == 1 and f"found {kind}; name its base: --base FOLDER" in err
 
 
 def rows_of(root, *rows):

@@ -28,7 +28,7 @@ from test_checkpoints_adapters import write_adapter
 import qpmerge_lite as q
 from qpmerge_lite.checkpoints import merging, tensors
 from qpmerge_lite.checkpoints.compatibility import check
-from qpmerge_lite.checkpoints.evaluation.subjects import checkpoint_of, loaded, subject_of
+from qpmerge_lite.checkpoints.evaluation.subjects import loaded, model_of, subject_of
 from qpmerge_lite.checkpoints.findings import INFO, WARNING
 from qpmerge_lite.checkpoints.folders import Checkpoint
 from qpmerge_lite.checkpoints.headers import Entry, Header
@@ -757,7 +757,7 @@ def test_adapters_keep_their_heads_too(families, kind, tmp_path, capsys):
     alone = tmp_path / "alone"
     assert run(capsys, "merge", family.base, folders[0], "--out", alone)[0] == 0
     name, (_, model) = next(iter(made.items()))
-    rebuilt = subject_of("merged", checkpoint_of(alone), name)
+    rebuilt = subject_of("merged", model_of("merged", alone, None), name)
     batch = padded(texts(3)[:1])
     with torch.no_grad():
         found, expected = loaded(rebuilt)(**batch).logits, model(**batch).logits

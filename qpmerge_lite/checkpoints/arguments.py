@@ -113,7 +113,8 @@ def _add_evaluate(groups) -> None:
         metavar="MODEL",
         nargs="+",
         type=str,
-        help="folder of a merge or of any model, or NAME=FOLDER; or hf:owner/name",
+        help="folder of a merge or of any model, or NAME=FOLDER; hf:owner/name, an adapter or "
+        "delta:FILE in place of a folder",
     )
     helps = {
         "data": ("SOURCE", "inputs of the task of that name; once for every task"),
@@ -126,7 +127,10 @@ def _add_evaluate(groups) -> None:
             f"--{option}", action="append", default=[], metavar=f"NAME={value}", help=words
         )
     verb.add_argument(
-        "--base", type=Path, metavar="FOLDER", help="the base, with the heads of the first merge"
+        "--base",
+        type=Path,
+        metavar="FOLDER",
+        help="the base, with the heads of the first merge; what adapters and task vectors change",
     )
     _add_sizes(verb, None)
     _add_talk(verb)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from ..architectures import empty_model, fields_of, require_transformers
@@ -12,20 +13,22 @@ from ..calibration.records import IMAGE, TEXT
 from ..calibration.sources import Source, read_source
 from ..diagnosis.diagnosing import recipe_of, seen_before
 from ..findings import Refused
-from ..folders import CONFIG, Checkpoint
+from ..folders import CONFIG, MANIFEST, Checkpoint
 from ..heads.card import FOLDER, WEIGHTS
 from ..heads.files import READERS
 from ..heads.tasks import numbers_of_labels
 from ..hub import local
 from ..manifests import input_of
 from ..orders import check_sizes
-from ..output import MANIFEST, versions
+from ..outlines import outlined
+from ..output import versions
 from .labels import classes_of
 from .scoring import Inputs, Scores, estimates_beside, estimates_of, read_alike, scores_of
-from .subjects import LABELS, Subject, checkpoint_of, kind_of, loaded, subject_of
+from .subjects import BASE, EXPERT, LABELS, Models, SavedHead, Subject, kind_of, loaded, model_of
 
-BASE, EXPERT = "base", "expert"
-OF_HEADS = tuple(f"{FOLDER}/*/{name}" for name in (CONFIG, WEIGHTS, *READERS))  # of a merge
+# of a merge
+SMALL_OF_HEADS = tuple(f"{FOLDER}/*/{name}" for name in (CONFIG, *READERS))
+OF_HEADS = (*SMALL_OF_HEADS, f"{FOLDER}/*/{WEIGHTS}")
 LABEL = "label"  # the field of labels, where none is named
 
 
@@ -40,8 +43,10 @@ class Evaluation:
             heads gets the head of that name.
         labels: task -> field with the labels, where it is not called ``label``.
         columns: task -> fields of inputs, where they are not called as is usual.
-        experts: task -> folder of its expert, beside which models are put.
+        experts: task -> folder of its expert, beside which models are put: a whole model, or an
+            adapter; or ``delta:FILE``.
         base: folder of the model that the experts were tuned from; it gets the first merge's heads.
+            Adapters and task vectors are changes of it.
         samples: inputs of a task at the most, None for all.
         max_length: tokens of a text at the most.
         batch_size: inputs of a forward.
@@ -89,27 +94,20 @@ def evaluate_folders(question: Evaluation, *, progress: bool = False) -> dict:
     """
     _check(question)
     require_transformers()
-    checkpoints = {}
-    for name, place in question.models.items():
-        folder = local(place, progress=progress, more=(MANIFEST, *OF_HEADS))
-        checkpoints[name] = checkpoint_of(folder)
-    experts = {}
-    for name, place in question.experts.items():
-        experts[name] = checkpoint_of(local(place, progress=progress))
-    base = None
-    if question.base is not None:
-        base = checkpoint_of(local(question.base, progress=progress))
-    tasks = []
-    for name in question.data:
-        subjects = _subjects(name, checkpoints, experts.get(name), base)
-        tasks.append(_task(question, name, subjects))
+    with outlined(SMALL_OF_HEADS) as outlines:
+        models = models_of(_placed(question, outlines.of))
+        tasks = [_task(question, name, models.subjects(name)) for name in question.data]
+    download = partial(local, progress=progress, more=OF_HEADS)
+    models = models_of(_placed(question, download))
+    for task in tasks:
+        task.subjects = models.subjects(task.name)
     scores = _run(question, tasks, progress)
     return {
         "evaluation": 1,
         "versions": versions(True),
         "tasks": {task.name: _told(task, scores[task.name]) for task in tasks},
         "inputs": _inputs(tasks),
-        "warnings": _warnings(tasks, checkpoints.values()),
+        "warnings": _warnings(tasks, [model.weights for model in models.own.values()]),
         "notes": _notes(tasks, scores),
     }
 
@@ -139,21 +137,20 @@ def _check(question: Evaluation) -> None:
         check_sizes(question, "samples")
 
 
-def _subjects(
-    task: str,
-    models: Mapping[str, Checkpoint],
-    expert: Checkpoint | None,
-    base: Checkpoint | None,
-) -> list[Subject]:
-    """The models of a task."""
-    subjects = [subject_of(name, checkpoint, task) for name, checkpoint in models.items()]
-    if base is not None:
-        heads = [subject.head for subject in subjects if subject.head is not None]
-        subjects.append(Subject(BASE, base, heads[0] if heads else None))
-    if expert is None:
-        return subjects
-    beside = base or subjects[0].weights
-    return [Subject(EXPERT, expert, beside=beside), *subjects]
+def _placed(question: Evaluation, place: Callable[[Path], Path]) -> Evaluation:
+    """The question with other places of all models."""
+    models = {name: place(folder) for name, folder in question.models.items()}
+    experts = {name: place(folder) for name, folder in question.experts.items()}
+    base = None if question.base is None else place(question.base)
+    return replace(question, models=models, experts=experts, base=base)
+
+
+def models_of(question: Evaluation) -> Models:
+    """The models of a question whose places are folders. Raises: what :func:`model_of` raises."""
+    base = None if question.base is None else model_of(BASE, question.base, None).weights
+    own = {name: model_of(name, place, base) for name, place in question.models.items()}
+    experts = {name: model_of(name, place, base) for name, place in question.experts.items()}
+    return Models(own, experts, base)
 
 
 def _task(question: Evaluation, name: str, subjects: list[Subject]) -> Task:
@@ -207,8 +204,7 @@ def _run(
     by_model: dict[tuple[Path, Path], list[tuple[Task, Subject]]] = {}
     for task in tasks:
         for subject in task.subjects:
-            place = subject.weights.folder, subject.described.folder
-            by_model.setdefault(place, []).append((task, subject))
+            by_model.setdefault(subject.place, []).append((task, subject))
     total = sum(len(task.source.rows) * len(task.subjects) for task in tasks)
     with tqdm(total=total, desc="inputs", disable=not progress) as bar:
         for pairs in by_model.values():
@@ -272,11 +268,13 @@ def _inputs(tasks: Sequence[Task]) -> list[dict]:
     for task in tasks:
         for subject in task.subjects:
             name = f"{task.name}: {EXPERT}" if subject.name == EXPERT else subject.name
-            for checkpoint in (subject.weights, subject.described):
-                if checkpoint.folder not in rows:
-                    row = input_of(checkpoint, (CONFIG, MANIFEST)) | {"name": name}
-                    rows[checkpoint.folder] = row
-                name = f"{name}, head of {task.name}"
+            place, head = subject.place
+            if place not in rows:
+                own = (subject.weights.config_file, MANIFEST)
+                rows[place] = input_of(subject.weights, own) | {"name": name}
+            if isinstance(subject.head, SavedHead) and head not in rows:
+                named = {"name": f"{name}, head of {task.name}"}
+                rows[head] = input_of(subject.head, (CONFIG,)) | named
     return list(rows.values())
 
 

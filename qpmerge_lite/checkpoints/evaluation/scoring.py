@@ -81,9 +81,9 @@ class Inputs:
         self._model, self.cut = model, 0
         self._processor, self._texts = None, None
         if tuple(fields) == (IMAGE,):
-            self._processor = processor_of(subject.described, subject.otherwise)
+            self._processor = processor_of(subject.reader, subject.otherwise)
             return
-        tokenizer = tokenizer_of(subject.described, subject.otherwise)
+        tokenizer = tokenizer_of(subject.reader, subject.otherwise)
         limit = longest(model, tokenizer, max_length)
         read, self.cut = checked_rows(rows, tokenizer, model, limit, TARGET in fields)
         config = model.config.get_text_config()  # type: ignore[union-attr, operator]
