@@ -21,6 +21,7 @@ from qpmerge_lite.companion.suites import (
     pretrain,
     training,
     vision,
+    vit,
 )
 from qpmerge_lite.companion.suites.suite import IN_CACHE
 from qpmerge_lite.errors import MergeError, MissingLayer, ShapeMismatch
@@ -424,3 +425,29 @@ def test_experts_are_good_and_merging_is_worth_it(name, worth):
         and average <= 0.945
         and average < regmean
     )
+
+
+def test_the_public_format_has_the_same_logits_of_pictures_in_files(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    image = pytest.importorskip("PIL.Image")
+    transformers.utils.logging.disable_progress_bar()
+    encoder, generator = vision.base()[0], torch.Generator().manual_seed(0)
+    state, labels = encoder.state_dict(), ["a", "b", "c"]
+    head = {"weight": torch.randn(3, 96, generator=generator), "bias": torch.ones(3)}
+    pictures = torch.randint(256, (3, glyphs.SIDE, glyphs.SIDE), generator=generator)
+    vit.save(tmp_path / "base", state)
+    vit.save(tmp_path / "expert", state, head, labels)
+    vit.save_pictures(tmp_path / "pictures", pictures.tolist(), labels)
+    base = transformers.AutoModel.from_pretrained(tmp_path / "base").eval()
+    expert = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "expert")
+    assert expert.config.id2label == dict(enumerate(labels))
+    reads = transformers.AutoImageProcessor.from_pretrained(tmp_path / "expert", backend="pil")
+    files = [tmp_path / "pictures" / label / f"{n:04}.png" for n, label in enumerate(labels)]
+    shown = [image.open(file).convert("RGB") for file in files]
+    values = reads(images=shown, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        wanted = encoder(**vision.collate({"image": pictures}))
+        found, logits = base(values).last_hidden_state[:, 0], expert.eval()(values).logits
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    expected = wanted @ head["weight"].mT + head["bias"]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
