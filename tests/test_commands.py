@@ -29,6 +29,22 @@ def test_a_refusal_is_shown_where_it_is_expected_and_an_error_elsewhere(tmp_path
         terminal.run(tmp_path, "python a.py", refused=True)
 
 
+def test_wrong_usage_ends_with_its_own_status(tmp_path):
+    with pytest.raises(MergeError, match="(?s)found exit status 2: usage: qpmerge"):
+        terminal.run(tmp_path, "qpmerge merge base")
+
+
+def test_accuracies_that_evaluate_prints_are_read_back():
+    said = (
+        "task    model   inputs  accuracy           ratio to expert\n"
+        "digits  expert  300     0.95 [0.92, 0.97]  –\n"
+        "digits  mine    300     0.88 [0.84, 0.91]  0.93 [0.89, 0.96]\n"
+        "more    mine    9       0.5 [0.2, 0.8]     –\n"
+    )
+    found = written.accuracies(said, "digits")
+    assert found == {"expert": (0.95, 0.92, 0.97), "mine": (0.88, 0.84, 0.91)}
+
+
 def test_a_long_command_is_cut_before_its_options():
     files = [f"--calibration expert{n}=a/long/way/expert{n}.jsonl" for n in range(4)]
     lines = terminal.shown(" ".join(["qpmerge merge base", *files])).split(" \\\n")

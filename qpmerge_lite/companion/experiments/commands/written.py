@@ -1,4 +1,4 @@
-"""The embedded language suite on the disk: checkpoints, texts, and some that do not fit."""
+"""The embedded suites on the disk: checkpoints, texts, pictures, and some that do not fit."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.func import functional_call
 
-from ...suites import Suite, esm, language
+from ...suites import Suite, esm, language, vit
 
 WORDS = "embeddings.word_embeddings.weight"  # of a checkpoint: the table of characters
 
@@ -34,6 +35,23 @@ def save(place: Path, suite: Suite, tasks: Iterable[str], adapted: str, rank: in
             esm.save_adapter(place / task, base, suite.experts[task], rank)
         else:
             esm.save(place / task, suite.experts[task])
+
+
+def save_classifiers(place: Path, suite: Suite, tasks: Iterable[str], count: int) -> None:
+    """Write the vision suite's base, experts with their heads, and test pictures in folders that
+    are called as their labels.
+
+    Args:
+        tasks: whose experts are written, each with the first ``count`` of its test pictures.
+    """
+    vit.save(place / "pixels", suite.base.state_dict())
+    for task in tasks:
+        rows = suite.data[task]["test"]
+        names = rows.features["label"].names
+        vit.save(place / task, suite.experts[task], suite.heads[task], names)
+        shown = rows.select(range(min(count, rows.num_rows)))
+        labels = [names[label] for label in shown["label"]]
+        vit.save_pictures(place / "test" / task, shown["image"], labels)
 
 
 def save_texts(file: Path, suite: Suite, task: str, split: str, count: int) -> None:
@@ -96,6 +114,27 @@ def captured(suite: Suite, merged: dict, expert: dict, texts: list[str]) -> dict
 def told(said: str, expert: str) -> float:
     """The captured energy that ``qpmerge diagnose`` has printed of an expert."""
     return float(re.search(rf"^{expert} +\d+ +(\S+)", said, re.MULTILINE)[1].replace("−", "-"))
+
+
+@torch.no_grad()
+def accuracy(suite: Suite, task: str, state: dict[str, Tensor], count: int) -> float:
+    """Accuracy on the first ``count`` test examples of a task, by the suite's own encoder and head.
+
+    Args:
+        state: of the encoder.
+    """
+    inputs, labels = suite.tensors(task, "test")
+    first = {name: value[:count] for name, value in inputs.items()}
+    features = functional_call(suite.base, state, (), first)
+    predicted = suite.classifiers()[task](features).argmax(1)
+    return float((predicted == labels[:count]).double().mean())
+
+
+def accuracies(said: str, task: str) -> dict[str, tuple[float, float, float]]:
+    """What ``qpmerge evaluate`` has printed of a task: model -> accuracy and both ends of its
+    interval."""
+    found = re.findall(rf"^{task} +(\S+) +\d+ +(\S+) \[(\S+), (\S+)\]", said, re.MULTILINE)
+    return {name: (float(value), float(low), float(high)) for name, value, low, high in found}
 
 
 def framed(page: Path, height: int) -> str:
