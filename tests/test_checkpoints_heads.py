@@ -635,10 +635,6 @@ USAGE = {
         lambda f: [str(f.base), f"..={f.root / 'topics'}"],
         "expert '..': expected a name for a folder",
     ),
-    "moments of whole models": (
-        lambda f: [*f.folders, *(w for n in NAMES for w in ("--moments", f"{n}=x"))],
-        "--moments: expected experts of the base's own architecture, found heads of their own",
-    ),
 }
 
 

@@ -65,7 +65,8 @@ hub:
 moments:
   With qp and regmean on the experts' own inputs, sums over what each expert's layers read stand in
   for its texts: qpmerge moments writes them, once, and no data are needed here, nor transformers.
-  They are of one expert alone, and fit any base, other experts, basis and ridge.
+  They are of one expert alone, and fit any base, other experts, basis and ridge. Where heads are
+  kept, those of backbones are taken.
 
 recipes:
   RECIPE is a YAML file of mergekit. Base, models, method and parameters are taken from it, and the
@@ -139,6 +140,10 @@ products of what it reads, by fold of the texts, and says which model, tokenizer
 of, by SHA-256.
 """
 MOMENTS_MORE = """
+heads:
+  Of a model with a head, layers of the head are measured like all others. A merge that keeps heads
+  takes those of the backbone; one that merges heads like everything else takes all.
+
 what a file reveals:
   It is not anonymous. It has how often each token occurs, wherever the table of tokens is solved,
   and otherwise the layers behind it have what such counts can be worked out from; with few texts,
@@ -233,6 +238,11 @@ tokens, predictions are compared, and perplexities where it predicts the next to
 the model puts out. Nothing needs labels.
 """
 DIAGNOSE_MORE = """
+heads:
+  Where the merge keeps its experts' heads, or all are backbones of experts with heads, every
+  expert's head is put on the backbones of merge, expert and base, and what it predicts is compared,
+  besides the outputs that it reads. Heads that predict no classes leave the outputs.
+
 numbers:
   Every number comes with its meaning. Texts that the merge was made on flatter it: give others.
   A certificate says of a layer how far the merge is from the best that these texts allow.
@@ -257,6 +267,9 @@ MODEL is the folder of a merge, or of any model. --data names a task and its inp
 keeps heads gets the head of that name. Classifiers of texts or pictures are measured by accuracy
 on labelled inputs; models that predict the next token, by perplexity on texts without labels, and
 with --expert by how often they choose the expert's next token.
+
+A model may also be an adapter of peft or delta:FILE, as a change of --base; and each may be at the
+Hub, as hf:owner/name: headers, heads and labels are looked at before weights are downloaded.
 """
 EVALUATE_MORE = """
 data:
