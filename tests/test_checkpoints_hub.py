@@ -23,7 +23,7 @@ from checkpoint_families import (
 from test_checkpoints_adapters import factors, product, write_adapter
 
 import qpmerge_lite as q
-from qpmerge_lite.checkpoints import headers
+from qpmerge_lite.checkpoints import headers, outlines
 from qpmerge_lite.checkpoints import hub as client
 from qpmerge_lite.checkpoints.calibration import records
 from qpmerge_lite.checkpoints.commands.words import named_folders
@@ -136,7 +136,7 @@ def test_a_check_fetches_headers_alone_and_says_what_a_merge_downloads(
     sizes = [Path(folder, "model.safetensors").stat().st_size for folder in family.folders]
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(client, "FIRST", 64)  # so that no header fits into the first answer
+    monkeypatch.setattr(outlines, "FIRST", 64)  # so that no header fits into the first answer
     status, out, err = run(capsys, "check", *HUB_WORDS, "--json")
     report = json.loads(out)
     assert (status, err) == (0, "") and report["downloads"] == report["bytes"] == sum(sizes)
