@@ -23,10 +23,10 @@ WITH_TABLES = ("qp", "sketched", "auto")  # which solve tables of tokens too
 STREAMS = {"auto": 5, "regmean": 1, "lot": 1, "esm": 1}  # forwards of a batch; else two
 WAITING = 2**29  # bytes that forwards may hold in any case, as of ``engine.rerun``
 SOLVING = 6  # copies of a layer's sums and updates that are held to solve it
-# what thinning an update takes, in bytes for every number: magnitudes in single precision, sorted
-# with their places, and what sorting holds; chances, draws, what is kept, and that rescaled; ranks,
-# which are sorted twice, and chances and draws
-THINNED = {None: 0, "magnitude": 36, "outliers": 36, "random": 16, "ranks": 56}
+# what thinning an update takes, in bytes for every number: magnitudes in single precision, which are
+# sorted where they are, their places, and what sorting holds; chances, draws, what is kept, and that
+# rescaled; ranks, which are sorted twice, and chances and draws
+THINNED = {None: 0, "magnitude": 20, "outliers": 20, "random": 16, "ranks": 56}
 
 
 class Kept(NamedTuple):
@@ -161,7 +161,9 @@ def _of_tensor(recipe: Recipe, models: Sequence[Checkpoint], name: str) -> int:
         return read + count * size
     if recipe.method == "slerp":
         return read + count * 7 * DOUBLE
-    # updates of all, and one that is thinned; or these weighted, masked, and where they agree
+    # base and updates, which take the place of experts; and one that is thinned, or all once more
+    # while they are put together; or these weighted, masked, and where they agree
     thinned = size * (experts + 1) + THINNED[rule.thinning]
-    elected = (3 * size + 1) * experts + 3 * size if rule.elects else size * (experts + 2)
-    return read + count * max(thinned, elected)
+    joined = size * (2 * experts + 1)
+    summed = size * (4 * experts + 2) + experts if rule.elects else size * (experts + 3)
+    return max(read, count * max(thinned, joined, summed))

@@ -55,18 +55,20 @@ def recipe_merges(
     for number, _ in enumerate(recipe.sources):
         in_order.append(base if number == recipe.base else next(others))
     for name in sorted(wanted):
-        values = [read_tensors(checkpoint, [name])[name] for checkpoint in in_order]
+        read = (read_tensors(checkpoint, [name])[name] for checkpoint in in_order)
         try:
-            value = _tensor(recipe, name, values, plans[name], generator)
+            value = _tensor(recipe, name, list(read), plans[name], generator)
         except MergeError as error:
             raise located(error, [base, *experts], [name]) from error
         yield Merge({name: value})
+        del value  # before the next tensor is read
 
 
 def _tensor(
     recipe: Recipe, name: str, values: list[Tensor], plan: Plan, generator: torch.Generator
 ) -> Tensor:
-    """One merged tensor (…) of the models' tensors, in their order."""
+    """One merged tensor (…) of the models' tensors, in their order; these may be changed, and the
+    list emptied."""
     if not values[0].is_floating_point():
         return agreed(name, values)
     dtype = values[0].dtype if recipe.dtype is None else TYPES[recipe.dtype]
@@ -147,21 +149,23 @@ def sparse(
 
     Args:
         base: (…), in whose dtype all is computed.
-        experts: K tensors (…); the list is emptied.
+        experts: K tensors (…), whose memory the updates take; the list is emptied.
         plan: of the tensor.
     """
     weights = torch.tensor(plan.own["weight"], dtype=base.dtype)
-    updates = torch.empty(len(weights), *base.shape, dtype=base.dtype)
-    for k in range(len(weights)):
-        update = experts.pop(0) - base
-        updates[k] = update if rule.thinning is None else thinned(update, rule, plan, k, generator)
+    updates: list[Tensor] = []
+    while experts:
+        updates.append(experts.pop(0).sub_(base))
+        if rule.thinning is not None:
+            updates.append(thinned(updates.pop(), rule, plan, len(updates), generator))
+    stacked = torch.stack(updates)
+    updates.clear()
     if rule.elects:
         divisor = "weights" if plan.common["normalize"] else "nothing"
         how = TiesRule(weighted_votes=True, divisor=divisor)
-        flat = updates.reshape(len(weights), base.numel())
-        total = consensus(flat, how, weights).reshape(base.shape)
+        total = consensus(stacked.reshape(len(stacked), base.numel()), how, weights).reshape(base.shape)
     else:
-        total = updates.mul_(weights.reshape(-1, *[1] * base.dim())).sum(0)
+        total = stacked.mul_(weights.reshape(-1, *[1] * base.dim())).sum(0)
         parts = weights.sum()
         if plan.common["normalize"] and abs(float(parts)) >= SMALLEST_DIVISOR:
             total /= parts
@@ -196,9 +200,16 @@ def _drawn_in(update: Tensor) -> torch.dtype:
     return torch.bfloat16 if update.dtype == torch.bfloat16 else torch.float32
 
 
-def _magnitudes(update: Tensor) -> Tensor:
-    """Magnitudes of an update (…) as float32 (d,)."""
-    return update.abs().reshape(-1).float()
+def _by_magnitude(update: Tensor, descending: bool) -> Tensor:
+    """Places (d,) in a flattened update (…) by the magnitudes there, in single precision.
+
+    Equally large ones come in no order but that of torch's sort, on which mergekit's masks hang
+    too; so the whole tensor is sorted, its magnitudes where they are.
+    """
+    sizes = update.abs().reshape(-1).float()
+    places = torch.empty(len(sizes), dtype=torch.int64)
+    torch.sort(sizes, descending=descending, out=(sizes, places))
+    return places
 
 
 def _mask(update: Tensor, kept: Tensor) -> Tensor:
@@ -211,7 +222,7 @@ def _mask(update: Tensor, kept: Tensor) -> Tensor:
 def _largest(update: Tensor, density: float) -> Tensor:
     """A mask of the ⌊density·d⌋ largest entries, of one at least if there is any density."""
     count = max(1, int(density * update.numel())) if density else 0
-    return _mask(update, _magnitudes(update).argsort(descending=True)[:count])
+    return _mask(update, _by_magnitude(update, descending=True)[:count])
 
 
 def _middling(update: Tensor, density: float, outliers: float) -> Tensor:
@@ -220,7 +231,7 @@ def _middling(update: Tensor, density: float, outliers: float) -> Tensor:
     size = update.numel()
     count = int(density * size)
     first = max(0, size - count - int(outliers * size))
-    return _mask(update, _magnitudes(update).argsort()[first : first + count])
+    return _mask(update, _by_magnitude(update, descending=False)[first : first + count])
 
 
 def _by_rank(update: Tensor, density: float, spread: float) -> Tensor:
