@@ -122,4 +122,4 @@ lock:
 	mv environment.yml.new environment.yml
 
 clean:
-	rm -rf book/_build book/_records book/chapters book/_static/*/
+	rm -rf book/_build book/_records book/chapters book/_scripts

@@ -276,9 +276,9 @@ def test_what_npm_gave_is_loaded_from_the_book(offline, tmp_path, monkeypatch):
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     package = offline.Package("given@1", found, "given", ("a/script.js", "a/more"))
     monkeypatch.setattr(offline, "_pack", lambda package, folder: archive)
-    static = tmp_path / "_static"
-    assert offline.address(package, static) == "given/a/script.js"
-    kept = sorted(p.relative_to(static).as_posix() for p in static.rglob("*") if p.is_file())
+    scripts = tmp_path / "_scripts"
+    assert offline.address(package, scripts) == "given/a/script.js"
+    kept = sorted(p.relative_to(scripts).as_posix() for p in scripts.rglob("*") if p.is_file())
     assert kept == ["given/a/more/one.js", "given/a/more/two.js", "given/a/script.js"]
 
 
@@ -288,4 +288,4 @@ def test_an_archive_with_another_hash_is_refused(offline, tmp_path, monkeypatch)
     monkeypatch.setattr(offline, "_pack", lambda package, folder: archive)
     with pytest.raises(offline.ExtensionError, match="expected sha256"):
         offline.install_scripts(SimpleNamespace(srcdir=tmp_path), SimpleNamespace())
-    assert not (tmp_path / "_static").exists()
+    assert not (tmp_path / "_scripts").exists()

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Package:
     """A package of npm, its hash, and which of its files a page loads: the first of ``parts`` is
-    the script itself, all are kept under ``_static/<folder>``."""
+    the script itself, all are kept under ``_scripts/<folder>``."""
 
     name: str
     sha256: str
@@ -49,16 +49,22 @@ PACKAGES = (MATHJAX, POPPER, TIPPY)
 
 def install_scripts(app, config):
     """Tell MathJax and the previews where their scripts are: in this book, or where npm cannot give
-    them at a CDN."""
-    static = Path(app.srcdir) / "_static"
-    config.mathjax_path = address(MATHJAX, static)
-    config.tippy_js = (address(POPPER, static), address(TIPPY, static))
+    them at a CDN.
+
+    They have a folder of their own, because Jupyter Book puts every script in ``_static`` on every
+    page.
+    """
+    scripts = Path(app.srcdir) / "_scripts"
+    config.mathjax_path = address(MATHJAX, scripts)
+    config.tippy_js = (address(POPPER, scripts), address(TIPPY, scripts))
+    if scripts.is_dir():
+        config.html_static_path = [*config.html_static_path, scripts.name]
 
 
-def address(package, static):
-    """Path of a package's script from ``_static``, where it has been put if it was not there, or
-    its URL at a CDN."""
-    target, script = static / package.folder, package.parts[0]
+def address(package, scripts):
+    """Path of a package's script from the folder of all, where it has been put if it was not there,
+    or its URL at a CDN."""
+    target, script = scripts / package.folder, package.parts[0]
     if not (target / script).is_file() and not _install(package, target):
         logger.info(f"npm cannot give {package.name}: pages will load it and need a network")
         return f"https://cdn.jsdelivr.net/npm/{package.name}/{script}"
@@ -120,4 +126,5 @@ def setup(app):
     disconnect_thebe(app)
     app.connect("config-inited", install_scripts)
     app.connect("config-inited", load_nothing_unasked)
+    app.set_html_assets_policy("always")  # previews may hold formulae where a page has none
     return {"parallel_read_safe": True, "parallel_write_safe": True}

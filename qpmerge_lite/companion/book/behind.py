@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 DATA, SHADES, PICTURES = "Data of the figure", "Data of the figure, in shades", "Pictures"
+NODES = 25  # of contours, which are smooth between them
 
 
 def attach(figure: Figure, table: pd.DataFrame | None, shades: bool = False) -> None:
@@ -49,11 +50,13 @@ def named(rows: Mapping, columns: Iterable[str]) -> pd.DataFrame:
 
 
 def surfaces(panels: Mapping, points: Mapping) -> pd.DataFrame:
-    """Named points, then the nodes of every panel: title -> (grid, values, …) with d2 first."""
+    """Named points, then nodes of every panel, title -> (grid, values, …) with d2 first: all, or
+    evenly spread ones, no more than NODES along an axis."""
     rows = [(name, *map(float, point), None) for name, point in points.items()]
     for title, (grid, values, *_) in panels.items():
-        for d2, row in zip(grid, values):
-            rows += [(title, d1, d2, value) for d1, value in zip(grid, row)]
+        step = -(-len(grid) // NODES)
+        for d2, row in zip(grid[::step], values[::step]):
+            rows += [(title, d1, d2, value) for d1, value in zip(grid[::step], row[::step])]
     return pd.DataFrame(rows, columns=["shown", "d1", "d2", "value"])
 
 
