@@ -273,7 +273,7 @@ def test_the_population_correlates_what_is_brushed(monkeypatch):
 def test_a_figure_is_hidden_without_its_library_and_asks_for_nothing():
     pooled, updates = layers()[1]
     html = interactive.explorer(updates, pooled).data
-    assert html.startswith('<div id="play-explorer" class="play" hidden></div>')
+    assert re.match(r'<div id="play-explorer" class="play" style="[^"]*" hidden></div>', html)
     assert html.count("</script>") == 1 and html.endswith("</script>")
     assert not re.search(r"\b(?:src|href)=|https?://|@import|url\(", html)
     assert len(html) < 1_500_000

@@ -39,7 +39,8 @@ SHAPES = {
     "*": ("star", "★"),
     "p": ("square_pin", "✦"),
 }
-
+# fields to fill in stay light where the page is dark
+STYLE = "text-align: left; color-scheme: light;"
 TABLES = """
 :host { font-size: 0.9rem; line-height: 1.4; overflow-x: auto; }
 table { border-collapse: collapse; }
@@ -155,6 +156,6 @@ def shown(name: str, draw: CustomJS, controls: Iterable[Widget], *parts: LayoutD
     item = json.dumps(json_item(layout)).replace("</", "<\\/")
     code = (HERE / "embedding.js").read_text(encoding="utf-8")
     return HTML(
-        f'<div id="play-{name}" class="play" hidden></div>\n'
+        f'<div id="play-{name}" class="play" style="{STYLE}" hidden></div>\n'
         f'<script>\n{code}\nplay("play-{name}", {item});\n</script>'
     )
