@@ -101,6 +101,12 @@ def test_hover_and_focus_tell_rule_record_and_what_n_counts():
     assert "0.9: from a.high · n counts seeds" in told
 
 
+def test_a_record_is_told_once_and_samples_are_those_of_intervals():
+    """``samples`` says what the n of records with an interval counts, and of no others."""
+    html = drawn(row("a.exact > -1 and a.exact < 1", samples="seeds"))
+    assert html.count("from a.exact") == 1 and "n counts" not in html
+
+
 def test_claims_stand_under_their_questions_and_are_counted():
     html = drawn(row("a.high > 0.7", about="energy"), row("a.high > 1.1", about="programme"))
     questions = re.findall(r"<p>([^<]+\?)</p>", html)

@@ -126,9 +126,9 @@ def _told(row: Row, id: str, origin) -> str:
     lines = [f"<strong>{row.verdict}</strong>: {escape(claim.statement)} <em>({voice})</em>"]
     if claim.rule:
         lines.append(f"<em>Rule.</em> {escape(re.sub('[*`]', '', claim.rule))}")
-    for record in row.standing.records if row.standing else ():
+    for record in dict.fromkeys(row.standing.records if row.standing else ()):
         counted = claim.samples if isinstance(claim.samples, str) else claim.samples.get(record.id)
-        tail = f" · n counts {counted}" if counted and record.n is not None else ""
+        tail = f" · n counts {counted}" if counted and record.interval else ""
         value = escape(format_record(record))
         lines.append(f"<em>Decided by</em> {value}: {escape(origin(row, record))}{tail}")
     return f'<div role="tooltip" id="{id}">{"".join(f"<p>{line}</p>" for line in lines)}</div>'
