@@ -2,9 +2,7 @@
 server, and what a page says and asks for while it is looked at."""
 
 import functools
-import hashlib
-import subprocess
-import tarfile
+import runpy
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,8 +11,11 @@ from pathlib import Path
 
 from qpmerge_lite.companion.book.pdf import chromium, rights
 
+ROOT = Path(__file__).parents[1]
 AXE, SHA256 = "axe-core@4.14.1", "e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745"
 SCHEMES = {"light": 1280, "dark": 375}  # colours -> width of the window in pixels
+PATIENCE = 120_000  # milliseconds, for machines with other things to do
+DRAWN = "[...document.querySelectorAll('.math')].every(m => m.querySelector('mjx-container'))"
 MATHEMATICS = """() => ({
   asked: document.querySelectorAll('.math').length,
   drawn: document.querySelectorAll('.math mjx-container').length,
@@ -48,13 +49,10 @@ class Visit:
 
 
 def axe(folder):
-    """The script of axe-core, fetched by npm into a folder and verified."""
-    subprocess.run(["npm", "pack", AXE, "--silent"], cwd=folder, check=True, timeout=300)
-    (archive,) = Path(folder).glob("axe-core-*.tgz")
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    assert found == SHA256, f"{AXE}: expected sha256 {SHA256}, found {found}"
-    with tarfile.open(archive) as tar:
-        return tar.extractfile("package/axe.min.js").read().decode("utf-8")
+    """The script of axe-core, which the book's own installer puts into a folder and verifies."""
+    installer = runpy.run_path(str(ROOT / "book" / "_ext" / "offline.py"))
+    package = installer["Package"](AXE, SHA256, "axe", ("axe.min.js",))
+    return (Path(folder) / installer["address"](package, Path(folder))).read_text(encoding="utf-8")
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -86,6 +84,7 @@ def opened(browser, origin, colours="light", width=None):
     visit = Visit()
     size = {"width": width or SCHEMES[colours], "height": 800}
     context = browser.new_context(color_scheme=colours, viewport=size)
+    context.set_default_timeout(PATIENCE)
     page = context.new_page()
     page.on("console", lambda m: visit.said.append(m.text) if m.type == "error" else None)
     page.on("pageerror", lambda error: visit.said.append(str(error)))
@@ -106,8 +105,7 @@ def looked_at(browser, origin, name, rules):
     for colours in SCHEMES:
         with opened(browser, origin, colours) as (page, visit):
             page.goto(f"{origin}/{name}", wait_until="networkidle")
-            page.wait_for_function("!window.MathJax || Boolean(window.MathJax.startup?.promise)")
-            page.evaluate("() => window.MathJax?.startup.promise")
+            page.wait_for_function(DRAWN)
             found.mathematics = page.evaluate(MATHEMATICS)
             page.evaluate(rules)
             found.violations[colours] = page.evaluate(SERIOUS)
@@ -117,3 +115,33 @@ def looked_at(browser, origin, name, rules):
         found.elsewhere += visit.elsewhere
         found.missing += visit.missing
     return found
+
+
+def unmoved(page, figure):
+    """Sliders of a figure that no arrow key moves: one that stands at an end goes back."""
+    still = []
+    for handle in figure.locator(".noUi-handle").all():
+        handle.scroll_into_view_if_needed()
+        handle.focus()
+        places = []
+        for key in ("Shift", "ArrowRight", "ArrowLeft", "ArrowLeft"):
+            page.keyboard.press(key)
+            places.append(handle.bounding_box()["x"])
+        if len(set(places)) == 1:
+            still.append(handle.get_attribute("aria-valuetext"))
+    return still
+
+
+def answers(page, figure):
+    """Whether something in a figure changes where the pointer is dragged over its first plot."""
+    plot = figure.locator(".bk-Figure").first
+    plot.scroll_into_view_if_needed()
+    before, box = figure.screenshot(), plot.bounding_box()
+    across, up = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(across, up)
+    page.mouse.down()
+    page.mouse.move(across + box["width"] / 6, up - box["height"] / 6, steps=5)
+    page.wait_for_timeout(500)  # a drag is drawn at the next frame
+    changed = figure.screenshot() != before
+    page.mouse.up()
+    return changed

@@ -194,6 +194,15 @@ def test_every_link_within_the_book_leads_somewhere():
 
 
 @of_the_built_book
+def test_the_pages_load_the_scripts_that_they_use_and_each_once():
+    for name, html in pages().items():
+        scripts = re.findall(r"<script\b[^>]*\bsrc=\"([^\"?]+)", html)
+        assert len(scripts) == len(set(scripts)), name
+        assert not any("/mathjax/input/" in script for script in scripts), name
+
+
+@of_the_built_book
 def test_the_pages_are_no_more_than_a_reader_would_load():
-    size = sum(path.stat().st_size for path in HTML.rglob("*") if path.is_file())
-    assert size <= 25_000_000
+    """Without the notebooks to download."""
+    files = [path for path in HTML.rglob("*") if path.is_file() and "_sources" not in path.parts]
+    assert sum(path.stat().st_size for path in files) <= 25_000_000

@@ -247,13 +247,6 @@ def test_no_page_asks_for_a_style_sheet_that_is_not_there(offline):
     assert styles == [("book.css", {"priority": 500})]
 
 
-def test_scripts_that_an_earlier_build_installed_are_not_loaded_by_every_page(offline):
-    found = ["mathjax/tex-svg.js", "mathjax/input/tex/extensions/ams.js", "bokeh/bokeh.min.js"]
-    config = SimpleNamespace(html_js_files=[*found, "own.js"])
-    offline.load_nothing_unasked(None, config)
-    assert config.html_js_files == ["own.js"]
-
-
 def test_without_npm_the_pages_point_at_the_cdn(offline, tmp_path, monkeypatch):
     monkeypatch.setattr(offline.shutil, "which", lambda name: None)
     config = SimpleNamespace()
@@ -280,6 +273,15 @@ def test_what_npm_gave_is_loaded_from_the_book(offline, tmp_path, monkeypatch):
     assert offline.address(package, scripts) == "given/a/script.js"
     kept = sorted(p.relative_to(scripts).as_posix() for p in scripts.rglob("*") if p.is_file())
     assert kept == ["given/a/more/one.js", "given/a/more/two.js", "given/a/script.js"]
+
+
+def test_a_page_loads_no_script_because_it_lies_there(offline):
+    """What was asked for stays, and is asked for once."""
+    asked = [["reading.js", {"defer": "defer"}], ["bokeh/bokeh.min.js", {"defer": "defer"}]]
+    found = ["reading.js", "claims.js", "mathjax/tex-svg.js", "mathjax/input/tex/extensions/ams.js"]
+    config = SimpleNamespace(html_js_files=[*asked, *found])
+    offline.load_what_is_asked_for(SimpleNamespace(), config)
+    assert config.html_js_files == [*asked, "claims.js"]
 
 
 def test_an_archive_with_another_hash_is_refused(offline, tmp_path, monkeypatch):

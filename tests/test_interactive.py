@@ -294,8 +294,10 @@ def playing(monkeypatch):
 
 
 def test_the_library_is_verified_and_put_beside_the_pages(playing, tmp_path):
-    playing.install_scripts(SimpleNamespace(srcdir=tmp_path), None)
-    folder = tmp_path / "_static" / "bokeh"
+    config = SimpleNamespace(html_static_path=["_static"])
+    playing.install_scripts(SimpleNamespace(srcdir=tmp_path), config)
+    assert config.html_static_path == ["_static", "_scripts"]
+    folder = tmp_path / "_scripts" / "bokeh"
     assert {path.name for path in folder.iterdir()} == set(playing.SCRIPTS)
     for name in playing.SCRIPTS:
         assert (folder / name).read_bytes() == playing.packaged(name)
@@ -305,14 +307,13 @@ def test_a_library_with_another_hash_is_refused(playing, tmp_path, monkeypatch):
     monkeypatch.setattr(playing, "packaged", lambda name: b"something else")
     with pytest.raises(playing.ExtensionError, match="bokeh.min.js of bokeh: expected sha256"):
         playing.install_scripts(SimpleNamespace(srcdir=tmp_path), None)
-    assert not (tmp_path / "_static").exists()
+    assert not (tmp_path / "_scripts").exists()
 
 
 def test_only_a_page_with_a_figure_loads_the_library(playing, tmp_path):
     (tmp_path / "conf.py").write_text(
         f"import sys\nsys.path.insert(0, {str(Path(playing.__file__).parent)!r})\n"
         "extensions = ['myst_parser', 'playing']\nhtml_theme = 'basic'\n"
-        "html_static_path = ['_static']\n"
     )
     figure = f"```{{raw}} html\n<div {playing.FIGURE} hidden></div>\n```\n"
     (tmp_path / "index.md").write_text(f"# Page\n\n```{{toctree}}\nother\n```\n\n{figure}")

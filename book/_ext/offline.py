@@ -106,10 +106,15 @@ def _pack(package, folder):
     return next(Path(folder).glob("*.tgz"), None) if done.returncode == 0 else None
 
 
-def load_nothing_unasked(app, config):
-    """Jupyter Book has every page load every script that an earlier build left under
-    ``_static``."""
-    config.html_js_files = [name for name in config.html_js_files if "/" not in name]
+def load_what_is_asked_for(app, config):
+    """Jupyter Book has every page load each script that lies anywhere under ``_static``, those of
+    others too once they are installed. What a page loads is said where it is needed."""
+    scripts = {}
+    for entry in config.html_js_files:
+        name = entry if isinstance(entry, str) else entry[0]
+        if not isinstance(entry, str) or "/" not in name:
+            scripts.setdefault(name, entry)  # the first says how
+    config.html_js_files = list(scripts.values())
 
 
 def disconnect_thebe(app):
@@ -125,6 +130,6 @@ def disconnect_thebe(app):
 def setup(app):
     disconnect_thebe(app)
     app.connect("config-inited", install_scripts)
-    app.connect("config-inited", load_nothing_unasked)
+    app.connect("config-inited", load_what_is_asked_for)
     app.set_html_assets_policy("always")  # previews may hold formulae where a page has none
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -20,8 +20,8 @@ def packaged(name):
 
 
 def install_scripts(app, config):
-    """Put the scripts under ``_static/bokeh``."""
-    folder = Path(app.srcdir) / "_static" / "bokeh"
+    """Put the scripts where those of npm are, see ``offline``."""
+    folder = Path(app.srcdir) / "_scripts" / "bokeh"
     for name, expected in SCRIPTS.items():
         content = packaged(name)
         found = hashlib.sha256(content).hexdigest()
@@ -33,6 +33,8 @@ def install_scripts(app, config):
             )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
+    if folder.parent.name not in config.html_static_path:
+        config.html_static_path = [*config.html_static_path, folder.parent.name]
 
 
 def load_scripts(app, pagename, templatename, context, doctree):

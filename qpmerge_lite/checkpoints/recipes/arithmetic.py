@@ -163,7 +163,9 @@ def sparse(
     if rule.elects:
         divisor = "weights" if plan.common["normalize"] else "nothing"
         how = TiesRule(weighted_votes=True, divisor=divisor)
-        total = consensus(stacked.reshape(len(stacked), base.numel()), how, weights).reshape(base.shape)
+        total = consensus(stacked.reshape(len(stacked), base.numel()), how, weights).reshape(
+            base.shape
+        )
     else:
         total = stacked.mul_(weights.reshape(-1, *[1] * base.dim())).sum(0)
         parts = weights.sum()
