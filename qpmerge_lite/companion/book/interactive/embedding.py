@@ -41,10 +41,11 @@ SHAPES = {
 }
 # fields to fill in stay light where the page is dark
 STYLE = "text-align: left; color-scheme: light;"
-TABLES = """
+LETTERING = """
 :host { font-size: 0.9rem; line-height: 1.4; overflow-x: auto; }
 table { border-collapse: collapse; }
-td, th { padding: 0.1em 0.5em; text-align: right; }
+td, th { padding: 0.1em 0.4em; text-align: right; }
+.name { margin-right: 1em; white-space: nowrap; }
 :is(td, th):first-child { padding-left: 0; text-align: left; }
 """
 # the value of a slider under the pointer, if it has one on this axis
@@ -75,16 +76,17 @@ def script(name: str, **args) -> CustomJS:
 def words(text: str = "", role: str = "note") -> Div:
     """Text, most of it written by a script; with the role ``status`` changes are read out aloud."""
     attributes, width = {"role": role}, "stretch_width"
-    return Div(text=text, html_attributes=attributes, sizing_mode=width, stylesheets=[TABLES])
+    return Div(text=text, html_attributes=attributes, sizing_mode=width, stylesheets=[LETTERING])
 
 
 def key(names: Sequence[str]) -> Div:
     """Names of what :func:`looks` tells apart, each behind its letter."""
     marks = [
-        f'<span style="color: {look["colour"]}" aria-hidden="true">{look["letter"]}</span> {name}'
+        f'<span class="name"><span style="color: {look["colour"]}" aria-hidden="true">'
+        f"{look['letter']}</span> {name}</span>"
         for name, look in zip(names, looks(len(names)))
     ]
-    return words(" &emsp; ".join(marks))
+    return words(" ".join(marks))
 
 
 def panel(title: str, x: tuple, y: tuple, **options) -> figure:

@@ -52,6 +52,6 @@ const lines = Object.keys(clouds).map((name) => {
   const overall = rows.length >= fewest ? spearman(rows) : NaN;
   return [name, rows.length, large.length, digits(mean(large.map(spearman))), digits(overall)];
 });
-const heads = ["", "merges left", "problems", "ρ within problems", "ρ over all"];
+const heads = ["", "merges", "problems", "ρ within", "ρ over all"];
 const line = (texts, tag) => `<tr>${texts.map((text) => `<${tag}>${text}</${tag}>`).join("")}</tr>`;
 table.text = `<table>${line(heads, "th")}${lines.map((texts) => line(texts, "td")).join("")}</table>`;
