@@ -151,6 +151,7 @@ def test_the_first_page_draws_every_claim_of_others_and_leads_to_its_rule():
     assert sorted(drawn) == sorted(re.sub(r"[._]", "-", f"claim-{id}") for id in wanted)
     for id in drawn:
         assert f'id="{id}"' in built["claims.html"], id
+    assert len(re.findall(r"<script[^>]* src=\"_static/claims\.js", built["claims.html"])) == 1
 
 
 @of_the_built_book

@@ -140,5 +140,4 @@ def setup(app):
     app.add_role("verdict", Verdict())
     app.add_directive("claims", Claims)
     app.add_directive("claims-picture", Picture)
-    app.add_js_file("claims.js", loading_method="defer")
     return {"parallel_read_safe": True, "parallel_write_safe": True}

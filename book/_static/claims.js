@@ -1,5 +1,5 @@
 // Narrows the table of claims down to who claims it and to a verdict. Without it the whole table is there.
-for (const form of document.querySelectorAll("form.claims-filter")) {
+function narrowDown(form) {
   const lines = form.parentElement.querySelectorAll("tbody tr");
 
   function show() {
@@ -17,3 +17,8 @@ for (const form of document.querySelectorAll("form.claims-filter")) {
   form.hidden = false;
   show();
 }
+
+// Jupyter Book loads every script of _static on every page, before the page is there.
+document.addEventListener("DOMContentLoaded", () => {
+  document.querySelectorAll("form.claims-filter").forEach(narrowDown);
+});
