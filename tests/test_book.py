@@ -195,6 +195,12 @@ def test_every_link_within_the_book_leads_somewhere():
 
 
 @of_the_built_book
+def test_what_folds_has_one_name():
+    """The words that it shows, not others beside them."""
+    assert [name for name, html in pages().items() if "<summary aria-label" in html] == []
+
+
+@of_the_built_book
 def test_the_pages_load_the_scripts_that_they_use_and_each_once():
     for name, html in pages().items():
         scripts = re.findall(r"<script\b[^>]*\bsrc=\"([^\"?]+)", html)
