@@ -211,6 +211,13 @@ def test_the_first_time_that_a_page_says_a_term_it_is_a_link(small):
     assert links[0].find_parent("p")["class"] == ["voice", "voice-paper"]
 
 
+def test_corners_of_tables_are_no_headers(extensions):
+    import access
+
+    told = access.mended('<th class="blank">&nbsp;</th><th><p></p></th><th> a</th>')
+    assert told == '<td class="blank"></td><td></td><th> a</th>'
+
+
 def test_no_header_of_a_table_is_empty(small):
     html = BeautifulSoup((small / "page.html").read_text(encoding="utf-8"), "html.parser")
     assert html.select("th") and all(cell.text.strip() for cell in html.select("th"))

@@ -2,7 +2,7 @@
 
 import re
 
-EMPTY_HEADER = re.compile(r"<th(?P<attributes>[^>]*)>\s*(?:<p>\s*</p>)?\s*</th>")
+EMPTY_HEADER = re.compile(r"<th(?P<attributes>[^>]*)>(?:\s|&nbsp;|</?p>)*</th>")
 
 
 def mended(html):
