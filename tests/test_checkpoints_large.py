@@ -26,6 +26,7 @@ from qpmerge_lite.checkpoints.large import mapped
 from qpmerge_lite.checkpoints.large.measured import STATUS, measured, taken
 from qpmerge_lite.checkpoints.recipes import arithmetic
 from qpmerge_lite.checkpoints.tensors import read_tensors
+from qpmerge_lite.spectral import essential
 
 __all__ = ["bases", "families", "models"]  # fixtures
 linux = pytest.mark.skipif(not STATUS.exists(), reason="what memory is made of is not told here")
@@ -173,6 +174,43 @@ def test_what_was_solved_is_not_solved_again(families, kind, method, tmp_path, c
     assert contents(tmp_path / "out") == contents(tmp_path / "whole") and hidden(tmp_path) == []
 
 
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_what_esm_has_decomposed_is_not_decomposed_again(
+    families, kind, tmp_path, capsys, monkeypatch
+):
+    family, words = families[kind], {}
+    for name in ("whole", "out"):
+        words[name] = words_of(family, "esm", tmp_path / name)
+    done: list[int] = []
+    plain = essential.merge_subspaces, essential.merge_triplets
+
+    def counted(compute, at=None):
+        def counting(*tensors):
+            if len(done) == at:
+                raise KeyboardInterrupt
+            done.append(1)
+            return compute(*tensors)
+
+        counting.__name__ = compute.__name__
+        return counting
+
+    def made(name, at=None):
+        done.clear()
+        for function in plain:
+            monkeypatch.setattr(essential, function.__name__, counted(function, at))
+        return run(capsys, *words[name])
+
+    assert made("whole")[0] == 0
+    every = len(done)
+    for at in (every // 3, every - 1 - every // 3):
+        status, _, err = made("out", at)
+        assert status == 130 and "solved group(s) of layers are kept in " in err
+    status, _, err = made("out")
+    assert status == 0 and len(done) == every - every // 3 - (every - 1 - every // 3)
+    assert "groups of layers were solved by an earlier run" in err
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole") and hidden(tmp_path) == []
+
+
 def test_another_order_does_not_take_what_was_solved(families, tmp_path, capsys, monkeypatch):
     family = families["bert"]
     with monkeypatch.context() as patch:
@@ -210,7 +248,7 @@ def test_a_pass_killed_at_any_moment_ends_as_an_undisturbed_one(families, tmp_pa
 @pytest.mark.parametrize("method", [*ON_TEXTS, "esm"])
 def test_a_pass_killed_at_fifty_moments_ends_as_an_undisturbed_one(families, method, tmp_path):
     killed, resumable = killed_at_random(families["llama"], method, 50, tmp_path)
-    assert killed >= 50 and (resumable or method == "esm")
+    assert killed >= 50 and resumable
 
 
 def test_what_is_over_of_a_merge_that_was_killed_when_it_was_made_goes(families, tmp_path, capsys):

@@ -567,13 +567,13 @@ def test_a_check_tells_the_costs_of_every_method(models, capsys):
     assert status == 0 and set(told["estimates"]) == set(METHODS)
     written = sum(path.stat().st_size for path in Path(models[0]).glob("*.safetensors"))
     for cost in told["estimates"].values():
-        assert cost["written"] == written and cost["memory"] > 0
+        assert cost["written"] == written and cost["memory"] > 0 and cost["seconds"] > 0
         assert cost["read"] >= told["bytes"]
     assert told["estimates"]["soup"]["memory"] < told["estimates"]["ties"]["memory"]
     assert told["estimates"]["soup"]["read"] == told["bytes"]
     _, out, _ = run(capsys, "check", *models)
     assert all(f"\n{method} " in out for method in METHODS)
-    assert "sees at once" in out and "time that is left" in out
+    assert "sees at once" in out and "time at rates measured just now" in out
 
 
 def test_no_costs_are_told_of_what_does_not_fit(models, tmp_path, capsys):
@@ -587,10 +587,11 @@ def test_a_merge_tells_its_costs_before_and_after(models, tmp_path, capsys):
     status, out, _ = run(capsys, "merge", *models, "--out", tmp_path / "a")
     lines = out.splitlines()
     assert status == 0 and lines[0].startswith("estimated: ") and "of memory, reads" in lines[0]
+    assert "time: " in lines[0] and " had been estimated" in lines[-2]
     assert lines[-2].startswith("measured: ") and lines[-1] == f"written: {tmp_path / 'a'}"
     told = json.loads(run(capsys, "merge", *models, "--out", tmp_path / "b", "--json")[1])
-    assert told["costs"]["estimated"]["written"] > 0
-    assert told["costs"]["measured"].keys() == {"memory", "peak", "seconds"}
+    assert told["costs"]["estimated"]["written"] > 0 < told["costs"]["estimated"]["seconds"]
+    assert told["costs"]["measured"].keys() == {"memory", "own", "peak", "seconds"}
     assert "costs" not in json.loads((tmp_path / "b" / "merge.json").read_text())
 
 

@@ -75,6 +75,12 @@ def add_verbs(groups) -> None:
         metavar="N",
         help="of a recipe's dare and della, as in mergekit (default 0)",
     )
+    merge.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="that the process may take, such as 8GB; forwards then run blocks again rather than "
+        "hold more, and a merge that needs more in any case is refused",
+    )
     _add_heads(merge)
     check, _ = _verb(
         groups, "check", run_check, "say whether checkpoints can be merged", CHECK, CHECK_MORE

@@ -23,7 +23,7 @@ from .findings import Refused
 from .folders import Checkpoint
 from .heads.running import functions_of, noting_arguments
 from .large.mapped import mapped_tensors
-from .large.solved import SolvedLayers
+from .large.solved import SolvedLayers, remembering
 from .methods import OWN_PRECISION, function_of
 from .tensors import TYPES
 from .weights_only import located
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 CHOOSES = "auto"  # the method that judges by predictions, where heads make some
+DECOMPOSES = "esm"  # whose layers are not kept by the pass
 
 
 def merged_model(
@@ -67,11 +68,13 @@ def merged_model(
     states = {e.name: running.state_of(e, rounds, room) for e in report.experts}
     heads = functions_of(report.heads, body) if report.heads and method == CHOOSES else None
     inputs = {name: cast(batches, body.dtype) for name, batches in calibration.items()}
+    by_itself = method == DECOMPOSES and group is None
     given = {"group": group, "progress": progress, **options}
     given |= {} if heads is None else {"heads": heads}
     try:
         with (
             nullcontext() if solved is None else keeping(solved),
+            remembering(solved) if solved and by_itself else nullcontext(),
             nullcontext() if heads is None else noting_arguments(body),
         ):
             merge = function_of(method)(body, states, inputs, **given)

@@ -1,8 +1,8 @@
 """What a merge costs, estimated from headers before it.
 
 Memory is what the merge adds to Python, torch and transformers themselves, without files that the
-system reads in as they are used and lets go of when memory is short. How long a merge takes depends
-on the machine, so it is not guessed: the progress bar says how much time is left.
+system reads in as they are used and lets go of when memory is short. How long it takes is counted
+in ``large.times``.
 """
 
 from __future__ import annotations
@@ -96,15 +96,16 @@ def estimated_plan(plan: Plan) -> Costs:
     costs = estimated(report, plan.method, order.options)
     if plan.inputs is None:
         return costs
-    memory = memory_of_pass(report, plan.method, order.options, plan.inputs)
-    return costs._replace(memory=memory)
+    held = memory_of_pass(report, plan.method, order.options, plan.inputs)
+    return costs._replace(memory=held.models + held.layer + held.waiting)
 
 
 def estimated(report: Report, method: str, options: Mapping[str, object]) -> Costs:
     """Costs of a merge of checkpoints that fit, from their headers."""
     base, read = report.backbone, report.bytes
     if method in CALIBRATED:
-        memory = memory_of_pass(report, method, options)
+        held = memory_of_pass(report, method, options)
+        memory = held.models + held.layer
         read += report.bytes + base.bytes  # to be run, for digests, and the base to be built
     else:
         groups = groups_of(base, method, options)

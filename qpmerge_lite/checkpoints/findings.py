@@ -61,3 +61,12 @@ def size(count: int) -> str:
             break
         amount /= 1000
     return f"{amount:.3g} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it, as far as estimates go."""
+    if seconds < 1:
+        return "less than a second"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

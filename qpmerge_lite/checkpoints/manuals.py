@@ -87,9 +87,10 @@ stopped half-way:
   options and versions. Where a merge is stopped by Ctrl-C, killed, or finds the disk full, the
   files of weights that it has finished are kept there, and the same command goes on from them to
   the same bytes. This helps methods that go tensor by tensor. Those that take calibration keep
-  every layer as it is solved: the models are run once more, and no layer is solved twice. esm,
-  recipes with random numbers, merges by moments, merges by several processes, and methods on
-  weights alone that see the whole model at once, as `qpmerge check` tells, start anew. After a
+  every layer as it is solved: the models are run once more, and no layer is solved twice; esm
+  keeps what it has decomposed. Recipes with random numbers, merges by moments, merges by several
+  processes, and methods on weights alone that see the whole model at once, as `qpmerge check`
+  tells, start anew: these last have made all of the merge before its first file. After a
   refusal of weights, as of NaN, nothing is kept: corrected weights are another order. Another
   command leaves the folder alone and says so; it can be deleted.
 
@@ -105,13 +106,18 @@ several processes:
 costs:
   Memory, and what is read and written, are estimated before a merge, by `qpmerge check` for every
   method; memory and time are measured after it. The time that is left is shown while it runs, on
-  a terminal: it cannot be known before. Methods that run the models leave base and experts in
+  a terminal; how long the whole takes is estimated from rates of reading, products and
+  decompositions, which are measured for less than a second, and may be off by a factor of two or
+  three, more on a busy machine. Methods that run the models leave base and experts in
   their files until a layer is used: what is counted is the process's own memory, and the system
   lets go of what it has of the files where memory is short. Memory that is needed for a moment
   only may escape the measurement. Of adapters, and of experts in another dtype than the base's,
   a copy of what changes is beside DIR meanwhile, without a name. Forwards that wait for a layer
-  take more with more texts: fewer of them (--samples), or for qp --option activations=BYTES, which
-  runs blocks again instead, take less.
+  take more with more texts. --memory SIZE is what the whole process may take, Python and its
+  packages among it, by what can be estimated: forwards then wait in front of blocks only and run
+  these again for every layer, as far as it takes: the same bytes, in more time than was
+  estimated. A merge that needs more in any case is refused at once, with what it needs and what
+  for; of several processes each may take so much. Another SIZE goes on from what is kept.
 
 exit status:
   0    the merge is there

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .folders import MANIFEST, Checkpoint
 from .heads.files import write_heads
+from .large.budget import allowance, holding
 from .large.estimates import disk_of_pass
 from .manifests import choice_of, manifest_of, without_time
 from .methods import CALIBRATED
@@ -47,6 +48,7 @@ def carry_out(plan: Plan, *, progress: bool = False, say: Callable[[str], None] 
     Raises: as :func:`merge_folders`.
     """
     report, order, headers = plan.report, plan.order, plan.headers
+    allowed = allowance(plan)
     sizes = {file: header.size for file, header in headers.items()}
     partial = Partial(order.out, plan.digest, sizes if plan.goes_by_tensor else {})
     meanwhile = disk_of_pass(plan.report, plan.method) if plan.inputs is not None else 0
@@ -57,7 +59,8 @@ def carry_out(plan: Plan, *, progress: bool = False, say: Callable[[str], None] 
             say(f"{count} are there from an earlier run of this order, and are taken as they are")
         if partial.solved_groups:
             say(f"{partial.solved_groups} groups of layers were solved by an earlier run")
-        told = _written(plan, partial, progress)
+        with holding(allowed):
+            told = _written(plan, partial, progress)
         manifest = manifest_of(plan) | told
         copy_files(report.base, partial.merged)
         manifest["heads"] = write_heads(report, partial.merged)
@@ -75,8 +78,9 @@ def take_part(order: Order, group: ProcessGroup) -> None:
     _, method, _ = settled(order)
     if method in CALIBRATED and not order.moments:
         plan = plan_of(order, group=group, writes=False)
-        for _ in _merges(plan, {}, None, progress=False):
-            pass
+        with holding(allowance(plan)):
+            for _ in _merges(plan, {}, None, progress=False):
+                pass
 
 
 def _written(plan: Plan, partial: Partial, progress: bool) -> dict:

@@ -35,6 +35,7 @@ class Order:
         recipe: in place of a method and its options, and where base and experts are from.
         random_seed: of a recipe's random methods.
         heads: whether experts' heads are their own, see ``heads.telling.split``.
+        memory: bytes that the process may take; the merge is the same for any.
     """
 
     base: Path
@@ -51,12 +52,14 @@ class Order:
     recipe: Recipe | None = None
     random_seed: int = 0
     heads: str = AUTO
+    memory: int | None = None
 
 
-def ordered(recipe: Recipe, out: Path, random_seed: int = 0) -> Order:
+def ordered(recipe: Recipe, out: Path, random_seed: int = 0, memory: int | None = None) -> Order:
     """The order that a recipe is, which merges heads like everything else."""
     base = recipe.sources[recipe.base].folder
-    return Order(base, recipe.experts, out, recipe=recipe, random_seed=random_seed, heads=MERGED)
+    asked = {"recipe": recipe, "random_seed": random_seed, "memory": memory}
+    return Order(base, recipe.experts, out, heads=MERGED, **asked)
 
 
 def check_calibration(order: Order, method: str) -> None:

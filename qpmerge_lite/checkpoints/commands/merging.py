@@ -6,32 +6,48 @@ import json
 import sys
 from pathlib import Path
 
+from ..calibration.sources import SAMPLES
 from ..compatibility import Report
 from ..costs import Costs, estimated, estimated_plan
-from ..findings import WARNING, Finding, Refused, size
+from ..findings import WARNING, Finding, Refused, duration, size
 from ..heads.telling import AUTO, OPTION
+from ..large.budget import bytes_of
 from ..large.measured import measured
+from ..large.rates import Work, measured_rates
+from ..large.times import TOKENS, work_of, work_of_plan
 from ..methods import METHODS, assignment, literal
 from ..outlines import check_places
 from .words import columns, named_folders, pairs, shows_progress, talks
 
 MEMORY = "memory beside what Python and its packages take"
+TIME = "time at rates measured just now, to a factor of two or three"
 
 
 def run_check(arguments) -> int:
     report, missing = check_places(
         arguments.base, named_folders(arguments.experts), arguments.heads
     )
-    costs = {} if report.errors else {name: estimated(report, name, {}) for name in METHODS}
+    costs, seconds = {}, {}
+    if not report.errors and (arguments.json or not arguments.quiet):
+        costs = {name: estimated(report, name, {}) for name in METHODS}
+        rates = _rates(report)
+        for name, cost in costs.items():
+            seconds[name] = work_of(report, name, {}, cost).seconds(rates)
     if arguments.json:
-        estimates = {name: cost._asdict() for name, cost in costs.items()}
+        estimates = {n: cost._asdict() | {"seconds": seconds[n]} for n, cost in costs.items()}
         said = report.as_json() | {"downloads": missing, "estimates": estimates}
         print(json.dumps(said, indent=1))
     else:
         _print_findings(report, arguments.quiet, missing)
-        if not arguments.quiet:
-            _print_costs(costs)
+        _print_costs(costs, seconds)
     return int(bool(report.errors))
+
+
+def _rates(report: Report) -> Work:
+    """Rates of this machine, and of reading the base's largest file where it is here."""
+    headers = report.base.headers.values()
+    path = max(headers, key=lambda header: header.size).path
+    return measured_rates(path if path.is_file() else None)
 
 
 def _print_findings(report: Report, only_errors: bool, missing: int) -> None:
@@ -46,15 +62,18 @@ def _print_findings(report: Report, only_errors: bool, missing: int) -> None:
         )
 
 
-def _print_costs(costs: dict[str, Costs]) -> None:
+def _print_costs(costs: dict[str, Costs], seconds: dict[str, float]) -> None:
     """A table of what every method would cost."""
     if costs:
-        print(f"\n{'method':<18} {'memory':>8} {'read':>8} {'written':>8}  sees at once")
+        titles = [f"{title:>8}" for title in ("memory", "read", "written", "time")]
+        print(f"\n{'method':<18} {' '.join(titles)}  sees at once")
     for name, cost in costs.items():
-        sizes = [f"{size(count):>8}" for count in (cost.memory, cost.read, cost.written)]
-        print(f"{name:<18} {' '.join(sizes)}  {cost.at_once}")
+        sizes = [size(count) for count in (cost.memory, cost.read, cost.written)]
+        cells = [f"{cell:>8}" for cell in (*sizes, duration(seconds[name]))]
+        print(f"{name:<18} {' '.join(cells)}  {cost.at_once}")
     if costs:
-        print(f"{MEMORY}; a merge shows the time that is left")
+        inputs = f"{SAMPLES} inputs of {TOKENS} tokens for every expert"
+        print(f"{MEMORY}; {TIME}, and with {inputs} where a method takes them")
 
 
 def run_merge(arguments) -> int:
@@ -69,12 +88,14 @@ def run_merge(arguments) -> int:
     plan = plan_of(order, progress=shows, group=party.group)
     if talks(arguments) and party.count > plan.processes:
         _say(f"one of the {party.count} processes makes this merge: it runs no model")
-    estimate = estimated_plan(plan)
+    estimate, seconds = estimated_plan(plan), None
+    if talks(arguments) or arguments.json:
+        seconds = work_of_plan(plan, estimate).seconds(_rates(plan.report))
     if talks(arguments):
         of_each = f", in each of {plan.processes} processes" if plan.processes > 1 else ""
         print(
             f"estimated: {size(estimate.memory)} of memory, reads {size(estimate.read)}, writes "
-            f"{size(estimate.written)} ({MEMORY}{of_each})",
+            f"{size(estimate.written)}, time: {duration(seconds)} ({MEMORY}{of_each}; {TIME})",
             flush=True,
         )
     with measured() as found:
@@ -83,11 +104,11 @@ def run_merge(arguments) -> int:
     if arguments.json:
         from ..output import plain
 
-        costs = {"estimated": estimate._asdict(), "measured": found}
+        costs = {"estimated": estimate._asdict() | {"seconds": seconds}, "measured": found}
         told = {"out": str(order.out), "costs": costs} | manifest
         print(json.dumps(plain(told), indent=1))
     elif talks(arguments):
-        _tell(order.out, manifest, found)
+        _tell(order.out, manifest, found, seconds)
     return 0
 
 
@@ -98,7 +119,8 @@ def _order(arguments):
 
     if arguments.config is not None:
         _refuse_beside_recipe(arguments)
-        return ordered(read_recipe(arguments.config), arguments.out, arguments.random_seed or 0)
+        recipe, seed = read_recipe(arguments.config), arguments.random_seed or 0
+        return ordered(recipe, arguments.out, seed, _memory(arguments))
     if arguments.random_seed is not None:
         cure = "write --option seed=N for a method of that option"
         raise Refused("--random-seed", "it beside --config", "it without", cure)
@@ -121,7 +143,13 @@ def _order(arguments):
         max_length=arguments.max_length,
         batch_size=arguments.batch_size,
         heads=arguments.heads,
+        memory=_memory(arguments),
     )
+
+
+def _memory(arguments) -> int | None:
+    """Bytes that the process may take, None where nothing is said of them."""
+    return None if arguments.memory is None else bytes_of(arguments.memory)
 
 
 def _refuse_beside_recipe(arguments) -> None:
@@ -146,7 +174,7 @@ def _say(line: str) -> None:
     print(f"qpmerge: {line}", file=sys.stderr)
 
 
-def _tell(out: Path, manifest: dict, found: dict) -> None:
+def _tell(out: Path, manifest: dict, found: dict, seconds: float) -> None:
     """What was made, in a few lines."""
     print(f"method: {manifest['method']} ({manifest['why']})")
     if manifest["choice"]:
@@ -167,6 +195,6 @@ def _tell(out: Path, manifest: dict, found: dict) -> None:
         print(f"not merged: {len(manifest['kept'])} tensors, which stay as the base has them")
     print(
         f"measured: {size(found['memory'])} of memory, {size(found['peak'])} with Python and its "
-        f"packages; {found['seconds']:.1f} s"
+        f"packages; {found['seconds']:.1f} s, where {duration(seconds)} had been estimated"
     )
     print(f"written: {out}")

@@ -22,9 +22,11 @@ ON_OWN_INPUTS = ("regmean", "regmean_plus_plus", "lot", "esm")  # without sums o
 WITH_TABLES = ("qp", "sketched", "auto")  # which solve tables of tokens too
 STREAMS = {"auto": 5, "regmean": 1, "lot": 1, "esm": 1}  # forwards of a batch; else two
 WAITING = 2**29  # bytes that forwards may hold in any case, as of ``engine.rerun``
+AT_LAYERS, AT_BLOCKS = 5, 3.5  # states of the model that a forward holds while it waits there
+BY_BLOCK = ("regmean_plus_plus",)  # whose blocks have other uses, and are not run again
 SOLVING = 6  # copies of a layer's sums and updates that are held to solve it
-# what thinning an update takes, in bytes for every number: magnitudes in single precision, which are
-# sorted where they are, their places, and what sorting holds; chances, draws, what is kept, and that
+# what thinning an update takes, in bytes for every number: magnitudes in single precision, sorted
+# where they are, their places, and what sorting holds; chances, draws, what is kept, and that
 # rescaled; ranks, which are sorted twice, and chances and draws
 THINNED = {None: 0, "magnitude": 20, "outliers": 20, "random": 16, "ranks": 56}
 
@@ -44,15 +46,30 @@ class Kept(NamedTuple):
     solved: int
 
 
+class Memory(NamedTuple):
+    """Bytes that a pass holds.
+
+    Attributes:
+        models: of whole models. layer: to solve the layers that take most.
+        waiting: of forwards while they wait, as far as they are known.
+        at_least: of these where they run blocks again rather than wait inside of them.
+    """
+
+    models: int
+    layer: int
+    waiting: int
+    at_least: int
+
+
 ONE_MERGE = Kept(1, 0, 1)
 # auto: four programmes, two spectral merges and the blend, and one programme more on all inputs
-# when the former are gone; esm: the updates
-KEPT = {"auto": Kept(7, 0, 5), "esm": Kept(1, 1, 0)}
+# when the former are gone; esm: the updates, which are kept on the disk in double precision too
+KEPT = {"auto": Kept(7, 0, 5), "esm": Kept(1, 1, 4)}
 
 
 def memory_of_pass(
     report: Report, method: str, options: Mapping[str, object], inputs: Feed | None = None
-) -> int:
+) -> Memory:
     """Bytes that are held to merge by a pass.
 
     Args:
@@ -66,7 +83,9 @@ def memory_of_pass(
         others = [e for e in report.experts if {n.dtype for n in e.entries.values()} != dtypes]
         models += len(others) * report.backbone.bytes
     layer = memory_of_layer(report, method, options, _tokens_that_occur(inputs))
-    return models + layer + (0 if inputs is None else _waiting(report.backbone, method, inputs))
+    if inputs is None:
+        return Memory(models, layer, 0, 0)
+    return Memory(models, layer, *_waiting(report.backbone, method, inputs))
 
 
 def disk_of_pass(report: Report, method: str) -> int:
@@ -96,7 +115,7 @@ def memory_of_layer(
     folds, experts = folds if isinstance(folds, int) else 1, len(report.experts)
     base, most = report.backbone, 0
     tied, rows = base.config.get("tie_word_embeddings"), base.config.get("vocab_size")
-    for (_, n), outputs in _alike(base).items():
+    for (_, n), outputs in alike(base).items():
         m = max(outputs)
         if tied and m == rows:  # a table of tokens: numbers of these, and products with their rows
             g = min(tokens or m, m) if method in WITH_TABLES else 0
@@ -109,7 +128,7 @@ def memory_of_layer(
     return DOUBLE * most
 
 
-def _alike(base: Checkpoint) -> dict[tuple[str, int], list[int]]:
+def alike(base: Checkpoint) -> dict[tuple[str, int], list[int]]:
     """Matrices that may read one tensor: (name of what they are in, inputs) -> their outputs."""
     alike: dict[tuple[str, int], list[int]] = {}
     for name, entry in base.entries.items():
@@ -131,16 +150,32 @@ def _tokens_that_occur(inputs: Feed | None) -> int | None:
     return len(tokens) or None
 
 
-def _waiting(base: Checkpoint, method: str, inputs: Feed) -> int:
-    """Bytes that forwards hold while they wait in front of the widest layer: what it reads, and
-    three states of the model; no more than a pass allows, which may be what a block reads."""
+def tokens_of(inputs: Feed, config: Mapping) -> int:
+    """Tokens of all inputs, or patches of pictures, padding among them."""
+    total = 0
+    for batches in inputs.batches.values():
+        for batch in batches:
+            total += sum(v.numel() for name, v in batch.items() if name.endswith("input_ids"))
+            if "pixel_values" in batch:
+                count, _, *edges = batch["pixel_values"].shape
+                patch = config.get("patch_size")
+                patch = patch if isinstance(patch, int) else 1
+                total += count * (prod(edge // patch for edge in edges) + 1)
+    return total
+
+
+def _waiting(base: Checkpoint, method: str, inputs: Feed) -> tuple[int, int]:
+    """Bytes that forwards hold while they wait in front of the widest layer, what it reads and
+    states of the model, no more than a pass allows, which may be what a block reads; and in front
+    of blocks."""
     widths = [entry.shape[1] for entry in base.entries.values() if len(entry.shape) == 2]
     size = max((SIZES[entry.dtype] for entry in base.entries.values()), default=0)
-    tokens, widest, state = 0, max(widths, default=0), min(widths, default=0)
-    for batches in inputs.batches.values():
-        tokens += sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)
+    tokens, widest = tokens_of(inputs, base.config), max(widths, default=0)
+    state, streams = min(widths, default=0), STREAMS.get(method, 2)
     allowed = max(WAITING, tokens * (widest + 8 * state) * size)
-    return min(allowed, tokens * STREAMS.get(method, 2) * (widest + 3 * state) * size)
+    most = min(allowed, tokens * streams * (widest + AT_LAYERS * state) * size)
+    least = int(tokens * streams * AT_BLOCKS * state * size)
+    return most, most if method in BY_BLOCK else min(most, least)
 
 
 def memory_of_recipe(recipe: Recipe, report: Report) -> int:
@@ -161,9 +196,8 @@ def _of_tensor(recipe: Recipe, models: Sequence[Checkpoint], name: str) -> int:
         return read + count * size
     if recipe.method == "slerp":
         return read + count * 7 * DOUBLE
-    # base and updates, which take the place of experts; and one that is thinned, or all once more
-    # while they are put together; or these weighted, masked, and where they agree
+    # base and updates, which take the place of experts; and what thins one, or all once more, which
+    # are weighted and summed; those that elect a sign are summed piece by piece
     thinned = size * (experts + 1) + THINNED[rule.thinning]
-    joined = size * (2 * experts + 1)
-    summed = size * (4 * experts + 2) + experts if rule.elects else size * (experts + 3)
-    return max(read, count * max(thinned, joined, summed))
+    summed = size * (experts + 3 if rule.elects else 2 * experts + 3)
+    return max(read, count * max(thinned, summed))

@@ -67,8 +67,8 @@ class Watch:
 @contextmanager
 def measured() -> Iterator[dict]:
     """What is done inside costs: filled in at its end, ``memory`` in bytes, by which the process's
-    own memory grew at most, files that it reads not counted; ``peak``, the most that the process
-    ever had of both; and ``seconds``."""
+    own memory grew at most, files that it reads not counted; ``own``, the most that it had of it;
+    ``peak``, the most that the process ever had of both; and ``seconds``."""
     found: dict = {}
     started, watch = time.perf_counter(), Watch()
     try:
@@ -76,3 +76,4 @@ def measured() -> Iterator[dict]:
     finally:
         found |= {"seconds": time.perf_counter() - started, "memory": watch.end()}
         found["peak"] = watch.most["VmHWM"]
+        found["own"] = watch.most.get("RssAnon", found["peak"])

@@ -158,22 +158,33 @@ def sparse(
         updates.append(experts.pop(0).sub_(base))
         if rule.thinning is not None:
             updates.append(thinned(updates.pop(), rule, plan, len(updates), generator))
-    stacked = torch.stack(updates)
-    updates.clear()
     if rule.elects:
         divisor = "weights" if plan.common["normalize"] else "nothing"
         how = TiesRule(weighted_votes=True, divisor=divisor)
-        total = consensus(stacked.reshape(len(stacked), base.numel()), how, weights).reshape(
-            base.shape
-        )
+        total = _elected(updates, how, weights)
     else:
-        total = stacked.mul_(weights.reshape(-1, *[1] * base.dim())).sum(0)
+        total = torch.stack(updates).mul_(weights.reshape(-1, *[1] * base.dim())).sum(0)
         parts = weights.sum()
         if plan.common["normalize"] and abs(float(parts)) >= SMALLEST_DIVISOR:
             total /= parts
     if plan.common["lambda"] != 1:
         total *= plan.common["lambda"]
     return base + total
+
+
+def _elected(updates: Sequence[Tensor], how: TiesRule, weights: Tensor) -> Tensor:
+    """:func:`consensus` of K updates (…) with weights (K,), piece by piece.
+
+    In which order torch adds up numbers depends on where they stand among those that a processor
+    takes together; so pieces begin at multiples of ``PIECE``, and none is shorter.
+    """
+    total = torch.empty_like(updates[0], memory_format=torch.contiguous_format)
+    merged, *flat = (tensor.view(-1) for tensor in (total, *updates))
+    starts = range(0, max(len(merged) - PIECE, 1), PIECE)
+    for start, stop in zip(starts, [*starts[1:], len(merged)]):
+        pieces = torch.stack([vector[start:stop] for vector in flat])
+        merged[start:stop] = consensus(pieces, how, weights)
+    return total
 
 
 def thinned(update: Tensor, rule: Rule, plan: Plan, k: int, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,92 @@
+"""Merges within a stated amount of memory: refused before anything runs where that cannot be, and
+else with forwards that run blocks again rather than hold more while they wait."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ..costs import estimated_plan
+from ..findings import Refused, size
+from .estimates import memory_of_pass
+from .measured import taken
+
+if TYPE_CHECKING:
+    from ..planning import Plan
+
+OPTION = "--memory"
+AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def bytes_of(words: str) -> int:
+    """Bytes of an amount such as ``8GB``, ``500 MB``, ``7.5GiB``, or a plain number of them.
+
+    Raises: Refused for what is none.
+    """
+    found = AMOUNT.fullmatch(words.strip())
+    if found is None or not float(found[1]):
+        raise Refused(OPTION, "an amount such as 8GB or 500MB", repr(words), "write it so")
+    power = " kmgt".index(found[2].lower() or " ")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+def least_of(plan: Plan) -> dict[str, int]:
+    """The least that the whole process needs for a merge, from now on: what for -> bytes."""
+    own = taken()
+    needed = {"Python and its packages": own.get("RssAnon", own["VmHWM"])}
+    if plan.inputs is None:
+        costs = estimated_plan(plan)
+        return needed | {f"{costs.at_once} at once": costs.memory}
+    held = memory_of_pass(plan.report, plan.method, plan.order.options, plan.inputs)
+    return needed | {
+        "models that are made": held.models,
+        "the layers that take most": held.layer,
+        "forwards that wait": held.at_least,
+    }
+
+
+def allowance(plan: Plan) -> int | None:
+    """Bytes that forwards may hold while they wait, so that the process takes no more memory than
+    was ordered; None where nothing was, or no model is run.
+
+    Raises: Refused where the merge needs more in any case.
+    """
+    budget = plan.order.memory
+    if budget is None:
+        return None
+    needed = least_of(plan)
+    total = sum(needed.values())
+    if total > budget:
+        parts = ", ".join(f"{size(count)} for {what}" for what, count in needed.items())
+        cure = "give more, or choose a method that takes less, see qpmerge check"
+        if plan.inputs is not None:
+            cure = cure.replace("or choose", "take fewer inputs (--samples), or choose")
+        raise Refused(OPTION, f"{size(total)} at least ({parts})", size(budget), cure)
+    if plan.inputs is None:
+        return None
+    return budget - total + needed["forwards that wait"]
+
+
+@contextmanager
+def holding(allowed: int | None) -> Iterator[None]:
+    """Forwards of passes that run inside hold no more bytes than allowed while they wait, by
+    whatever method: few have an option for it. The same merge, bit for bit."""
+    if allowed is None:
+        yield
+        return
+    from ... import sequential
+
+    room = sequential.Room
+
+    def tighter(*words, **options):
+        given = options["allowed"]  # by an option of the method
+        options["allowed"] = allowed if given is None else min(given, allowed)
+        return room(*words, **options)
+
+    sequential.Room = tighter  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        sequential.Room = room  # type: ignore[misc]

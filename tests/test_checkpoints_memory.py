@@ -1,0 +1,176 @@
+# ruff: noqa: F811 (fixtures come by import)
+"""``qpmerge merge --memory``: the same merge within a stated amount, or a refusal beforehand; and
+the time of a merge, from what it does and a machine's rates."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_families import EXPERTS, ROOT, Family, contents, families, run
+from test_checkpoints_large import linux
+from test_checkpoints_robust import MAIN, QUICK, models, python
+
+from qpmerge_lite import sequential
+from qpmerge_lite.checkpoints import merging
+from qpmerge_lite.checkpoints.costs import estimated
+from qpmerge_lite.checkpoints.findings import Refused, duration
+from qpmerge_lite.checkpoints.large.budget import bytes_of, holding
+from qpmerge_lite.checkpoints.large.rates import Work, measured_rates
+from qpmerge_lite.checkpoints.large.times import COUNTS, PLAIN, work_of
+from qpmerge_lite.checkpoints.methods import CALIBRATED, METHODS
+from qpmerge_lite.checkpoints.orders import Order
+from qpmerge_lite.checkpoints.planning import plan_of
+from qpmerge_lite.engine.rerun import Rerun
+
+__all__ = ["families", "models"]  # fixtures
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [("8GB", 8 * 10**9), ("500 mb", 500 * 10**6), ("1.5GiB", 3 * 2**29), ("4096", 4096),
+     ("2k", 2000), ("7B", 7)],
+)  # fmt: skip
+def test_amounts_are_read(words, count):
+    assert bytes_of(words) == count
+
+
+@pytest.mark.parametrize("words", ["", "much", "-1GB", "0GB", "8XB", "GB"])
+def test_what_is_no_amount_is_refused(words):
+    with pytest.raises(Refused, match="--memory: expected an amount such as 8GB"):
+        bytes_of(words)
+
+
+BY_PASSES = ["regmean", "featcal", "qp", "lot", "esm", "auto"]
+
+
+@pytest.mark.parametrize("method", BY_PASSES)
+def test_a_merge_that_holds_less_is_the_same(families, method, tmp_path, capsys, monkeypatch):
+    family, begun = families["bert"], []
+    words = ["merge", *family.folders, *family.given, "--method", method, *QUICK.get(method, [])]
+    assert run(capsys, *words, "--out", tmp_path / "free")[0] == 0
+    begin = Rerun.__init__
+    monkeypatch.setattr(Rerun, "__init__", lambda *words: (begun.append(1), begin(*words))[1])
+    monkeypatch.setattr(merging, "allowance", lambda plan: 0)
+    assert run(capsys, *words, "--out", tmp_path / "tight")[0] == 0 and begun
+    assert contents(tmp_path / "tight") == contents(tmp_path / "free")
+
+
+def test_the_room_of_passes_is_theirs_again_afterwards():
+    room = sequential.Room
+    with pytest.raises(KeyError), holding(5):
+        assert sequential.Room is not room
+        raise KeyError
+    assert sequential.Room is room
+
+
+@pytest.mark.parametrize("method", ["soup", "regmean"])
+def test_too_little_is_refused_before_anything_runs(families, method, tmp_path, capsys):
+    family = families["bert"]
+    words = ["merge", *family.folders, "--method", method, "--out", tmp_path / "out"]
+    words += family.given if method == "regmean" else []
+    status, _, err = run(capsys, *words, "--memory", "1MB")
+    assert status == 1 and list(tmp_path.iterdir()) == []
+    assert "--memory: expected " in err and "at least (" in err and "found 1 MB" in err
+    assert "for Python and its packages" in err and "give more" in err
+    assert ("--samples" in err) == (method == "regmean")
+    (least,) = re.findall(r"expected ([\d.]+) ([MG])B at least", err)
+    enough = f"{1.2 * float(least[0])}{least[1]}B"
+    assert run(capsys, *words, "--memory", enough)[0] == 0
+
+
+def test_another_amount_is_the_same_order(families, tmp_path):
+    family = families["bert"]
+    experts = {name: family.root / name for name in EXPERTS}
+    plans = [plan_of(Order(family.base, experts, tmp_path / "out", memory=m)) for m in (None, 9)]
+    assert plans[0].digest == plans[1].digest
+
+
+def wide():
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=256, intermediate_size=768, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+@linux
+@pytest.mark.slow
+def test_a_merge_takes_no_more_than_it_may(tmp_path):
+    family = Family(tmp_path / "wide", wide)
+    for seed, file in enumerate(family.files.values()):
+        draws = torch.randint(2, 38, (192, 128), generator=torch.Generator().manual_seed(seed))
+        rows = [" ".join(f"w{place}" for place in draw) for draw in draws.tolist()]
+        file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    words = ["merge", *family.folders, *family.given, "--json", "--method", "featcal"]
+    costs = {}
+    for name, more in {"free": [], "tight": ["--memory", "900MB"]}.items():
+        out = tmp_path / name
+        done = python(MAIN, *words, "--out", out, *more, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr
+        costs[name] = json.loads(done.stdout)["costs"]["measured"]
+    print(costs)
+    assert contents(tmp_path / "tight") == contents(tmp_path / "free")
+    assert costs["tight"]["memory"] < costs["free"]["memory"]
+    assert costs["tight"]["own"] <= 900e6
+
+
+# ------------------------------------------------------------------------------- time
+
+ONES = Work(*[1.0] * len(Work._fields))
+
+
+def report_of(models, count=2):
+    experts = {f"e{k}": Path(models[1 + k % 2]) for k in range(count)}
+    return plan_of(Order(Path(models[0]), experts, Path(models[0]).parent / "out")).report
+
+
+def test_seconds_are_amounts_over_rates():
+    work = Work(moved=10, passed=6)
+    assert work.seconds(ONES) == 16 and work.seconds(Work(*[2.0] * 7)) == 8
+    assert work.plus(Work(passed=1, called=3)) == Work(moved=10, passed=7, called=3)
+
+
+def test_the_rates_of_this_machine_are_numbers(models):
+    rates = measured_rates(next(Path(models[0]).glob("*.safetensors")))
+    assert all(0 < rate < float("inf") for rate in (*rates, *measured_rates()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_more_experts_and_more_tokens_take_longer(models, method):
+    fewer, more = (report_of(models, count) for count in (2, 3))
+    costs = [estimated(report, method, {}) for report in (fewer, more)]
+    seconds = work_of(fewer, method, {}, costs[0]).seconds(ONES)
+    assert 0 < seconds < work_of(more, method, {}, costs[1]).seconds(ONES)
+    short = work_of(fewer, method, {}, costs[0], tokens=50, batches=2).seconds(ONES)
+    assert short < seconds if method in CALIBRATED else short == seconds
+
+
+def test_what_is_counted_follows_from_the_shapes(models):
+    """Four layers of a matrix (256, 128), its transpose and statistics, and a table (400, 128)."""
+    report, K, cost = report_of(models), 2, estimated(report_of(models), "iso_c", {})
+    matrices = [(400, 128)] + 4 * [(256, 128), (128, 256)]
+    numbers = sum(m * n for m, n in matrices) + 4 * 128
+    work = work_of(report, "iso_c", {}, cost)
+    assert work.moved == cost.read + cost.written and work.multiplied == work.doubled == 0
+    assert work.passed == numbers * (COUNTS["iso_c"].each * K + COUNTS["iso_c"].besides)
+    assert work.decomposed == sum(m * n * min(m, n) for m, n in matrices)
+    cost = estimated(report, "regmean", {})
+    work = work_of(report, "regmean", {}, cost, tokens=10, batches=1)
+    assert work.passed == numbers * (PLAIN.each * K + PLAIN.besides)
+    forwards = 2 * 10 * sum(m * n for m, n in matrices)
+    sums = 2 * 10 * sum(n * n for _, n in matrices)
+    assert work.multiplied == forwards + sums
+    solved = sum(2 * m * n * n * (K + 2) + 2 * n**3 / 3 for m, n in matrices)
+    assert work.doubled == pytest.approx(solved)
+
+
+@pytest.mark.parametrize(("seconds", "words"), [
+    (0.2, "less than a second"), (41.4, "41 s"), (130, "2 min"), (9000, "2.5 h"),
+])  # fmt: skip
+def test_times_are_told_in_a_unit_that_suits_them(seconds, words):
+    assert duration(seconds) == words
