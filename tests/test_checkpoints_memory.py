@@ -112,8 +112,9 @@ def test_a_merge_takes_no_more_than_it_may(tmp_path):
         out = tmp_path / name
         done = python(MAIN, *words, "--out", out, *more, env=os.environ | {"PYTHONPATH": str(ROOT)})
         assert done.returncode == 0, done.stderr
-        costs[name] = json.loads(done.stdout)["costs"]["measured"]
-    print(costs)
+        told = json.loads(done.stdout)["costs"]
+        print(name, told)
+        costs[name] = told["measured"]
     assert contents(tmp_path / "tight") == contents(tmp_path / "free")
     assert costs["tight"]["memory"] < costs["free"]["memory"]
     assert costs["tight"]["own"] <= 900e6

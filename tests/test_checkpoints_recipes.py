@@ -10,11 +10,16 @@ from frozen_recipes import RECIPES, apart, flat, recipe, states, thaw, write_mod
 
 import qpmerge_lite as q
 from qpmerge_lite.checkpoints.calibration import records
+from qpmerge_lite.checkpoints.large.estimates import THINNED
+from qpmerge_lite.checkpoints.large.measured import STATUS, measured
 from qpmerge_lite.checkpoints.merging import merge_folders
 from qpmerge_lite.checkpoints.orders import ordered
 from qpmerge_lite.checkpoints.recipes import arithmetic
+from qpmerge_lite.checkpoints.recipes.plans import Plan
 from qpmerge_lite.checkpoints.recipes.reading import read_recipe
+from qpmerge_lite.checkpoints.recipes.settings import RULES
 from qpmerge_lite.companion import cli
+from qpmerge_lite.sparse import TiesRule, consensus
 
 pytest.importorskip("yaml", reason="the yaml extra, which reads recipes, is not here")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -424,3 +429,29 @@ def test_a_linear_merge_is_the_same_in_pieces_of_any_size(dtype, monkeypatch):
         for normalize, value in expected.items():
             found = arithmetic.linear(values, weights, normalize)
             assert found.shape == value.shape and torch.equal(found, value)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+@pytest.mark.parametrize("size", [0, 1, 5, 2**15, 2**15 + 1, 2**16 + 1, 100_003])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_signs_are_elected_piece_by_piece_as_for_all_at_once(count, size, dtype):
+    generator = torch.Generator().manual_seed(size + count)
+    updates = torch.randn(count, size, generator=generator).to(dtype)
+    weights = torch.rand(count, generator=generator).to(dtype)
+    how = TiesRule(weighted_votes=True, divisor="weights")
+    found = arithmetic._elected([*updates], how, weights)
+    assert torch.equal(found, consensus(updates, how, weights))
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="what memory is made of is not told here")
+def test_a_trimmed_tensor_takes_no_more_than_is_estimated():
+    size = 2**22
+    rule = RULES["ties"]
+    own = {"weight": [1.0] * 3, "density": [0.2] * 3}
+    plan = Plan({"normalize": True, "rescale": False, "lambda": 1}, own)
+    generator = torch.Generator().manual_seed(0)
+    with measured() as found:
+        values = [torch.randn(size, generator=generator).bfloat16() for _ in range(4)]
+        arithmetic.sparse(values.pop(0), values, rule, plan, generator)
+    of_number = 2 * 4 + THINNED["magnitude"]  # base and experts, and what trimming takes
+    assert found["memory"] / size < 1.25 * of_number

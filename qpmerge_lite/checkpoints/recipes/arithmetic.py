@@ -67,8 +67,7 @@ def recipe_merges(
 def _tensor(
     recipe: Recipe, name: str, values: list[Tensor], plan: Plan, generator: torch.Generator
 ) -> Tensor:
-    """One merged tensor (…) of the models' tensors, in their order; these may be changed, and the
-    list emptied."""
+    """One merged tensor (…) of the models' tensors, in their order; the list is emptied."""
     if not values[0].is_floating_point():
         return agreed(name, values)
     dtype = values[0].dtype if recipe.dtype is None else TYPES[recipe.dtype]
@@ -149,13 +148,13 @@ def sparse(
 
     Args:
         base: (…), in whose dtype all is computed.
-        experts: K tensors (…), whose memory the updates take; the list is emptied.
+        experts: K tensors (…); the list is emptied, as updates take their places.
         plan: of the tensor.
     """
     weights = torch.tensor(plan.own["weight"], dtype=base.dtype)
     updates: list[Tensor] = []
     while experts:
-        updates.append(experts.pop(0).sub_(base))
+        updates.append(experts.pop(0) - base)  # not in place: a digest may still need the bytes
         if rule.thinning is not None:
             updates.append(thinned(updates.pop(), rule, plan, len(updates), generator))
     if rule.elects:
