@@ -172,7 +172,7 @@ def _waiting(base: Checkpoint, method: str, inputs: Feed) -> tuple[int, int]:
     size = max((SIZES[entry.dtype] for entry in base.entries.values()), default=0)
     tokens, widest = tokens_of(inputs, base.config), max(widths, default=0)
     state, streams = min(widths, default=0), STREAMS.get(method, 2)
-    allowed = max(WAITING, tokens * (widest + 8 * state) * size)
+    allowed = max(WAITING, tokens * (widest + 10 * state) * size)
     most = min(allowed, tokens * streams * (widest + AT_LAYERS * state) * size)
     least = int(tokens * streams * AT_BLOCKS * state * size)
     return most, most if method in BY_BLOCK else min(most, least)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 SAMPLE = 1 << 24  # bytes of a file that are read
 NUMBERS, EDGE, SMALLER, CALLS = 1 << 20, 384, 160, 500  # sizes of what is computed
-LEAST = 0.03  # seconds that an operation is repeated for, so that the clock can tell
+LEAST = 0.1  # seconds that an operation is repeated for, so that the clock can tell
 
 
 class Work(NamedTuple):
@@ -74,11 +74,10 @@ def measured_rates(sample: Path | None = None) -> Work:
 
 
 def _rate(amount: float, compute: Callable[[], object]) -> float:
-    """How much of an amount is computed in a second, at best of several times."""
+    """How much of an amount is computed in a second, what other programs take of it included."""
     compute()  # which may set something up
-    best, begun = float("inf"), time.perf_counter()
+    count, begun = 0, time.perf_counter()
     while time.perf_counter() - begun < LEAST:
-        started = time.perf_counter()
         compute()
-        best = min(best, time.perf_counter() - started)
-    return amount / best
+        count += 1
+    return count * amount / (time.perf_counter() - begun)
