@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..planning import Plan
 
 OPTION = "--memory"
+SCATTERED = 1.5  # of what forwards hold: small pieces that are let go are not given back at once
 AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
@@ -43,7 +44,7 @@ def least_of(plan: Plan) -> dict[str, int]:
     return needed | {
         "models that are made": held.models,
         "the layers that take most": held.layer,
-        "forwards that wait": held.at_least,
+        "forwards that wait": int(SCATTERED * held.at_least),
     }
 
 
@@ -66,7 +67,7 @@ def allowance(plan: Plan) -> int | None:
         raise Refused(OPTION, f"{size(total)} at least ({parts})", size(budget), cure)
     if plan.inputs is None:
         return None
-    return budget - total + needed["forwards that wait"]
+    return int((budget - total + needed["forwards that wait"]) / SCATTERED)
 
 
 @contextmanager
