@@ -184,7 +184,8 @@ def idea_effects(rows: list[dict], record: Callable, name: str) -> dict[str, Sho
 
 def by_coefficients(rows: list[dict]):
     """Normalised test accuracy, mean over seeds, of the bases that have fewer coefficients than
-    single entries, by prior: a ``pandas.DataFrame``, fewest coefficients first."""
+    single entries, by prior: a ``pandas.DataFrame`` of numbers in words, fewest coefficients
+    first."""
     import pandas as pd
 
     cells: dict[str, dict] = {}
@@ -194,9 +195,10 @@ def by_coefficients(rows: list[dict]):
         if basis:
             cells.setdefault(basis, {"coefficients": own["coefficients"].iloc[0]})
             cells[basis][prior] = accuracy
-    columns = ["coefficients", *(f"prior {prior}" for prior in PRIORS), "prior by layer"]
-    table = pd.DataFrame(cells).T.sort_values("coefficients")[columns]
-    return table.astype({"coefficients": int})
+    priors = [*(f"prior {prior}" for prior in PRIORS), "prior by layer"]
+    table = pd.DataFrame(cells).T.sort_values("coefficients")
+    shown = table[priors].map("{:.4f}".format).replace("nan", "")  # not every basis has every prior
+    return pd.concat([table["coefficients"].astype(int), shown], axis=1)
 
 
 def _basis_and_prior(idea: str, level: str) -> tuple[str | None, str]:
