@@ -45,7 +45,7 @@ def make_checkout(root):
         (root / folder).mkdir(parents=True)
     (root / "qpmerge_lite" / "companion" / "records.py").write_text("")
     (root / "book" / "claims.yml").write_text(
-        "- {id: c, source: ours, about: bases, statement: s, chapter: 01_a, records: [a.seed], "
+        "- {id: c, source: paper, about: bases, statement: s, chapter: 01_a, records: [a.seed], "
         "predicate: a.seed >= 0, rule: r, why: w, measured: '{a.seed}'}\n"
     )
     (root / "README.md").write_text(f"# Title\n{BEGIN}\n{END}\n")
@@ -283,7 +283,7 @@ def test_check_update_and_claims_follow_the_records(checkout, capsys):
     assert status == 1 and "01_a: a.seed: found 3, expected exact 0" in err
     assert run(capsys, "book", "claims") == (0, "c: holds\n", "")
     assert (
-        "| s *(this book)* | **holds** | [01_a](notebooks/01_a.ipynb) |"
+        "| s *(paper)* | **holds** | [01_a](notebooks/01_a.ipynb) |"
         in (checkout / "README.md").read_text()
     )
 

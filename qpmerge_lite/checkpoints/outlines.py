@@ -88,6 +88,7 @@ class Outlines:
         if names and not sizes:
             refuse_without_weights(pinned)
         for name, size in sizes.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with (folder / name).open("wb") as file:
                 file.write(first_bytes(pinned, name, size))
                 file.truncate(size)

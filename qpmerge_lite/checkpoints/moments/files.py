@@ -243,15 +243,17 @@ def check_measured(file: MomentsFile, expert: Checkpoint, found: Mapping[str, st
 
 
 def as_in_base(file: MomentsFile, expert: Checkpoint, base: Checkpoint) -> MomentsFile:
-    """A file of an expert's moments with the base's names of tensors, and without what is not
-    merged, as a head of its own. Layers of a backbone are called as that has them by itself.
+    """A file of an expert's moments as it is, or where heads are kept, with the base's names of
+    tensors and layers and without those of the head.
 
     Args:
         expert: under the base's names, with the tensors that are merged alone.
-        base: with these alone too.
+        base: with these alone too; a backbone where heads are kept.
     """
+    if not isinstance(base, Backbone):
+        return file
     names = {entry.name: name for name, entry in expert.entries.items()}
-    start = _start_of_backbone(names, base.prefix) if isinstance(base, Backbone) else ""
+    start = _start_of_backbone(names, base.prefix)
     layers = {}
     for layer in file.layers.values():
         parameters = {}
