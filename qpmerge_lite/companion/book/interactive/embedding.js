@@ -20,6 +20,7 @@ async function play(id, item) {
   }
   const views = await Bokeh.embed.embed_item(item, id);
   figure?.classList.add("played"); // hides the static one, see book.css
+  nameHandles(place);
 
   // Letters, axes and borders take the colour of the page's text, and follow it.
   const names = ["axis_label_text_color", "major_label_text_color", "axis_line_color", "text_color",
@@ -32,4 +33,11 @@ async function play(id, item) {
   };
   recolour();
   new MutationObserver(recolour).observe(document.documentElement, { attributeFilter: ["data-theme"] });
+}
+
+// Gives every handle of a slider the slider's name, for those who hear the page.
+function nameHandles(root) {
+  const title = root.querySelector(".bk-slider-title")?.textContent.split(":")[0];
+  for (const handle of root.querySelectorAll(".noUi-handle")) handle.setAttribute("aria-label", title);
+  for (const part of root.querySelectorAll("*")) if (part.shadowRoot) nameHandles(part.shadowRoot);
 }
