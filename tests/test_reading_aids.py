@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -281,3 +282,12 @@ def test_links_have_previews_of_terms_citations_and_pages():
     for part in ("glossary.html#term-", "bibliography.html#", "02_bases.html"):
         told = [html for selector, html in previews.items() if part in selector]
         assert told and all(BeautifulSoup(html, "html.parser").text.strip() for html in told)
+
+
+def test_where_one_page_has_changed_all_are_built(extensions):
+    import excerpts
+
+    environment = SimpleNamespace(found_docs={"b", "a"})
+    outdated = excerpts.all_or_none
+    assert outdated(None, environment, set(), {"a"}, set()) == ["a", "b"]
+    assert outdated(None, environment, set(), set(), set()) == []

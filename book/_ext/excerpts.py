@@ -65,7 +65,14 @@ def load(app, pagename, templatename, context, doctree):
         app.add_js_file(FILE, loading_method="defer", priority=100)
 
 
+def all_or_none(app, env, added, changed, removed):
+    """All pages, where one has changed: what Sphinx puts into the index of the search, and what
+    previews show of other pages, is lost for those that are not built again."""
+    return sorted(env.found_docs) if added or changed or removed else []
+
+
 def setup(app):
+    app.connect("env-get-outdated", all_or_none)
     app.connect("html-page-context", load)
     app.connect("build-finished", write)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
