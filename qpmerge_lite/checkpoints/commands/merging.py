@@ -20,7 +20,7 @@ from ..outlines import check_places
 from .words import columns, named_folders, pairs, shows_progress, talks
 
 MEMORY = "memory beside what Python and its packages take"
-TIME = "time at rates measured just now, to a factor of two or three"
+TIME = "time at rates measured just now, a rough guess"
 
 
 def run_check(arguments) -> int:

@@ -1,5 +1,5 @@
-"""What merges do, counted from headers and inputs: how long they take at a machine's rates, to a
-factor of two or three."""
+"""What merges do, counted from headers and inputs: a rough guess of how long they take at a machine's
+rates."""
 
 from __future__ import annotations
 
