@@ -1,5 +1,5 @@
-"""What merges do, counted from headers and inputs: a rough guess of how long they take at a machine's
-rates."""
+"""What merges do, counted from headers and inputs: a rough guess of how long they take, at the
+rates of a machine."""
 
 from __future__ import annotations
 
