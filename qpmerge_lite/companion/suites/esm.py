@@ -32,6 +32,24 @@ OTHERS = {"embed.weight": "embeddings.word_embeddings.weight"} | {
 POSITIONS = "embeddings.position_embeddings.weight"
 
 
+def blocks_as(
+    state: Mapping[str, Tensor], start: str, parts: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Weights of a suite's blocks under the names of transformers' layers.
+
+    Args:
+        start: what these names begin with, before the number.
+        parts: part of a block -> the same in a layer.
+    """
+    named = {}
+    for name in state:
+        if name.startswith("blocks."):
+            _, number, part = name.split(".", 2)
+            part, _, entry = part.rpartition(".")
+            named[f"{start}.{number}.{parts[part]}.{entry}"] = state[name]
+    return named
+
+
 def esm_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of the suite's encoder under the names of transformers' ``EsmModel``.
 
@@ -41,11 +59,7 @@ def esm_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     named = {new: state[old] for old, new in OTHERS.items()}
     table = state["position"][0]  # (LENGTH, d)
     named[POSITIONS] = torch.cat([torch.zeros_like(table[:1]), table])
-    for name in state:
-        if name.startswith("blocks."):
-            _, number, part = name.split(".", 2)
-            part, _, entry = part.rpartition(".")
-            named[f"encoder.layer.{number}.{PARTS[part]}.{entry}"] = state[name]
+    named |= blocks_as(state, "encoder.layer", PARTS)
     return {name: value.detach().contiguous() for name, value in named.items()}
 
 

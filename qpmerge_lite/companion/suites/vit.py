@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import glyphs, vision
+from .esm import blocks_as
 
 PARTS = {
     "norm1": "layernorm_before",
@@ -53,11 +54,7 @@ def vit_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     side = vision.build().patch
     grey = state["embed.weight"].unflatten(1, (1, side, side))
     named[PATCHES] = grey.expand(-1, COLOURS, -1, -1) / COLOURS
-    for name in state:
-        if name.startswith("blocks."):
-            _, number, part = name.split(".", 2)
-            part, _, entry = part.rpartition(".")
-            named[f"layers.{number}.{PARTS[part]}.{entry}"] = state[name]
+    named |= blocks_as(state, "layers", PARTS)
     return {name: value.detach().contiguous() for name, value in named.items()}
 
 

@@ -4,11 +4,11 @@ data."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ....choice.automatic import RIDGE
 from ....datafree import wudi
 from ....engine.recipes import Recipe
 from ....methods import batched
@@ -92,7 +92,7 @@ def solvers(suite: Suite, inputs: Inputs) -> dict[Level, Recipe]:
     found = {
         START: made(programme()),
         ("prior by layer", "with its ridge"): made(FittedPrior(), folds=FOLDS),
-        ("prior by layer", "alone"): made(FittedPrior(ridges=(0.1,)), folds=FOLDS),
+        ("prior by layer", "alone"): made(FittedPrior(ridges=(RIDGE,)), folds=FOLDS),
         ("prior by kind", "norms short"): made(ByKind(("norm",), 1.0)),
         ("prior by kind", "attention short"): made(ByKind(("attention",), 1.0)),
         ("prior by kind", "perceptrons short"): made(ByKind(("up", "down"), 1.0)),
@@ -102,11 +102,10 @@ def solvers(suite: Suite, inputs: Inputs) -> dict[Level, Recipe]:
     for basis in CHEAP:
         word = basis.replace("_", " ")
         for name, prior in PRIORS.items():
-            found[word, f"prior {name}"] = made(programme(basis, prior=prior))
+            found[word, f"prior {name}"] = made(programme(basis=basis, prior=prior))
         found[word, "prior by layer"] = made(FittedPrior(basis), folds=FOLDS)
     for count in GROUPS:
-        grouped = replace(programme("groups"), groups=count)
-        found["groups of rows", f"{count}"] = made(grouped)
+        found["groups of rows", f"{count}"] = made(programme(basis="groups", groups=count))
     return found
 
 

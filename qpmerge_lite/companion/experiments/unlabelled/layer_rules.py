@@ -18,13 +18,14 @@ from ....moments import Moments
 from ....solvers import QP
 from ...suites import Suite
 from ...suites.training import seeded
+from .factors import SOLVER
 
 PRIORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # times Σ_k Δ_k
 
 
-def programme(basis="elements", ridge: float | str = RIDGE, prior: float | None = PRIOR) -> QP:
-    """The programme of the choice without labels, as a solver, with some of it changed."""
-    return QP(basis=basis, ridge=ridge, prior=prior, penalty="diagonal")
+def programme(**changes) -> QP:
+    """The programme of the choice without labels, as a solver, with some of its fields changed."""
+    return QP(**SOLVER | changes)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class FittedPrior:
         options = {"priors": PRIORS, "prior": 1.0, "penalty": "diagonal"}
         place, _ = choose(moments, updates, self.basis, self.ridges, **options)
         scale, ridge = PRIORS[int(place[0])], self.ridges[int(place[1])]
-        update, row = programme(self.basis, ridge, scale)(moments, updates)
+        update, row = programme(basis=self.basis, ridge=ridge, prior=scale)(moments, updates)
         return update, row | {"prior": scale}
 
 

@@ -150,12 +150,16 @@ def effects(rows: list[dict], record: Callable, name: str) -> dict[str, Shown]:
     for factor, level in table.columns:
         if factor == "nothing":
             continue
-        word = re.sub("[^a-z0-9]+", "_", level.lower())
-        id = f"auto.{name}.factor.{factor}.{word}"
+        id = f"auto.{name}.factor.{factor}.{_in_id(level)}"
         note = "over seeds, paired: test accuracy less that of the programme"
         effect = record_mean(record, id, table[factor, level] - start, note=note)
         shown[f"{factor}: {level}"] = {"effect": effect}
     return shown
+
+
+def _in_id(words: str) -> str:
+    """Words as a part of a record's id."""
+    return re.sub("[^a-z0-9]+", "_", words.lower())
 
 
 def idea_effects(rows: list[dict], record: Callable, name: str) -> dict[str, Shown]:
@@ -173,10 +177,9 @@ def idea_effects(rows: list[dict], record: Callable, name: str) -> dict[str, Sho
     for idea, level in table["test"].columns:
         if (idea, level) == START:
             continue
-        words = [re.sub("[^a-z0-9]+", "_", word.lower()) for word in (idea, level)]
         shown[f"{idea}: {level}"] = effect = {}
         for split in ("validation", "test"):
-            id = f"auto.{name}.idea.{'.'.join(words)}.{split}"
+            id = f"auto.{name}.idea.{_in_id(idea)}.{_in_id(level)}.{split}"
             lead = table[split][idea, level] - table[split][START]
             effect[split] = record_mean(record, id, lead, note="over seeds, paired")
     return shown
