@@ -1,5 +1,6 @@
 """One set of pins, said three times: lock, conda environment and package requirements agree."""
 
+import ast
 import fnmatch
 import json
 import os
@@ -7,11 +8,14 @@ import re
 import runpy
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+
+from qpmerge_lite.companion import staleness
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,6 +107,32 @@ def test_binder_installs_the_pins_and_this_folder(tmp_path):
     assert told.read_text().split()[-2:] == ["--editable", ".[suites,qp,hub]"]
     wanted = {name: version for name, version in (LOCK | HUB).items() if name != "torch"}
     assert pins((tmp_path / "told.pins").read_text().splitlines()) == wanted
+
+
+def imported(source):
+    """Names of the top-level packages that some code imports, anywhere in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0]
+
+
+def test_what_chapters_import_comes_with_the_extras_that_pages_name():
+    extras = PROJECT["project"]["optional-dependencies"]
+    asked = [*PROJECT["project"]["dependencies"], *extras["suites"], *extras["qp"], *extras["hub"]]
+    named = {re.split(r"[<>=!~]", entry)[0].replace("-", "_") for entry in asked}
+    named |= {"PIL", "sklearn", "yaml"}  # what pillow, scikit-learn and pyyaml are called in Python
+    brought = {"IPython", "filelock", "jinja2", "packaging", "tqdm"}  # by Jupyter, datasets, torch
+    cells = []
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        written = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        cells += ["".join(cell["source"]) for cell in written if cell["cell_type"] == "code"]
+    modules = staleness.modules(ROOT)
+    sources = [text(modules[name]) for name in staleness.reached(ROOT, cells=cells)]
+    names = {name for source in [*cells, *sources] for name in imported(source)}
+    foreign = names - sys.stdlib_module_names - {"qpmerge_lite"}
+    assert foreign >= {"torch", "bokeh", "transformers"} and foreign - named - brought == set()
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make on this machine")
