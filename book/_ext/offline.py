@@ -13,6 +13,7 @@ from sphinx.errors import ExtensionError
 from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
+SCRIPTS = "_scripts"  # a folder of the book's sources that the build fills
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,27 @@ def install_scripts(app, config):
     They have a folder of their own, because Jupyter Book puts every script in ``_static`` on every
     page.
     """
-    scripts = Path(app.srcdir) / "_scripts"
+    scripts = Path(app.srcdir) / SCRIPTS
     config.mathjax_path = address(MATHJAX, scripts)
     config.tippy_js = (address(POPPER, scripts), address(TIPPY, scripts))
     if scripts.is_dir():
-        config.html_static_path = [*config.html_static_path, scripts.name]
+        copy_scripts(config)
+
+
+def copy_scripts(config):
+    """Have the build copy the folder of scripts beside the pages, once."""
+    if SCRIPTS not in config.html_static_path:
+        config.html_static_path = [*config.html_static_path, SCRIPTS]
+
+
+def verify(content, expected, name, cure):
+    """Compare bytes with the SHA-256 that they should have.
+
+    Raises: ExtensionError, with the cure.
+    """
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected:
+        raise ExtensionError(f"{name}: expected sha256 {expected}, found {found}; {cure}")
 
 
 def address(package, scripts):
@@ -77,12 +94,7 @@ def _install(package, target):
         archive = _pack(package, folder)
         if archive is None:
             return False
-        found = hashlib.sha256(archive.read_bytes()).hexdigest()
-        if found != package.sha256:
-            raise ExtensionError(
-                f"{package.name}: expected sha256 {package.sha256}, found {found}; "
-                "do not use this file"
-            )
+        verify(archive.read_bytes(), package.sha256, package.name, "do not use this file")
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
         fresh = target.with_name(f"{target.name}.partial")

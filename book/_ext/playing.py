@@ -1,16 +1,19 @@
 """Figures to play with: the library that draws them comes from the installed package, pinned and
 verified, and only pages that have such a figure load it."""
 
-import hashlib
 from importlib.resources import files
 from pathlib import Path
 
-from sphinx.errors import ExtensionError
+import offline
 
 SCRIPTS = {
     "bokeh.min.js": "532c29e9d071a023b60ca0fea169a1195e100cbd0eb85fe20ba1fc0587fefd48",
     "bokeh-widgets.min.js": "89027271317ca968005271c5fd702c9d8fcdf90a25b1461de17443d0bba47954",
 }
+CURE = (
+    "install the version of requirements.lock, or after an upgrade write the new one into "
+    "book/_ext/playing.py"
+)
 FIGURE = 'class="play"'  # as companion/book/interactive/embedding.py writes it
 
 
@@ -20,21 +23,14 @@ def packaged(name):
 
 
 def install_scripts(app, config):
-    """Put the scripts where those of npm are, see ``offline``."""
-    folder = Path(app.srcdir) / "_scripts" / "bokeh"
+    """Put the scripts where those of npm are."""
+    folder = Path(app.srcdir) / offline.SCRIPTS / "bokeh"
     for name, expected in SCRIPTS.items():
         content = packaged(name)
-        found = hashlib.sha256(content).hexdigest()
-        if found != expected:
-            raise ExtensionError(
-                f"{name} of bokeh: expected sha256 {expected}, found {found}; install the version "
-                "of requirements.lock, or after an upgrade write the new one into "
-                "book/_ext/playing.py"
-            )
+        offline.verify(content, expected, f"{name} of bokeh", CURE)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    if folder.parent.name not in config.html_static_path:
-        config.html_static_path = [*config.html_static_path, folder.parent.name]
+    offline.copy_scripts(config)
 
 
 def load_scripts(app, pagename, templatename, context, doctree):
