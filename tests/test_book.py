@@ -4,6 +4,8 @@ numbers from records.
 `make test` runs the notebooks and builds the pages once, before these tests look at them.
 """
 
+import base64
+import io
 import json
 import os
 import re
@@ -11,8 +13,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from qpmerge_lite.companion.book import expected, run
 from qpmerge_lite.companion.book.claims import load_claims
@@ -43,6 +47,28 @@ def test_the_contents_list_exactly_the_notebooks():
     assert [entry for entry in toc() if entry.startswith("chapters/")] == [
         f"chapters/{path.stem}" for path in NOTEBOOKS
     ]
+
+
+def test_a_figure_of_a_chapter_has_few_colours_and_looks_the_same():
+    """A gradient of ten thousand colours, each of which may come out a little different."""
+    steps = np.linspace(0, 255, 100)
+    drawn = np.stack(np.broadcast_arrays(steps, steps[:, None], 128), axis=-1).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(drawn).save(file, "PNG")
+    smaller = base64.b64decode(run._with_a_palette(base64.b64encode(file.getvalue()).decode()))
+    with Image.open(io.BytesIO(smaller)) as picture:
+        assert picture.mode == "P" and len(picture.getcolors()) > 128
+        differences = np.asarray(picture.convert("RGB")).astype(int) - drawn
+    assert 0 < np.abs(differences).max() <= 16
+
+
+@of_the_built_book
+def test_the_pages_take_25_megabytes_at_most():
+    """Not counting figures that an earlier build has left."""
+    shown = set(re.findall(r"_images/([\w.-]+)", "".join(pages().values())))
+    files = [path for path in HTML.rglob("*") if path.is_file()]
+    files = [path for path in files if path.parent.name != "_images" or path.name in shown]
+    assert sum(path.stat().st_size for path in files) <= 25e6
 
 
 @of_the_built_book
