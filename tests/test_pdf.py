@@ -44,6 +44,11 @@ def test_what_folds_is_open_and_links_stay_in_the_document():
     assert "<details open>" in page and 'href="#b"' in page and "example.org/x" in page
 
 
+def test_code_in_the_colour_of_text_has_no_elements_of_its_own():
+    code = '<span class="k">for</span><span class="w"> </span><span class="n">x</span>'
+    assert '<span class="k">for</span> x' in pdf.printable(PAGE + code, "")
+
+
 def test_without_chromium_it_is_said_what_to_install(checkout, monkeypatch):
     monkeypatch.setenv("PATH", str(checkout))
     with pytest.raises(MergeError, match="no Chromium: looked on PATH for chromium.*apt-get"):

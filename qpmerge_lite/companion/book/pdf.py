@@ -22,6 +22,7 @@ from ..paths import HOME
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 LARGEST = 20_000_000  # bytes
+PLAIN = re.compile(r'<span class="(?:n|nn|p|w)">([^<]*)</span>')  # code in the colour of text
 CONTENTS = '<div id="jb-print-docs-body"'  # what the theme prints first
 PATIENCE = 600  # seconds that Chromium may take
 
@@ -79,8 +80,9 @@ def title_page(citation: dict) -> str:
 
 
 def printable(page: str, cover: str) -> str:
-    """A page with its cover, everything that folds unfolded, and links to places in it that stay in
-    it."""
+    """A page with its cover, everything that folds unfolded, links to places in it that stay in it,
+    and no element that only costs: a PDF for screen readers keeps every one."""
+    page = PLAIN.sub(r"\1", page)
     page = re.sub(r'(href=")(?:intro|index)\.html(#)', r"\1\2", page)
     page = page.replace("<details", "<details open")
     before, found, after = page.partition(CONTENTS)
