@@ -13,11 +13,10 @@ from checkpoint_families import EXPERTS, ROOT, Family, contents, families, run
 from test_checkpoints_large import linux
 from test_checkpoints_robust import MAIN, QUICK, models, python
 
-from qpmerge_lite import sequential
 from qpmerge_lite.checkpoints import merging
 from qpmerge_lite.checkpoints.costs import estimated
 from qpmerge_lite.checkpoints.findings import Refused, duration
-from qpmerge_lite.checkpoints.large.budget import bytes_of, holding
+from qpmerge_lite.checkpoints.large.budget import bytes_of
 from qpmerge_lite.checkpoints.large.rates import Work, measured_rates
 from qpmerge_lite.checkpoints.large.times import COUNTS, PLAIN, work_of
 from qpmerge_lite.checkpoints.methods import CALIBRATED, METHODS
@@ -56,14 +55,6 @@ def test_a_merge_that_holds_less_is_the_same(families, method, tmp_path, capsys,
     monkeypatch.setattr(merging, "allowance", lambda plan: 0)
     assert run(capsys, *words, "--out", tmp_path / "tight")[0] == 0 and begun
     assert contents(tmp_path / "tight") == contents(tmp_path / "free")
-
-
-def test_the_room_of_passes_is_theirs_again_afterwards():
-    room = sequential.Room
-    with pytest.raises(KeyError), holding(5):
-        assert sequential.Room is not room
-        raise KeyError
-    assert sequential.Room is room
 
 
 @pytest.mark.parametrize("method", ["soup", "regmean"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .folders import MANIFEST, Checkpoint
 from .heads.files import write_heads
-from .large.budget import allowance, holding
+from .large.budget import allowance
 from .large.estimates import disk_of_pass
 from .manifests import choice_of, manifest_of, without_time
 from .methods import CALIBRATED
@@ -47,6 +47,8 @@ def carry_out(plan: Plan, *, progress: bool = False, say: Callable[[str], None] 
         say: is told what was found of earlier runs, a line each.
     Raises: as :func:`merge_folders`.
     """
+    from ..engine.rerun import holding
+
     report, order, headers = plan.report, plan.order, plan.headers
     allowed = allowance(plan)
     sizes = {file: header.size for file, header in headers.items()}
@@ -75,6 +77,8 @@ def carry_out(plan: Plan, *, progress: bool = False, say: Callable[[str], None] 
 def take_part(order: Order, group: ProcessGroup) -> None:
     """Run a share of a merge's forwards, for the process of a group that writes the merge. Nothing
     is done for a merge that has no forwards."""
+    from ..engine.rerun import holding
+
     _, method, _ = settled(order)
     if method in CALIBRATED and not order.moments:
         plan = plan_of(order, group=group, writes=False)

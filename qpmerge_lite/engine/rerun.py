@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from math import inf
 
 import torch
 from torch import Tensor
@@ -17,6 +20,19 @@ from .survey import Survey
 
 PLAIN = (Tensor, type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.Size)
 ACTIVATIONS = 2**29  # bytes that paused forwards may always hold
+
+_most: ContextVar[float] = ContextVar("most", default=inf)
+
+
+@contextmanager
+def holding(most: float) -> Iterator[None]:
+    """Forwards of passes that run inside hold no more bytes while they wait, whatever they are
+    allowed. The same merge, bit for bit."""
+    token = _most.set(most)
+    try:
+        yield
+    finally:
+        _most.reset(token)
 
 
 class Rerun(Forward):
@@ -126,7 +142,7 @@ class Room:
         batches, streams: a forward is run for each of the batches and streams.
         blocks: paths of blocks that may be run again; none where their borders have other uses.
         allowed: bytes; by default :data:`ACTIVATIONS`, or what the layers of one block read
-            together, if that is more.
+            together, if that is more. Never more than :func:`holding` says.
     """
 
     def __init__(
@@ -157,6 +173,7 @@ class Room:
             for inside in self.gates.values():
                 reads = max(reads, sum(known.read.get(name, 0.0) for _, name in inside))
             allowed = max(ACTIVATIONS, every * (reads + 2 * at_gates))
+        allowed = min(allowed, _most.get())
         self._left = allowed - every * streams * at_gates
         self._more = at_layers - at_gates
         fits = every * streams * at_layers <= allowed

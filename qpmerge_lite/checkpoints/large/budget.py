@@ -4,8 +4,7 @@ else with forwards that run blocks again rather than hold more while they wait."
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from math import inf
 from typing import TYPE_CHECKING
 
 from ..costs import estimated_plan
@@ -48,15 +47,15 @@ def least_of(plan: Plan) -> dict[str, int]:
     }
 
 
-def allowance(plan: Plan) -> int | None:
+def allowance(plan: Plan) -> float:
     """Bytes that forwards may hold while they wait, so that the process takes no more memory than
-    was ordered; None where nothing was, or no model is run.
+    was ordered; infinity where nothing was, or no model is run.
 
     Raises: Refused where the merge needs more in any case.
     """
     budget = plan.order.memory
     if budget is None:
-        return None
+        return inf
     needed = least_of(plan)
     total = sum(needed.values())
     if total > budget:
@@ -66,28 +65,5 @@ def allowance(plan: Plan) -> int | None:
             cure = cure.replace("or choose", "take fewer inputs (--samples), or choose")
         raise Refused(OPTION, f"{size(total)} at least ({parts})", size(budget), cure)
     if plan.inputs is None:
-        return None
+        return inf
     return int((budget - total + needed["forwards that wait"]) / SCATTERED)
-
-
-@contextmanager
-def holding(allowed: int | None) -> Iterator[None]:
-    """Forwards of passes that run inside hold no more bytes than allowed while they wait, by
-    whatever method: few have an option for it. The same merge, bit for bit."""
-    if allowed is None:
-        yield
-        return
-    from ... import sequential
-
-    room = sequential.Room
-
-    def tighter(*words, **options):
-        given = options["allowed"]  # by an option of the method
-        options["allowed"] = allowed if given is None else min(given, allowed)
-        return room(*words, **options)
-
-    sequential.Room = tighter  # type: ignore[misc,assignment]
-    try:
-        yield
-    finally:
-        sequential.Room = room  # type: ignore[misc]
