@@ -221,6 +221,21 @@ def test_a_merge_says_whether_heads_are_its_own(tmp_path):
         assert told["compared"]["model"] == model
 
 
+def test_experts_without_the_heads_that_a_merge_keeps_are_refused(family, capsys):
+    words, given = ["diagnose", family / "merged", family / "base"], []
+    for name in NAMES:
+        expert = transformers.AutoModel.from_pretrained(family / name)
+        expert.save_pretrained(family / f"{name}-body")
+        words.append(f"{name}={family / name}-body")
+        given += ["--calibration", f"{name}={family / name}.txt"]
+    status, _, err = run(capsys, *words, *given)
+    assert status == 1 and "--heads" not in err
+    assert f"experts: expected experts with the heads that the merge keeps, {NAMES[0]!r}" in err
+    assert "found 'BertModel'; give the experts as they were merged, with their heads" in err
+    whole = [str(word).replace("-body", "") for word in words]
+    assert run(capsys, *whole, *given)[0] == 0
+
+
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_adapters_bring_their_heads(families, kind, tmp_path):
     family, root = families[kind], tmp_path

@@ -18,11 +18,11 @@ from ..calibrated import Running, cast
 from ..calibration.feeds import Feed, feed_of
 from ..calibration.sources import SAMPLES
 from ..compatibility import Report, check, refuse_errors
-from ..findings import WARNING, Finding
+from ..findings import WARNING, Finding, Refused, shortened
 from ..folders import CONFIG, MANIFEST, OTHERS, TOKENIZER, Checkpoint, read_json
 from ..heads.running import functions_of, noting_arguments
 from ..heads.tasks import has_task
-from ..heads.telling import AUTO, OWN
+from ..heads.telling import AUTO, OPTION, OWN
 from ..heads.telling import MERGED as LIKE_THE_REST
 from ..hub import local
 from ..manifests import input_of, warnings_of
@@ -133,6 +133,12 @@ def checked(question: Question) -> tuple[Report, Report]:
     (merged,) = of_merge.experts
     merged.name = MERGED
     report = check(question.base, question.experts, heads=_heads_of(merged))
+    for error in report.errors:
+        if error.where == OPTION:  # which only those who merge can take back
+            kept = shortened(recipe_of(merged)["heads"])
+            expected = f"experts with the heads that the merge keeps, {kept}"
+            cure = "give the experts as they were merged, with their heads"
+            raise Refused("experts", expected, error.found, cure)
     refuse_errors(report)
     return report, of_merge
 
