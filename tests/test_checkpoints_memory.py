@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_families import EXPERTS, ROOT, Family, contents, families, run
+from checkpoint_families import (
+    EXPERTS,
+    ROOT,
+    Family,
+    contents,
+    families,
+    run,
+    transformers,
+)
 from test_checkpoints_large import linux
 from test_checkpoints_robust import MAIN, QUICK, models, python
 
@@ -80,8 +88,6 @@ def test_another_amount_is_the_same_order(families, tmp_path):
 
 
 def wide():
-    import transformers
-
     config = transformers.LlamaConfig(
         vocab_size=40, hidden_size=256, intermediate_size=768, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
@@ -89,25 +95,71 @@ def wide():
     return transformers.LlamaForCausalLM(config)
 
 
+def high():
+    config = transformers.BertConfig(
+        vocab_size=4000, hidden_size=384, intermediate_size=1536, num_hidden_layers=1,
+        num_attention_heads=8, max_position_embeddings=128,
+    )  # fmt: skip
+    return transformers.BertModel(config)
+
+
+SHAPES = {"wide": (wide, 96), "high": (high, 16)}  # with texts of each expert
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """Families whose layers, or forwards that wait, take more than Python does."""
+    made = {}
+    for name, (make, count) in SHAPES.items():
+        family = made[name] = Family(tmp_path_factory.mktemp("shapes") / name, make)
+        for seed, file in enumerate(family.files.values()):
+            draws = torch.randint(
+                2, 38, (count, 128), generator=torch.Generator().manual_seed(seed)
+            )
+            rows = [" ".join(f"w{place}" for place in draw) for draw in draws.tolist()]
+            file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return made
+
+
+def in_a_process(family, method, out, *more):
+    """A merge in a process of its own."""
+    words = ["merge", *family.folders, *family.given, "--json", "--method", method, "--out", out]
+    return python(MAIN, *words, *more, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def costs_of(done):
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["costs"]
+    print(told)
+    return told["estimated"], told["measured"]
+
+
+MEASURED = ["regmean", "featcal", "qp"]
+
+
 @linux
 @pytest.mark.slow
-def test_a_merge_that_may_take_less_takes_less(tmp_path):
-    family = Family(tmp_path / "wide", wide)
-    for seed, file in enumerate(family.files.values()):
-        draws = torch.randint(2, 38, (192, 128), generator=torch.Generator().manual_seed(seed))
-        rows = [" ".join(f"w{place}" for place in draw) for draw in draws.tolist()]
-        file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    words = ["merge", *family.folders, *family.given, "--json", "--method", "featcal"]
-    costs = {}
-    for name, more in {"free": [], "tight": ["--memory", "1GB"]}.items():
-        out = tmp_path / name
-        done = python(MAIN, *words, "--out", out, *more, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        assert done.returncode == 0, done.stderr
-        told = json.loads(done.stdout)["costs"]
-        print(name, told)
-        costs[name] = told["measured"]
+@pytest.mark.parametrize("method", MEASURED)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_memory_is_about_what_was_estimated(shapes, shape, method, tmp_path):
+    estimated, measured = costs_of(in_a_process(shapes[shape], method, tmp_path / "out"))
+    assert 1 / 1.3 < measured["memory"] / estimated["memory"] < 1.3
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("method", MEASURED)
+def test_a_merge_that_may_take_less_takes_no_more_than_that(shapes, method, tmp_path):
+    """With the least that is not refused, which is read from a refusal and rounded up."""
+    family = shapes["wide"]
+    refused = in_a_process(family, method, tmp_path / "none", "--memory", "1MB")
+    assert refused.returncode == 1 and not (tmp_path / "none").exists()
+    (least,) = re.findall(r"expected (\d+) MB at least", refused.stderr)
+    stated = bytes_of(f"{int(least) + 2}MB")
+    _, free = costs_of(in_a_process(family, method, tmp_path / "free"))
+    _, tight = costs_of(in_a_process(family, method, tmp_path / "tight", "--memory", stated))
     assert contents(tmp_path / "tight") == contents(tmp_path / "free")
-    assert costs["tight"]["memory"] < costs["free"]["memory"]
+    assert tight["own"] <= stated < 0.9 * free["own"]
 
 
 # ------------------------------------------------------------------------------- time

@@ -97,7 +97,7 @@ def estimated_plan(plan: Plan) -> Costs:
     if plan.inputs is None:
         return costs
     held = memory_of_pass(report, plan.method, order.options, plan.inputs)
-    return costs._replace(memory=held.models + held.layer + held.waiting)
+    return costs._replace(memory=held.most)
 
 
 def estimated(report: Report, method: str, options: Mapping[str, object]) -> Costs:

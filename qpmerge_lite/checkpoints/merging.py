@@ -10,6 +10,7 @@ from .folders import MANIFEST, Checkpoint
 from .heads.files import write_heads
 from .large.budget import allowance
 from .large.estimates import disk_of_pass
+from .large.heap import give_back
 from .manifests import choice_of, manifest_of, without_time
 from .methods import CALIBRATED
 from .orders import Order
@@ -50,6 +51,7 @@ def carry_out(plan: Plan, *, progress: bool = False, say: Callable[[str], None] 
     from ..engine.rerun import holding
 
     report, order, headers = plan.report, plan.order, plan.headers
+    give_back(tight=order.memory is not None)
     allowed = allowance(plan)
     sizes = {file: header.size for file, header in headers.items()}
     partial = Partial(order.out, plan.digest, sizes if plan.goes_by_tensor else {})
@@ -82,6 +84,7 @@ def take_part(order: Order, group: ProcessGroup) -> None:
     _, method, _ = settled(order)
     if method in CALIBRATED and not order.moments:
         plan = plan_of(order, group=group, writes=False)
+        give_back(tight=order.memory is not None)
         with holding(allowance(plan)):
             for _ in _merges(plan, {}, None, progress=False):
                 pass

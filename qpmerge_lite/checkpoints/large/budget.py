@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..planning import Plan
 
 OPTION = "--memory"
-SCATTERED = 1.5  # of what forwards hold: small pieces that are let go are not given back at once
+PYTHON = "Python and its packages"
 AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
@@ -35,15 +35,17 @@ def bytes_of(words: str) -> int:
 def least_of(plan: Plan) -> dict[str, int]:
     """The least that the whole process needs for a merge, from now on: what for -> bytes."""
     own = taken()
-    needed = {"Python and its packages": own.get("RssAnon", own["VmHWM"])}
+    needed = {PYTHON: own.get("RssAnon", own["VmHWM"])}
     if plan.inputs is None:
         costs = estimated_plan(plan)
         return needed | {f"{costs.at_once} at once": costs.memory}
     held = memory_of_pass(plan.report, plan.method, plan.order.options, plan.inputs)
+    if held.survey > held.models + held.layer + held.at_least:
+        return needed | {"a look at what the model does": held.survey}
     return needed | {
         "models that are made": held.models,
         "the layers that take most": held.layer,
-        "forwards that wait": int(SCATTERED * held.at_least),
+        "forwards that wait": held.at_least,
     }
 
 
@@ -66,4 +68,5 @@ def allowance(plan: Plan) -> float:
         raise Refused(OPTION, f"{size(total)} at least ({parts})", size(budget), cure)
     if plan.inputs is None:
         return inf
-    return int((budget - total + needed["forwards that wait"]) / SCATTERED)
+    held = memory_of_pass(plan.report, plan.method, plan.order.options, plan.inputs)
+    return budget - needed[PYTHON] - held.models - held.layer

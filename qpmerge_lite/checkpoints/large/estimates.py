@@ -11,14 +11,25 @@ from ..compatibility import Report
 from ..folders import Change, Checkpoint
 from ..headers import SIZES
 from ..methods import OWN_PRECISION
+from .running import (
+    DOUBLE,
+    SINGLE,
+    alike,
+    memory_of_rows,
+    memory_of_survey,
+    size_of,
+    tokens_of,
+    tokens_that_occur,
+    widths_of,
+)
 
 if TYPE_CHECKING:
     from ..calibration.feeds import Feed
     from ..recipes.reading import Recipe
 
-DOUBLE, SINGLE = 8, 4  # bytes of a number while a layer is solved, and of an adapter's
 FOLDS = {"qp": 4}  # groups of calibration inputs with sums of their own, by default; else one
 ON_OWN_INPUTS = ("regmean", "regmean_plus_plus", "lot", "esm")  # without sums over a drift
+IN_DOUBLE = ("lot", "esm")  # which take products of activations in double precision
 WITH_TABLES = ("qp", "sketched", "auto")  # which solve tables of tokens too
 STREAMS = {"auto": 5, "regmean": 1, "lot": 1, "esm": 1}  # forwards of a batch; else two
 WAITING = 2**29  # bytes that forwards may hold in any case, as of ``engine.rerun``
@@ -50,15 +61,23 @@ class Memory(NamedTuple):
     """Bytes that a pass holds.
 
     Attributes:
-        models: of whole models. layer: to solve the layers that take most.
+        models: of whole models. layer: to solve the layers that take most, or to add up what they
+            read.
         waiting: of forwards while they wait, as far as they are known.
         at_least: of these where they run blocks again rather than wait inside of them.
+        survey: to find out what the model does, before any of the others is there.
     """
 
     models: int
     layer: int
     waiting: int
     at_least: int
+    survey: int
+
+    @property
+    def most(self) -> int:
+        """Bytes at the peak."""
+        return max(self.survey, self.models + self.layer + self.waiting)
 
 
 ONE_MERGE = Kept(1, 0, 1)
@@ -82,10 +101,11 @@ def memory_of_pass(
         dtypes = {entry.dtype for entry in report.backbone.entries.values()}
         others = [e for e in report.experts if {n.dtype for n in e.entries.values()} != dtypes]
         models += len(others) * report.backbone.bytes
-    layer = memory_of_layer(report, method, options, _tokens_that_occur(inputs))
+    layer = memory_of_layer(report, method, options, inputs)
     if inputs is None:
-        return Memory(models, layer, 0, 0)
-    return Memory(models, layer, *_waiting(report.backbone, method, inputs))
+        return Memory(models, layer, 0, 0, 0)
+    waiting, at_least = _waiting(report.backbone, method, inputs)
+    return Memory(models, layer, waiting, at_least, memory_of_survey(report.backbone, inputs))
 
 
 def disk_of_pass(report: Report, method: str) -> int:
@@ -104,74 +124,42 @@ def disk_of_pass(report: Report, method: str) -> int:
 
 
 def memory_of_layer(
-    report: Report, method: str, options: Mapping[str, object], tokens: int | None = None
+    report: Report, method: str, options: Mapping[str, object], inputs: Feed | None = None
 ) -> int:
-    """Bytes that are held to solve the layers that read alike and take most.
+    """Bytes that are held to add up what layers read that read alike, and to solve them, of those
+    that take most.
 
     Args:
-        tokens: how many different ones occur; all by default.
+        inputs: of a pass; None where sums are there already, or all tokens are taken to occur.
     """
     folds = options.get("folds", FOLDS.get(method, 1))
     folds, experts = folds if isinstance(folds, int) else 1, len(report.experts)
     base, most = report.backbone, 0
+    tokens = tokens_that_occur(inputs)
+    number = DOUBLE if method in IN_DOUBLE else SINGLE
     tied, rows = base.config.get("tie_word_embeddings"), base.config.get("vocab_size")
     for (_, n), outputs in alike(base).items():
         m = max(outputs)
         if tied and m == rows:  # a table of tokens: numbers of these, and products with their rows
             g = min(tokens or m, m) if method in WITH_TABLES else 0
             whole = 2 * m * n if g else 0  # the table with its new rows
-            most = max(most, g * n * (experts * (folds + 2) + SOLVING) + whole)
+            most = max(most, DOUBLE * (g * n * (experts * (folds + 2) + SOLVING) + whole))
             continue
-        drift = 0 if method in ON_OWN_INPUTS else sum(outputs) * n
-        sums = experts * folds * (n**2 + m * n + drift)
-        most = max(most, sums + 2 * experts * m * n + SOLVING * (n**2 + m * n))
-    return DOUBLE * most
-
-
-def alike(base: Checkpoint) -> dict[tuple[str, int], list[int]]:
-    """Matrices that may read one tensor: (name of what they are in, inputs) -> their outputs."""
-    alike: dict[tuple[str, int], list[int]] = {}
-    for name, entry in base.entries.items():
-        if len(entry.shape) == 2:
-            m, n = entry.shape
-            alike.setdefault((".".join(name.split(".")[:-2]), n), []).append(m)
-    return alike
-
-
-def _tokens_that_occur(inputs: Feed | None) -> int | None:
-    """How many different ones; None where that is not known."""
-    if inputs is None:
-        return None
-    tokens = set[int]()
-    for batches in inputs.batches.values():
-        for batch in batches:
-            for name, value in batch.items():
-                tokens |= {*value.unique().tolist()} if name.endswith("input_ids") else set()
-    return len(tokens) or None
-
-
-def tokens_of(inputs: Feed, config: Mapping) -> int:
-    """Tokens of all inputs, or patches of pictures, padding among them."""
-    total = 0
-    for batches in inputs.batches.values():
-        for batch in batches:
-            total += sum(v.numel() for name, v in batch.items() if name.endswith("input_ids"))
-            if "pixel_values" in batch:
-                count, _, *edges = batch["pixel_values"].shape
-                patch = config.get("patch_size")
-                patch = patch if isinstance(patch, int) else 1
-                total += count * (prod(edge // patch for edge in edges) + 1)
-    return total
+        answers = 0 if method in ON_OWN_INPUTS else sum(outputs)
+        sums = experts * folds * (n**2 + answers * n)
+        solving = experts * (folds + 2) * m * n + SOLVING * (n**2 + m * n)
+        adding = 0 if inputs is None else memory_of_rows(base, inputs, n, answers, number)
+        most = max(most, DOUBLE * sums + max(DOUBLE * solving, adding))
+    return most
 
 
 def _waiting(base: Checkpoint, method: str, inputs: Feed) -> tuple[int, int]:
     """Bytes that forwards hold while they wait in front of the widest layer, what it reads and
     states of the model, no more than a pass allows, which may be what a block reads; and in front
     of blocks."""
-    widths = [entry.shape[1] for entry in base.entries.values() if len(entry.shape) == 2]
-    size = max((SIZES[entry.dtype] for entry in base.entries.values()), default=0)
-    tokens, widest = tokens_of(inputs, base.config), max(widths, default=0)
-    state, streams = min(widths, default=0), STREAMS.get(method, 2)
+    widths, size = widths_of(base) or [0], size_of(base)
+    tokens, streams = tokens_of(inputs, base.config), STREAMS.get(method, 2)
+    widest, state = max(widths), min(widths)
     allowed = max(WAITING, tokens * (widest + 10 * state) * size)
     most = min(allowed, tokens * streams * (widest + AT_LAYERS * state) * size)
     least = int(tokens * streams * AT_BLOCKS * state * size)

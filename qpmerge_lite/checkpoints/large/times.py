@@ -11,8 +11,9 @@ from ..calibration.sources import SAMPLES
 from ..compatibility import Report
 from ..costs import Costs
 from ..methods import CALIBRATED
-from .estimates import FOLDS, ON_OWN_INPUTS, STREAMS, alike, tokens_of
+from .estimates import FOLDS, IN_DOUBLE, ON_OWN_INPUTS, STREAMS
 from .rates import Work
+from .running import alike, tokens_of
 
 if TYPE_CHECKING:
     from ..planning import Plan
@@ -24,7 +25,6 @@ OF_CALL, OF_LAYER = 50, 100  # operations of a tensor in a merge, and of a layer
 PROGRAMMES = {"auto": 5}  # that are solved for every layer; else one
 # auto runs the models for its programmes, and for all that it judges by what they predict
 FORWARDS = {**STREAMS, "auto": 10}
-IN_DOUBLE = ("lot", "esm")  # which take products of activations in double precision
 
 
 class Counts(NamedTuple):

@@ -1,0 +1,114 @@
+"""What a pass holds while models run: to find out what a model does, and to add up what layers read
+of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import TYPE_CHECKING
+
+from ..folders import Checkpoint
+from ..headers import SIZES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..calibration.feeds import Feed
+
+DOUBLE, SINGLE = 8, 4  # bytes of a number
+ROWS = 4096  # whose products are taken together, at least, as of ``engine.gather``
+SEQUENCES = 9  # three of a batch, and thrice two of these, of which a survey keeps every call
+COMPARED = 2  # copies in double precision of a matrix whose outputs a survey works out
+STATES = 8  # of the model that a block has in flight, and of its widest layer's inputs:
+WIDEST = 3  # what is multiplied, by what, and their product
+
+
+def alike(base: Checkpoint) -> dict[tuple[str, int], list[int]]:
+    """Matrices that may read one tensor: (name of what they are in, inputs) -> their outputs."""
+    alike: dict[tuple[str, int], list[int]] = {}
+    for name, entry in base.entries.items():
+        if len(entry.shape) == 2:
+            m, n = entry.shape
+            alike.setdefault((".".join(name.split(".")[:-2]), n), []).append(m)
+    return alike
+
+
+def tokens_of(inputs: Feed, config: Mapping) -> int:
+    """Tokens of all inputs, or patches of pictures, padding among them."""
+    return sum(_tokens_of(b, config) for batches in inputs.batches.values() for b in batches)
+
+
+def _tokens_of(batch: Mapping[str, Tensor], config: Mapping) -> int:
+    """Tokens of a batch (B, S), or patches of its pictures (B, C, H, W)."""
+    total = sum(v.numel() for name, v in batch.items() if name.endswith("input_ids"))
+    if "pixel_values" in batch:
+        count, _, *edges = batch["pixel_values"].shape
+        patch = config.get("patch_size")
+        patch = patch if isinstance(patch, int) else 1
+        total += count * (prod(edge // patch for edge in edges) + 1)
+    return total
+
+
+def tokens_that_occur(inputs: Feed | None) -> int | None:
+    """How many different ones; None where that is not known."""
+    if inputs is None:
+        return None
+    tokens = set[int]()
+    for batches in inputs.batches.values():
+        for batch in batches:
+            for name, value in batch.items():
+                tokens |= {*value.unique().tolist()} if name.endswith("input_ids") else set()
+    return len(tokens) or None
+
+
+def widths_of(base: Checkpoint) -> list[int]:
+    """How many inputs the matrices of a model have, each."""
+    return [entry.shape[1] for entry in base.entries.values() if len(entry.shape) == 2]
+
+
+def size_of(base: Checkpoint) -> int:
+    """Bytes of a number of what a model reads and puts out."""
+    return max((SIZES[entry.dtype] for entry in base.entries.values()), default=0)
+
+
+def _memory_of_block(base: Checkpoint, tokens: int) -> int:
+    """Bytes that a block has in flight while it runs on a batch of so many tokens."""
+    widths = widths_of(base) or [0]
+    return tokens * (WIDEST * max(widths) + STATES * min(widths)) * size_of(base)
+
+
+def memory_of_rows(base: Checkpoint, inputs: Feed, n: int, answers: int, number: int) -> int:
+    """Bytes of rows that layers of n inputs read, batch by batch and side by side, while products
+    of them are taken; and of the block that is run for them.
+
+    Args:
+        answers: outputs of these layers that go with them, none where there are no others to
+            compare with. number: bytes of one.
+    """
+    of_batch, of_expert = _of_largest_batch(base, inputs)
+    rows = min(ROWS + of_batch, of_expert)
+    return number * (2 * rows * (n + answers) + of_batch * n) + _memory_of_block(base, of_batch)
+
+
+def _of_largest_batch(base: Checkpoint, inputs: Feed) -> tuple[int, int]:
+    """Tokens of the batch, and of the expert, that has most."""
+    by_expert = [[_tokens_of(b, base.config) for b in some] for some in inputs.batches.values()]
+    return max(map(max, by_expert), default=0), max(map(sum, by_expert), default=0)
+
+
+def memory_of_survey(base: Checkpoint, inputs: Feed) -> int:
+    """Bytes of what layers read and put out on a few sequences, which are kept until all layers are
+    looked at, and of the one that is."""
+    numbers, largest = 0, 0
+    for (_, n), outputs in alike(base).items():
+        table = base.config.get("vocab_size") in outputs
+        numbers += n + (0 if table else sum(outputs))
+        largest = max(largest, 0 if table else max(outputs) * n)
+    for entry in base.entries.values():
+        numbers += 2 * prod(entry.shape) if len(entry.shape) == 1 else 0
+    batches = [batch for some in inputs.batches.values() for batch in some]
+    sequence = 0
+    for batch in batches:
+        count = max((len(value) for value in batch.values()), default=0)
+        sequence = max(sequence, _tokens_of(batch, base.config) // max(count, 1))
+    return SEQUENCES * sequence * numbers * size_of(base) + COMPARED * DOUBLE * largest
