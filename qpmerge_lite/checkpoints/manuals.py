@@ -115,8 +115,8 @@ costs:
   a copy of what changes is beside DIR meanwhile, without a name. Forwards that wait for a layer
   take more with more texts. --memory SIZE is what the whole process may take, Python and its
   packages among it. It is held by what is estimated, and nothing stops a process that takes more,
-  as where attention holds all its scores, which are not counted: forwards then wait in front of blocks only and run
-  these again for every layer, as far as it takes: the same bytes, in more time than was
+  as where attention holds all its scores, which are not counted: forwards then
+  wait in front of blocks only and run these again for every layer, as far as it takes: the same bytes, in more time than was
   estimated. A merge that needs more in any case is refused at once, with what it needs and what
   for; of several processes each may take so much. Another SIZE goes on from what is kept.
 
