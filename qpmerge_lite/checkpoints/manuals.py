@@ -105,20 +105,20 @@ several processes:
 
 costs:
   Memory, and what is read and written, are estimated before a merge, by `qpmerge check` for every
-  method; memory and time are measured after it. The time that is left is shown while it runs, on
-  a terminal; how long the whole takes is estimated from rates of reading, products and
+  method; memory and time are measured after it. The time that is left is shown while it runs, on a
+  terminal; how long the whole takes is estimated from rates of reading, products and
   decompositions, which are measured for less than a second, and may be off by a factor of two or
-  three, more on a busy machine. Methods that run the models leave base and experts in
-  their files until a layer is used: what is counted is the process's own memory, and the system
-  lets go of what it has of the files where memory is short. Memory that is needed for a moment
-  only may escape the measurement. Of adapters, and of experts in another dtype than the base's,
-  a copy of what changes is beside DIR meanwhile, without a name. Forwards that wait for a layer
-  take more with more texts. --memory SIZE is what the whole process may take, Python and its
-  packages among it. It is held by what is estimated, and nothing stops a process that takes more,
-  as where attention holds all its scores, which are not counted: forwards then
-  wait in front of blocks only and run these again for every layer, as far as it takes: the same bytes, in more time than was
-  estimated. A merge that needs more in any case is refused at once, with what it needs and what
-  for; of several processes each may take so much. Another SIZE goes on from what is kept.
+  three, more on a busy machine. Methods that run the models leave base and experts in their files
+  until a layer is used: what is counted is the process's own memory, and the system lets go of what
+  it has of the files where memory is short. Memory that is needed for a moment only may escape the
+  measurement. Of adapters, and of experts in another dtype than the base's, a copy of what changes
+  is beside DIR meanwhile, without a name. Forwards that wait for a layer take more with more texts.
+  --memory SIZE is what the whole process may take, Python and its packages among it. It is held by
+  what is estimated, and nothing stops a process that takes more, as where attention holds all its
+  scores, which are not counted: forwards then wait in front of blocks only and run these again for
+  every layer, as far as it takes: the same bytes, in more time than was estimated. A merge that
+  needs more in any case is refused at once, with what it needs and what for; of several processes
+  each may take so much. Another SIZE goes on from what is kept.
 
 exit status:
   0    the merge is there
