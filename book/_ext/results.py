@@ -12,6 +12,7 @@ from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from qpmerge_lite.companion.book import claim_pages, claims, published
+from qpmerge_lite.companion.experiments.benchmark import ENTRIES
 from qpmerge_lite.companion.records import RecordError, find, load_records, read_json, record_files
 from qpmerge_lite.errors import MergeError
 
@@ -44,10 +45,12 @@ def explain(record, tier):
 
 
 def called(id):
-    """Part of a record's id in the words of the book, which says baseline where ids say
-    neighbour."""
-    words = {"neighbour": "baseline", "qp": "QP"}
-    return " ".join(words.get(word, word) for word in id.split("_"))
+    """Part of a record's id in the words of the book: a method by the name that figures give it,
+    and baseline where ids say neighbour."""
+    if id in ENTRIES:
+        return ENTRIES[id].label
+    words = {"neighbour": "baseline", "qp": "programme", "multitask": "multi-task training"}
+    return " ".join(words.get(word, word) for word in id.replace(".", ", ").split("_"))
 
 
 class Result(SphinxRole):

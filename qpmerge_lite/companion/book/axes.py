@@ -6,8 +6,24 @@ from __future__ import annotations
 import re
 
 import numpy as np
+import seaborn as sns
 
 CALLED = {"neighbours": "baselines"}  # a kind of merges: what records call it, and the book
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "p")
+BASES = ("layer", "rows", "rotated rows", "rotated columns", "elements")
+# kinds of merges look alike in all figures: the place of a marker, and that of a colour
+KINDS = {"programme": (3, 0), "baselines": (0, 1), "heuristics": (2, 2)}
+KINDS |= {"made to be bad": (1, 3), "drawn to be plausible": (0, 7)}
+
+
+def marks(names) -> dict:
+    """Name -> (marker, colour). Bases and kinds of merges have their own, the same everywhere;
+    other names take the next of either in their order."""
+    fixed = {name: (place, place) for place, name in enumerate(BASES)} | KINDS
+    names, colours = list(dict.fromkeys(names)), sns.color_palette("colorblind")
+    if not set(names) <= set(fixed):
+        return dict(zip(names, zip(MARKERS, colours)))
+    return {name: (MARKERS[fixed[name][0]], colours[fixed[name][1]]) for name in names}
 
 
 def name_layers(axis, names: list[str]) -> None:

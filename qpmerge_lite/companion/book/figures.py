@@ -14,10 +14,9 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
 from . import behind
-from .axes import CALLED, logarithmic, name_layers, point
+from .axes import CALLED, KINDS, MARKERS, logarithmic, marks, name_layers, point
 
 WIDTH = 7.4  # inches: the text column
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "p")
 HATCHES = ("", "////", "....", "xx", "++")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 SEQUENTIAL, DIVERGING = "cividis", "PuOr_r"
@@ -327,7 +326,7 @@ def agreement(panels: dict, labels, lined: int = 1, linear: float | None = None)
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.9))
     labels = np.asarray(labels)
     for number, (axis, (title, (x, y, xlabel, ylabel))) in enumerate(zip(axes, panels.items())):
-        for label, marker, colour in zip(dict.fromkeys(labels), MARKERS, sns.color_palette()):
+        for label, (marker, colour) in marks(labels).items():
             chosen = labels == label
             point(
                 axis,
@@ -360,10 +359,9 @@ def correlations(
     rows = -(-len(frames) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 2.5 * rows + 0.6), squeeze=False)
     for axis, (title, frame) in zip(axes.flat, frames.items()):
-        for (kind, part), marker, colour in zip(
-            frame.groupby("kind"), MARKERS, sns.color_palette()
-        ):
-            label = CALLED.get(kind, kind)
+        kinds = {CALLED.get(kind, kind): part for kind, part in frame.groupby("kind")}
+        for label, (marker, colour) in marks(kinds).items():
+            part = kinds[label]
             point(axis, part[x], part[y], marker, colour, size=5, markeredgewidth=0.5, label=label)
         axis.set(
             title=title,
@@ -405,8 +403,8 @@ def ranking(
         axis.plot(values, np.full(len(values), y), "|", color="0.55", markersize=9)
         here = np.asarray([] if live is None else live[label])
         axis.plot(here, np.full(len(here), y), "o", color="black", fillstyle="none", markersize=5)
-        marker, colour = ("D", 0) if label.startswith("QP") else ("o", 1)
-        point(axis, mean, y, marker, sns.color_palette()[colour], size=7)
+        look = marks(KINDS)["programme" if label.startswith("QP") else "baselines"]
+        point(axis, mean, y, *look, size=7)
     if line is not None:
         axis.axvline(line, color="black", linestyle=":", linewidth=1)
     axis.set(
@@ -434,6 +432,8 @@ def heat(table, label: str, low: float, high: float, fmt: str = ".2f") -> Figure
         cbar_kws={"label": label},
         ax=axis,
     )
+    for text in axis.texts:  # seaborn writes in white on shades that black is easier to read on
+        text.set_color("white" if float(text.get_text()) < (low + high) / 2 else "black")
     axis.set(xlabel="", ylabel="")
     plt.setp(axis.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
     return finish(figure, behind.cells(table), shades=True)

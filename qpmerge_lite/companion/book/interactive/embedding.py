@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import seaborn as sns
 from bokeh.document import Document
 from bokeh.embed import json_item
 from bokeh.models import (
@@ -23,8 +22,9 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure
 from IPython.display import HTML
+from matplotlib.colors import to_hex
 
-from ..figures import MARKERS
+from ..axes import marks
 
 HERE = Path(__file__).parent
 # a marker of ``figures``: the same shape in bokeh, and as a letter for a key
@@ -58,14 +58,13 @@ for (const [slider, value] of [[across, cb_obj.x], [up, cb_obj.y]]) {
 """
 
 
-def looks(count: int) -> list[dict[str, str]]:
-    """Colour, marker and letter of the first ``count`` things that a figure tells apart, those that
-    ``figures`` gives them."""
-    marks = []
-    for marker, colour in zip(MARKERS[:count], sns.color_palette("colorblind").as_hex()):
+def looks(names: Sequence[str]) -> list[dict[str, str]]:
+    """Colour, marker and letter of what a figure tells apart, those that ``figures`` gives them."""
+    found = []
+    for marker, colour in marks(names).values():
         shape, letter = SHAPES[marker]
-        marks.append({"marker": shape, "colour": colour, "letter": letter})
-    return marks
+        found.append({"marker": shape, "colour": to_hex(colour), "letter": letter})
+    return found
 
 
 def script(name: str, **args) -> CustomJS:
@@ -84,7 +83,7 @@ def key(names: Sequence[str]) -> Div:
     marks = [
         f'<span class="name"><span style="color: {look["colour"]}" aria-hidden="true">'
         f"{look['letter']}</span> {name}</span>"
-        for name, look in zip(names, looks(len(names)))
+        for name, look in zip(names, looks(names))
     ]
     return words(" ".join(marks))
 

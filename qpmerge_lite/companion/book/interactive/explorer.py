@@ -74,7 +74,8 @@ def turned(updates: Tensor, pooled: Pooled) -> Turned:
 def _curves(plot, x: str, source: ColumnDataSource, point: ColumnDataSource) -> None:
     """Ceiling and captured energy of the turned basis along one axis, and the point on either that
     the sliders stand at."""
-    for name, look, dash in zip(("ceiling", "captured"), looks(2), ("dashed", "solid")):
+    lines = ("ceiling", "captured")
+    for name, look, dash in zip(lines, looks(lines), ("dashed", "solid")):
         plot.line(x, name, source=source, color=look["colour"], line_width=3, line_dash=dash)
         ring(plot, x, name, point)
 

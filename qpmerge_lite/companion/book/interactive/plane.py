@@ -57,7 +57,7 @@ def plane(programme: Programme, panels: dict, points: dict, lines: dict, accurac
     """
     H, f = programme.dense()
     names, d = list(points), np.array(list(points.values()), dtype=float)
-    marks = looks(len(names))
+    marks = looks(names)
     columns = {key: [look[key] for look in marks] for key in marks[0]}
     methods = ColumnDataSource({"name": names, "d1": d[:, 0], "d2": d[:, 1], **columns})
     merge = ColumnDataSource({"d1": [0], "d2": [0]})

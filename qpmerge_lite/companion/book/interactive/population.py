@@ -33,7 +33,8 @@ merges.selected.indices = [];
 
 def _kinds(frames: dict) -> list[str]:
     """Kinds of merges in the order of ``figures.correlations``."""
-    return sorted({kind for table in frames.values() for kind in table["kind"]})
+    kinds = sorted({kind for table in frames.values() for kind in table["kind"]})
+    return [CALLED.get(kind, kind) for kind in kinds]
 
 
 def _merges(frames: dict, forms: list[str]) -> ColumnDataSource:
@@ -47,7 +48,7 @@ def _merges(frames: dict, forms: list[str]) -> ColumnDataSource:
     columns |= {"kind": kinds, "method": table["label"].tolist(), "energy": np.zeros(len(table))}
     columns["accuracy"] = table["accuracy"].to_numpy(dtype=float)
     names = _kinds(frames)
-    look = {CALLED.get(name, name): of_kind for name, of_kind in zip(names, looks(len(names)))}
+    look = dict(zip(names, looks(names)))
     for name in ("marker", "colour"):
         columns[name] = [look[kind][name] for kind in kinds]
     return ColumnDataSource(columns)
@@ -84,7 +85,6 @@ def population(frames: dict, form: str) -> HTML:
     """
     forms = [name for name in next(iter(frames.values())) if name.endswith(("sample", "disjoint"))]
     merges = _merges(frames, forms)
-    kinds = [CALLED.get(kind, kind) for kind in _kinds(frames)]
     data, wanted = merges.data, BooleanFilter(booleans=[True] * len(merges.data["energy"]))
     low = float(data["accuracy"].min()) - 0.02
     clouds = [_cloud(suite, merges, wanted, low) for suite in frames]
@@ -114,5 +114,5 @@ def population(frames: dict, form: str) -> HTML:
     again = {"choices": list(choices.values()), "between": between, "merges": merges}
     reset.js_on_event("button_click", CustomJS(args=again | {"every": EVERY}, code=RESET))
     controls = energy, *choices.values(), between
-    parts = beside(*clouds), key(kinds), beside(*controls, reset), table
+    parts = beside(*clouds), key(_kinds(frames)), beside(*controls, reset), table
     return shown("population", draw, controls, *parts)
