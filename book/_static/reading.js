@@ -71,3 +71,8 @@
     for (const link of document.querySelectorAll("a.btn-download-source-button")) link.download = "";
   });
 })();
+
+// The key Escape closes a preview that hides what the reader wants to see.
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && window.tippy) window.tippy.hideAll();
+});
