@@ -68,7 +68,8 @@ def _row(row: Row, link, origin) -> str:
     asked = ' <abbr title="asked for by the review">R</abbr>' if claim.source == "review" else ""
     return (
         f'<li class="{class_of(row.verdict)}"><a href="{escape(link(claim.id))}" '
-        f'aria-describedby="{about}"><span>{escape(claim.short or claim.statement)}{asked}</span>'
+        f'aria-describedby="{about}" class="told">'
+        f"<span>{escape(claim.short or claim.statement)}{asked}</span>"
         f"{_drawn(row)}</a>{_told(row, about, origin)}</li>"
     )
 
