@@ -29,6 +29,11 @@
     }
   }
 
+  /* Names of records and of options break behind a sign, and not inside a word. */
+  function breakable(words) {
+    for (const word of words) word.innerHTML = word.innerHTML.replace(/(?<=[a-z\d])[._(=/](?=[a-z_"])/gi, "$&<wbr>");
+  }
+
   /* Names that the theme gives twice, and a part of the page that it leaves without one. */
   function name() {
     document.querySelector("button.search-button-field")?.removeAttribute("aria-label");
@@ -62,6 +67,7 @@
   name();
   window.addEventListener("load", name); // icons may have been drawn anew
   document.addEventListener("DOMContentLoaded", () => {
+    breakable(document.querySelectorAll(".bd-article code.literal .pre"));
     const numbers = [...document.querySelectorAll("abbr.record[title]")];
     reachable(numbers);
     if (typeof tippy !== "undefined") {
