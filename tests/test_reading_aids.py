@@ -43,6 +43,19 @@ def drawn_values(figure):
             yield from ([np.ma.asarray(part.get_array()).ravel()] for part in maps)
 
 
+def looks(figure):
+    """Label -> marker and colour of the points of a figure's first axis."""
+    lines = figure.axes[0].lines
+    return {line.get_label(): (line.get_marker(), line.get_color()) for line in lines}
+
+
+def test_a_family_of_bases_looks_the_same_in_every_figure():
+    one = looks(figures.nesting({"rows": (8, 0.6, 0.5), "elements": (9, 0.7, 0.6)}, []))
+    other = looks(figures.projection({"elements": 0.7}, {"soup": (0.3, 0.9)}))
+    assert one["elements"] == other["elements"]
+    assert other["soup"] not in one.values()
+
+
 def test_the_table_behind_a_figure_has_every_number_drawn():
     figures.style()
     told = 0

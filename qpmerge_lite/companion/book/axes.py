@@ -9,21 +9,30 @@ import numpy as np
 import seaborn as sns
 
 CALLED = {"neighbours": "baselines"}  # a kind of merges: what records call it, and the book
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "p")
-BASES = ("layer", "rows", "rotated rows", "rotated columns", "elements")
-# kinds of merges look alike in all figures: the place of a marker, and that of a colour
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "p", "<")
+BASES = ("layer", "rows", "rotated rows", "rotated columns", "elements", "columns", "groups",
+         "singular")  # fmt: skip
+# of kinds of merges: the place of their marker, and that of their colour
 KINDS = {"programme": (3, 0), "baselines": (0, 1), "heuristics": (2, 2)}
 KINDS |= {"made to be bad": (1, 3), "drawn to be plausible": (0, 7)}
 
 
-def marks(names) -> dict:
-    """Name -> (marker, colour). Bases and kinds of merges have their own, the same everywhere;
-    other names take the next of either in their order."""
-    fixed = {name: (place, place) for place, name in enumerate(BASES)} | KINDS
+def marks(names) -> dict[str, tuple]:
+    """Name -> (marker, colour). A family of bases, and a kind of merges, has its own, the same in
+    every figure; other names have those that follow the families', or the first where there is
+    none of these."""
     names, colours = list(dict.fromkeys(names)), sns.color_palette("colorblind")
-    if not set(names) <= set(fixed):
-        return dict(zip(names, zip(MARKERS, colours)))
-    return {name: (MARKERS[fixed[name][0]], colours[fixed[name][1]]) for name in names}
+    places = {name: (place, place) for place, name in enumerate(BASES)} | KINDS
+    others = [name for name in names if _spelled(name) not in places]
+    first = len(BASES) if len(others) < len(names) else 0
+    places |= {_spelled(name): (place, place) for place, name in enumerate(others, first)}
+    chosen = {name: places[_spelled(name)] for name in names}
+    return {name: (MARKERS[marker], colours[colour]) for name, (marker, colour) in chosen.items()}
+
+
+def _spelled(name) -> str:
+    """A name as the book has it, or code."""
+    return str(name).replace("_", " ")
 
 
 def name_layers(axis, names: list[str]) -> None:

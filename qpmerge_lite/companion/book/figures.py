@@ -92,8 +92,8 @@ def plane(panels: dict, points: dict, lines: dict) -> Figure:
         axis.clabel(contours, levels[1:], fmt="%g", fontsize=9)
         for (name, path), line in zip(lines.items(), LINES):
             axis.plot(*np.asarray(path).T, color="black", linestyle=line, linewidth=1.2, label=name)
-        for (name, place), marker, colour in zip(points.items(), MARKERS, sns.color_palette()):
-            point(axis, *place, marker, colour, size=9, label=name)
+        for name, (marker, colour) in marks(points).items():
+            point(axis, *points[name], marker, colour, size=9, label=name)
         axis.set(
             title=title,
             xlabel="$d_1$",
@@ -152,9 +152,8 @@ def nesting(families: dict, inclusions) -> Figure:
                 "linewidth": 1,
             },
         )
-    for (name, (p, inside, outside)), marker, colour in zip(
-        families.items(), MARKERS, sns.color_palette()
-    ):
+    for name, (marker, colour) in marks(families).items():
+        p, inside, outside = families[name]
         point(axis, p, inside, marker, colour, size=9, label=_word(name))
         point(axis, p, outside, marker, "none", size=9)
     axis.set(xscale="log", xlabel="coefficients p", ylabel="captured energy")
@@ -184,11 +183,12 @@ def projection(projected: dict, others: dict) -> Figure:
     for name, (length, error) in others.items():
         x = (1 + length**2 - error**2) / 2
         places[name] = (x, np.sqrt(max(length**2 - x**2, 0)))
-    for (name, (x, y)), marker, colour in zip(places.items(), MARKERS, sns.color_palette()):
+    for name, (marker, colour) in marks(places).items():
+        x, y = places[name]
         axis.plot(
             [0, x, 1],
             [0, y, 0],
-            color=colour,
+            color=colour if name in projected else "0.4",
             linewidth=0.8,
             linestyle="-" if name in projected else ":",
         )

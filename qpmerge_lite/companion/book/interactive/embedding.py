@@ -38,6 +38,7 @@ SHAPES = {
     "X": ("hex", "⬢"),
     "*": ("star", "★"),
     "p": ("square_pin", "✦"),
+    "<": ("triangle_pin", "◀"),
 }
 # fields to fill in stay light where the page is dark
 STYLE = "text-align: left; color-scheme: light;"
