@@ -30,9 +30,22 @@ def marks(names) -> dict[str, tuple]:
     return {name: (MARKERS[marker], colours[colour]) for name, (marker, colour) in chosen.items()}
 
 
+def mark_of(method: str) -> tuple:
+    """Marker and colour of a method by the name that figures give it: a programme's or a
+    baseline's."""
+    return marks(KINDS)["programme" if method.startswith("QP") else "baselines"]
+
+
 def _spelled(name) -> str:
     """A name as the book has it, or code."""
     return str(name).replace("_", " ")
+
+
+def legible(texts, middle: float) -> None:
+    """Numbers on shades from dark to light: white below the middle and black above. Seaborn writes
+    in white on shades that black is easier to read on."""
+    for text in texts:
+        text.set_color("white" if float(text.get_text()) < middle else "black")
 
 
 def name_layers(axis, names: list[str]) -> None:

@@ -14,7 +14,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
 from . import behind
-from .axes import CALLED, KINDS, MARKERS, logarithmic, marks, name_layers, point
+from .axes import CALLED, MARKERS, legible, logarithmic, mark_of, marks, name_layers, point
 
 WIDTH = 7.4  # inches: the text column
 HATCHES = ("", "////", "....", "xx", "++")
@@ -403,8 +403,7 @@ def ranking(
         axis.plot(values, np.full(len(values), y), "|", color="0.55", markersize=9)
         here = np.asarray([] if live is None else live[label])
         axis.plot(here, np.full(len(here), y), "o", color="black", fillstyle="none", markersize=5)
-        look = marks(KINDS)["programme" if label.startswith("QP") else "baselines"]
-        point(axis, mean, y, *look, size=7)
+        point(axis, mean, y, *mark_of(label), size=7)
     if line is not None:
         axis.axvline(line, color="black", linestyle=":", linewidth=1)
     axis.set(
@@ -432,8 +431,7 @@ def heat(table, label: str, low: float, high: float, fmt: str = ".2f") -> Figure
         cbar_kws={"label": label},
         ax=axis,
     )
-    for text in axis.texts:  # seaborn writes in white on shades that black is easier to read on
-        text.set_color("white" if float(text.get_text()) < (low + high) / 2 else "black")
+    legible(axis.texts, (low + high) / 2)
     axis.set(xlabel="", ylabel="")
     plt.setp(axis.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
     return finish(figure, behind.cells(table), shades=True)
