@@ -64,7 +64,21 @@
       window.MathJax?.typesetPromise?.([popper]).then(() => popperInstance?.forceUpdate()),
   };
 
+  /* A figure that scrolls, as on a phone, does so by keyboard too; the theme sees to tables and code. */
+  function scrollable() {
+    for (const figure of document.querySelectorAll("div.cell_output figure")) {
+      if (figure.scrollWidth > figure.clientWidth) figure.tabIndex = 0;
+      else figure.removeAttribute("tabindex");
+    }
+  }
+
+  /* The key Escape closes a preview that hides what the reader wants to see. */
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && window.tippy) window.tippy.hideAll();
+  });
   name();
+  window.addEventListener("resize", scrollable);
+  window.addEventListener("load", scrollable);
   window.addEventListener("load", name); // icons may have been drawn anew
   document.addEventListener("DOMContentLoaded", () => {
     breakable(document.querySelectorAll(".bd-article code.literal .pre"));
@@ -77,8 +91,3 @@
     for (const link of document.querySelectorAll("a.btn-download-source-button")) link.download = "";
   });
 })();
-
-// The key Escape closes a preview that hides what the reader wants to see.
-document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && window.tippy) window.tippy.hideAll();
-});
