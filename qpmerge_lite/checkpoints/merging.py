@@ -51,7 +51,8 @@ def carry_out(plan: Plan, *, progress: bool = False, say: Callable[[str], None] 
     from ..engine.rerun import holding
 
     report, order, headers = plan.report, plan.order, plan.headers
-    give_back(tight=order.memory is not None)
+    if plan.inputs is not None:  # tensor by tensor the next piece is as large as the last one was
+        give_back(tight=order.memory is not None)
     allowed = allowance(plan)
     sizes = {file: header.size for file, header in headers.items()}
     partial = Partial(order.out, plan.digest, sizes if plan.goes_by_tensor else {})
