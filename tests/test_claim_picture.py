@@ -98,7 +98,10 @@ def test_a_claim_is_told_to_those_who_do_not_see_it(predicate, words):
 
 def test_hover_and_focus_tell_rule_record_and_what_n_counts():
     html = drawn(row("a.high > 0.7", samples="seeds", source="review", short="so & so"))
-    assert '<a href="page#c.d" aria-describedby="about-c.d"' in html and "so &amp; so" in html
+    assert (
+        '<a href="page#c.d" aria-describedby="about-c.d" class="told">' in html
+        and "so &amp; so" in html
+    )
     (told,) = re.findall(r'<div role="tooltip" id="about-c\.d">(.*?)</div>', html)
     assert "It is &lt; so." in told and "(its review)" in told and "It is so." in told
     assert "0.9: from a.high · n counts seeds" in told

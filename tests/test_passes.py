@@ -228,3 +228,10 @@ def test_recurrent_layers_run_under_the_weights_they_are_given():
         torch.testing.assert_close(moments.C[t, 0, 0], read.mT @ read)
     x = calibration["a"][0]["inputs"]
     assert torch.equal(base(x), before(x))
+
+
+def test_what_forwards_may_hold_is_as_before_after_a_failure():
+    with pytest.raises(KeyError), rerun.holding(5):
+        assert rerun._most.get() == 5
+        raise KeyError
+    assert rerun._most.get() == math.inf

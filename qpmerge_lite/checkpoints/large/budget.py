@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..costs import estimated_plan
 from ..findings import Refused, size
-from .estimates import memory_of_pass
+from .estimates import Memory, memory_of_pass
 from .measured import taken
 
 if TYPE_CHECKING:
@@ -32,14 +32,17 @@ def bytes_of(words: str) -> int:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
-def least_of(plan: Plan) -> dict[str, int]:
-    """The least that the whole process needs for a merge, from now on: what for -> bytes."""
+def least_of(plan: Plan, held: Memory | None) -> dict[str, int]:
+    """The least that the whole process needs for a merge, from now on: what for -> bytes.
+
+    Args:
+        held: by its pass, None where no model is run.
+    """
     own = taken()
     needed = {PYTHON: own.get("RssAnon", own["VmHWM"])}
-    if plan.inputs is None:
+    if held is None:
         costs = estimated_plan(plan)
         return needed | {f"{costs.at_once} at once": costs.memory}
-    held = memory_of_pass(plan.report, plan.method, plan.order.options, plan.inputs)
     if held.survey > held.models + held.layer + held.at_least:
         return needed | {"a look at what the model does": held.survey}
     return needed | {
@@ -58,15 +61,17 @@ def allowance(plan: Plan) -> float:
     budget = plan.order.memory
     if budget is None:
         return inf
-    needed = least_of(plan)
+    held = None
+    if plan.inputs is not None:
+        held = memory_of_pass(plan.report, plan.method, plan.order.options, plan.inputs)
+    needed = least_of(plan, held)
     total = sum(needed.values())
     if total > budget:
         parts = ", ".join(f"{size(count)} for {what}" for what, count in needed.items())
         cure = "give more, or choose a method that takes less, see qpmerge check"
-        if plan.inputs is not None:
+        if held is not None:
             cure = cure.replace("or choose", "take fewer inputs (--samples), or choose")
         raise Refused(OPTION, f"{size(total)} at least ({parts})", size(budget), cure)
-    if plan.inputs is None:
+    if held is None:
         return inf
-    held = memory_of_pass(plan.report, plan.method, plan.order.options, plan.inputs)
     return budget - needed[PYTHON] - held.models - held.layer

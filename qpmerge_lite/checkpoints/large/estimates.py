@@ -15,6 +15,7 @@ from .running import (
     DOUBLE,
     SINGLE,
     alike,
+    largest_batch,
     memory_of_rows,
     memory_of_survey,
     size_of,
@@ -137,6 +138,7 @@ def memory_of_layer(
     base, most = report.backbone, 0
     tokens = tokens_that_occur(inputs)
     number = DOUBLE if method in IN_DOUBLE else SINGLE
+    largest = None if inputs is None else largest_batch(base, inputs)
     tied, rows = base.config.get("tie_word_embeddings"), base.config.get("vocab_size")
     for (_, n), outputs in alike(base).items():
         m = max(outputs)
@@ -148,7 +150,7 @@ def memory_of_layer(
         answers = 0 if method in ON_OWN_INPUTS else sum(outputs)
         sums = experts * folds * (n**2 + answers * n)
         solving = experts * (folds + 2) * m * n + SOLVING * (n**2 + m * n)
-        adding = 0 if inputs is None else memory_of_rows(base, inputs, n, answers, number)
+        adding = memory_of_rows(base, largest, n, answers, number) if largest else 0
         most = max(most, DOUBLE * sums + max(DOUBLE * solving, adding))
     return most
 

@@ -77,23 +77,26 @@ def _memory_of_block(base: Checkpoint, tokens: int) -> int:
     return tokens * (WIDEST * max(widths) + STATES * min(widths)) * size_of(base)
 
 
-def memory_of_rows(base: Checkpoint, inputs: Feed, n: int, answers: int, number: int) -> int:
+def largest_batch(base: Checkpoint, inputs: Feed) -> tuple[int, int]:
+    """Tokens of the batch, and of the expert, that has most."""
+    by_expert = [[_tokens_of(b, base.config) for b in some] for some in inputs.batches.values()]
+    return max(map(max, by_expert), default=0), max(map(sum, by_expert), default=0)
+
+
+def memory_of_rows(
+    base: Checkpoint, largest: tuple[int, int], n: int, answers: int, number: int
+) -> int:
     """Bytes of rows that layers of n inputs read, batch by batch and side by side, while products
     of them are taken; and of the block that is run for them.
 
     Args:
+        largest: as of :func:`largest_batch`.
         answers: outputs of these layers that go with them, none where there are no others to
             compare with. number: bytes of one.
     """
-    of_batch, of_expert = _of_largest_batch(base, inputs)
+    of_batch, of_expert = largest
     rows = min(ROWS + of_batch, of_expert)
     return number * (2 * rows * (n + answers) + of_batch * n) + _memory_of_block(base, of_batch)
-
-
-def _of_largest_batch(base: Checkpoint, inputs: Feed) -> tuple[int, int]:
-    """Tokens of the batch, and of the expert, that has most."""
-    by_expert = [[_tokens_of(b, base.config) for b in some] for some in inputs.batches.values()]
-    return max(map(max, by_expert), default=0), max(map(sum, by_expert), default=0)
 
 
 def memory_of_survey(base: Checkpoint, inputs: Feed) -> int:
