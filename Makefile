@@ -30,6 +30,7 @@ NEEDED := $(STAMP) $(HUB)
 # what drives the browser of `make browser`
 BROWSER := $(VENV)/.installed-browser
 QPMERGE := $(BIN)/qpmerge
+EXACTLY := --quiet --no-deps --no-compile --require-hashes
 CORE := $(VENV)-core
 # constraints for pip: what was locked, and what the core claims to work with at least
 LOCKED = sed -nE 's/^([a-z0-9_.-]+==[^\]*[^\ ]) *\\?$$/\1/p' requirements.lock requirements-torch.txt
@@ -91,23 +92,24 @@ $(VENV)-oracles/.installed: requirements.lock requirements-torch.txt pyproject.t
 	$(VENV)-oracles/bin/pip install --quiet -c $(VENV)-oracles/constraints.txt -e '.[suites,qp,oracles]'
 	touch $@
 
-# torch comes second and without hashes: CPU and CUDA builds of one version differ
+# locks name every package, so nothing is left to resolve, and modules are compiled when they are used; torch comes
+# second and without hashes: CPU and CUDA builds of one version differ
 $(STAMP): requirements.lock requirements-torch.txt pyproject.toml
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'qpmerge-lite needs Python 3.11 or newer, found: $(or $(PYTHON),none)' \
 	    '(name one: make book PYTHON=/path/to/python3.11)' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --require-hashes -r requirements.lock
-	$(BIN)/pip install --quiet $(TORCH_ARGS) -r requirements-torch.txt
+	$(BIN)/pip install $(EXACTLY) -r requirements.lock
+	$(BIN)/pip install --quiet --no-compile $(TORCH_ARGS) -r requirements-torch.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
 $(HUB): requirements-hub.lock $(STAMP)
-	$(BIN)/pip install --quiet --require-hashes -r requirements-hub.lock
+	$(BIN)/pip install $(EXACTLY) -r requirements-hub.lock
 	touch $@
 
 $(BROWSER): requirements-browser.lock $(STAMP)
-	$(BIN)/pip install --quiet --require-hashes -r requirements-browser.lock
+	$(BIN)/pip install $(EXACTLY) -r requirements-browser.lock
 	touch $@
 
 # needs uv; keeps the pins of the present lock where it can, and writes the same ones into environment.yml

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from os import cpu_count
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..compatibility import Report
@@ -186,8 +187,9 @@ def _of_tensor(recipe: Recipe, models: Sequence[Checkpoint], name: str) -> int:
         return read + count * size
     if recipe.method == "slerp":
         return read + count * 7 * DOUBLE
-    # base and updates, which take the place of experts; and what thins one, or all once more, which
-    # are weighted and summed; those that elect a sign are summed piece by piece
-    thinned = size * (experts + 1) + THINNED[rule.thinning]
+    # base and updates, which take the place of experts; and what thins one or some, or all once
+    # more, which are weighted and summed; those that elect a sign are summed piece by piece
+    at_once = min(experts, rule.at_once(count, cpu_count() or 1))
+    thinned = size * (experts + 1) + THINNED[rule.thinning] * at_once
     summed = size * (experts + 3 if rule.elects else 2 * experts + 3)
     return max(read, count * max(thinned, summed))

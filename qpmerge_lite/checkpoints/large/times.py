@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from os import cpu_count
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..calibration.sources import SAMPLES
@@ -65,7 +66,9 @@ def work_of_plan(plan: Plan, costs: Costs) -> Work:
     report, order = plan.report, plan.order
     if order.recipe is not None:
         rule = order.recipe.rule
-        counts = Counts(8, 8, THINNED[rule.thinning]) if rule.on_base else COUNTS["soup"]
+        # random numbers are drawn in turn, all else is done to an update on every processor
+        sorts = THINNED[rule.thinning] / (1 if rule.draws else cpu_count() or 1)
+        counts = Counts(8, 8, sorts) if rule.on_base else COUNTS["soup"]
         return _by_number(report, counts, costs)
     if plan.moments:
         return _by_number(report, PLAIN, costs).plus(_solved(report, plan.method, order.options))

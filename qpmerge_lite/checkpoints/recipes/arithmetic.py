@@ -9,6 +9,7 @@ recipe gives the weights that it gives there.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 
 import torch
@@ -152,11 +153,13 @@ def sparse(
         plan: of the tensor.
     """
     weights = torch.tensor(plan.own["weight"], dtype=base.dtype)
-    updates: list[Tensor] = []
-    while experts:
-        updates.append(experts.pop(0) - base)  # not in place: a digest may still need the bytes
-        if rule.thinning is not None:
-            updates.append(thinned(updates.pop(), rule, plan, len(updates), generator))
+    with ThreadPoolExecutor(rule.at_once(base.numel(), torch.get_num_threads())) as pool:
+        # updates are not made in place: a digest may still need the bytes
+        work = [
+            pool.submit(thinned, experts.pop(0) - base, rule, plan, k, generator)
+            for k in range(len(experts))
+        ]
+        updates = [done.result() for done in work]
     if rule.elects:
         divisor = "weights" if plan.common["normalize"] else "nothing"
         how = TiesRule(weighted_votes=True, divisor=divisor)
@@ -187,7 +190,9 @@ def _elected(updates: Sequence[Tensor], how: TiesRule, weights: Tensor) -> Tenso
 
 
 def thinned(update: Tensor, rule: Rule, plan: Plan, k: int, generator: torch.Generator) -> Tensor:
-    """An update (…) of the k-th expert without the entries that a method drops."""
+    """An update (…) of the k-th expert without the entries that a method drops, if it drops any."""
+    if rule.thinning is None:
+        return update
     density = plan.own["density"][k]
     if density == 1 or update.numel() == 0:
         return update
