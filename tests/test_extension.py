@@ -2,11 +2,8 @@
 verified or replaced."""
 
 import hashlib
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 from html import unescape
 from pathlib import Path
@@ -14,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from sphinx.cmd.build import main as sphinx
 
 from qpmerge_lite.companion.records import Records
 
@@ -21,40 +19,23 @@ EXTENSIONS = Path(__file__).parents[1] / "book" / "_ext"
 
 
 @pytest.fixture
-def pages(tmp_path):
+def pages(tmp_path, monkeypatch, capsys):
     """A tiny Sphinx project with one record, and a function that builds a page of it."""
     Records("01_a", "smoke", tmp_path / "_records").record(
         "a.b", 0.125, n=8, seed=0, interval=(0.1, 0.15)
     )
     Records("01_a", "standard", tmp_path / "recorded").record("a.b", 0.5)
-    (tmp_path / "conf.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(EXTENSIONS)!r})\nextensions = ['myst_parser', "
-        f"'verdicts']\nhtml_theme = 'basic'\n"
-    )
+    (tmp_path / "conf.py").write_text("extensions = ['myst_parser', 'verdicts']\n")
+    monkeypatch.syspath_prepend(EXTENSIONS)
+    monkeypatch.setenv("QPMERGE_TIER", "smoke")  # whatever `make` was told
 
     def build(text):
         (tmp_path / "index.md").write_text(f"# Page\n\n{text}\n", encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "sphinx",
-            "-q",
-            "-W",
-            "-b",
-            "html",
-            str(tmp_path),
-            str(tmp_path / "out"),
-        ]
-        tier = os.environ | {"QPMERGE_TIER": "smoke"}  # whatever `make` was told
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=EXTENSIONS.parents[1], env=tier
-        )
+        folders = [str(tmp_path), str(tmp_path / "out")]
+        status = sphinx([*"-q -W --no-color -b html -D html_theme=basic".split(), *folders])
         html = tmp_path / "out" / "index.html"
-        return (
-            done.returncode,
-            done.stderr,
-            html.read_text(encoding="utf-8") if html.is_file() else "",
-        )
+        shown = html.read_text(encoding="utf-8") if html.is_file() else ""
+        return status, capsys.readouterr().err, shown
 
     return build
 
