@@ -14,7 +14,7 @@ from qpmerge_lite.checkpoints.large.estimates import THINNED
 from qpmerge_lite.checkpoints.large.measured import STATUS, measured
 from qpmerge_lite.checkpoints.merging import merge_folders
 from qpmerge_lite.checkpoints.orders import ordered
-from qpmerge_lite.checkpoints.recipes import arithmetic, settings
+from qpmerge_lite.checkpoints.recipes import arithmetic
 from qpmerge_lite.checkpoints.recipes.plans import Plan
 from qpmerge_lite.checkpoints.recipes.reading import read_recipe
 from qpmerge_lite.checkpoints.recipes.settings import RULES
@@ -443,17 +443,14 @@ def test_signs_are_elected_piece_by_piece_as_for_all_at_once(count, size, dtype)
     assert torch.equal(found, consensus(updates, how, weights))
 
 
-@pytest.mark.parametrize("method", ["ties", "breadcrumbs"])
-def test_updates_thinned_at_the_same_time_are_those_thinned_in_turn(method, monkeypatch):
-    rule, generator = RULES[method], torch.Generator().manual_seed(0)
-    own = {"weight": [0.5, 0.7, 1.0], "density": [0.2, 0.3, 0.6], "gamma": [0.01] * 3}
-    plan = Plan({"normalize": True, "rescale": False, "lambda": 1}, own)
-    base, *experts = torch.randn(4, 50, 70, generator=generator).bfloat16()  # many equally large
-    assert rule.at_once(base.numel(), 2) == 2
-    assert rule.at_once(settings.TOGETHER, 2) == 1 == RULES["dare_ties"].at_once(1, 2)
-    together = arithmetic.sparse(base, [*experts], rule, plan, generator)
-    monkeypatch.setattr(settings, "TOGETHER", 1)
-    assert torch.equal(arithmetic.sparse(base, [*experts], rule, plan, generator), together)
+@pytest.mark.parametrize("method", ["linear", "ties", "breadcrumbs", "dare_ties"])
+def test_tensors_merged_at_the_same_time_are_those_merged_in_turn(here, method, monkeypatch):
+    torch.set_num_threads(3)
+    together = merged(here, RECIPES[method], "together", seed=1)
+    monkeypatch.setattr(arithmetic, "TOGETHER", 1)
+    in_turn = merged(here, RECIPES[method], "in_turn", seed=1)
+    assert all(torch.equal(value, in_turn[name]) for name, value in together.items())
+    assert torch.get_num_threads() == 3
 
 
 @pytest.mark.slow

@@ -170,9 +170,14 @@ def _waiting(base: Checkpoint, method: str, inputs: Feed) -> tuple[int, int]:
 
 
 def memory_of_recipe(recipe: Recipe, report: Report) -> int:
-    """Bytes that a recipe holds to merge the tensor that takes most."""
-    models = [report.backbone, *report.experts]
-    return max((_of_tensor(recipe, models, name) for name in report.backbone.entries), default=0)
+    """Bytes that a recipe holds to merge the tensor that takes most, or as many like it as are
+    merged at the same time."""
+    models, threads = [report.backbone, *report.experts], cpu_count() or 1
+    held = []
+    for name, entry in report.backbone.entries.items():
+        at_once = recipe.rule.at_once(prod(entry.shape), threads)
+        held.append(at_once * _of_tensor(recipe, models, name))
+    return max(held, default=0)
 
 
 def _of_tensor(recipe: Recipe, models: Sequence[Checkpoint], name: str) -> int:
@@ -187,9 +192,8 @@ def _of_tensor(recipe: Recipe, models: Sequence[Checkpoint], name: str) -> int:
         return read + count * size
     if recipe.method == "slerp":
         return read + count * 7 * DOUBLE
-    # base and updates, which take the place of experts; and what thins one or some, or all once
-    # more, which are weighted and summed; those that elect a sign are summed piece by piece
-    at_once = min(experts, rule.at_once(count, cpu_count() or 1))
-    thinned = size * (experts + 1) + THINNED[rule.thinning] * at_once
+    # base and updates, which take the place of experts; and what thins one, or all once more, which
+    # are weighted and summed; those that elect a sign are summed piece by piece
+    thinned = size * (experts + 1) + THINNED[rule.thinning]
     summed = size * (experts + 3 if rule.elects else 2 * experts + 3)
     return max(read, count * max(thinned, summed))

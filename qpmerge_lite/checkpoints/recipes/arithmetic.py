@@ -8,9 +8,11 @@ recipe gives the weights that it gives there.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import combinations
+from math import prod
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from ..tensors import TYPES, read_tensors
 from ..weights_only import located
 from .plans import Plan
 from .reading import Recipe
-from .settings import Rule
+from .settings import TOGETHER, Rule
 
 SMALLEST_DIVISOR = 1e-8  # of a sum of weights, below which it divides nothing
 SMALLEST_LENGTH = 1e-6  # of Model Stock: products of lengths, and divisors that are not used
@@ -55,14 +57,28 @@ def recipe_merges(
     in_order = []
     for number, _ in enumerate(recipe.sources):
         in_order.append(base if number == recipe.base else next(others))
-    for name in sorted(wanted):
-        read = (read_tensors(checkpoint, [name])[name] for checkpoint in in_order)
+    sizes = {name: prod(entry.shape) for name, entry in base.entries.items()}
+    begun: deque[tuple[str, Future[Tensor]]] = deque()
+    threads = torch.get_num_threads()
+    workers = 1 if recipe.rule.draws else threads
+
+    def begin(name: str) -> Future[Tensor]:
+        values = [read_tensors(checkpoint, [name])[name] for checkpoint in in_order]
+        return pool.submit(_tensor, recipe, name, values, plans[name], generator)
+
+    def end(name: str, merging: Future[Tensor]) -> Merge:
         try:
-            value = _tensor(recipe, name, list(read), plans[name], generator)
+            return Merge({name: merging.result()})
         except MergeError as error:
             raise located(error, [base, *experts], [name]) from error
-        yield Merge({name: value})
-        del value  # before the next tensor is read
+
+    with ThreadPoolExecutor(workers, "merge", torch.set_num_threads, [threads // workers]) as pool:
+        for name in sorted(wanted):
+            while begun and sizes[name] + sum(sizes[other] for other, _ in begun) > TOGETHER:
+                yield end(*begun.popleft())
+            begun.append((name, begin(name)))
+        while begun:
+            yield end(*begun.popleft())
 
 
 def _tensor(
@@ -153,13 +169,10 @@ def sparse(
         plan: of the tensor.
     """
     weights = torch.tensor(plan.own["weight"], dtype=base.dtype)
-    with ThreadPoolExecutor(rule.at_once(base.numel(), torch.get_num_threads())) as pool:
-        # updates are not made in place: a digest may still need the bytes
-        work = [
-            pool.submit(thinned, experts.pop(0) - base, rule, plan, k, generator)
-            for k in range(len(experts))
-        ]
-        updates = [done.result() for done in work]
+    updates: list[Tensor] = []
+    while experts:
+        updates.append(experts.pop(0) - base)  # not in place: a digest may still need the bytes
+        updates.append(thinned(updates.pop(), rule, plan, len(updates), generator))
     if rule.elects:
         divisor = "weights" if plan.common["normalize"] else "nothing"
         how = TiesRule(weighted_votes=True, divisor=divisor)

@@ -18,7 +18,7 @@ SPARSE = {"normalize": False, "rescale": False, "lambda": 1.0}
 LAYER = re.compile(r"\.(\d+)\.")
 FRACTIONS = ("density", "gamma", "epsilon")
 FLAGS = ("normalize", "rescale", "int8_mask", "filter_wise")
-TOGETHER = 2**24  # numbers of updates that are thinned at the same time; more are thinned in turn
+TOGETHER = 2**24  # numbers of tensors that are merged at the same time; larger ones alone
 UNUSED = "leave it out: mergekit does not look at it either"
 
 
@@ -50,7 +50,7 @@ class Rule:
         return self.thinning in ("random", "ranks")
 
     def at_once(self, numbers: int, threads: int) -> int:
-        """How many updates of so many numbers are thinned at the same time."""
+        """How many tensors of so many numbers are merged at the same time."""
         return 1 if self.draws else max(1, min(threads, TOGETHER // max(numbers, 1)))
 
 
