@@ -445,12 +445,14 @@ def test_signs_are_elected_piece_by_piece_as_for_all_at_once(count, size, dtype)
 
 @pytest.mark.parametrize("method", ["linear", "ties", "breadcrumbs", "dare_ties"])
 def test_tensors_merged_at_the_same_time_are_those_merged_in_turn(here, method, monkeypatch):
-    torch.set_num_threads(3)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     together = merged(here, RECIPES[method], "together", seed=1)
     monkeypatch.setattr(arithmetic, "TOGETHER", 1)
     in_turn = merged(here, RECIPES[method], "in_turn", seed=1)
     assert all(torch.equal(value, in_turn[name]) for name, value in together.items())
-    assert torch.get_num_threads() == 3
+    monkeypatch.undo()
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.slow

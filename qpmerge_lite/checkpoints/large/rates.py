@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +45,8 @@ class Work(NamedTuple):
 
 
 def measured_rates(sample: Path | None = None) -> Work:
-    """Rates of this machine, with as many threads as torch has now.
+    """Rates of this machine, with as many threads as torch has now; what it computes at is measured
+    once in a process.
 
     Args:
         sample: a file of weights whose beginning is read; by default reading is taken to cost
@@ -52,11 +54,6 @@ def measured_rates(sample: Path | None = None) -> Work:
     """
     import torch
 
-    own = torch.Generator().manual_seed(0)  # random numbers of others are left alone
-    wide = torch.rand(NUMBERS, dtype=torch.float64, generator=own)
-    single, small = torch.rand(EDGE, EDGE, generator=own), torch.rand(1, generator=own)
-    double = single.double()
-    smaller = torch.rand(SMALLER, SMALLER, dtype=torch.float64, generator=own)
     content = bytes(SAMPLE)
     started = time.perf_counter()
     if sample is not None:
@@ -64,8 +61,20 @@ def measured_rates(sample: Path | None = None) -> Work:
             content = file.read(SAMPLE)
     sha256(content)
     moving = time.perf_counter() - started
+    return _computing(torch.get_num_threads())._replace(moved=len(content) / moving)
+
+
+@cache
+def _computing(threads: int) -> Work:
+    """Rates of what is computed with so many threads, which are those that torch has."""
+    import torch
+
+    own = torch.Generator().manual_seed(0)  # random numbers of others are left alone
+    wide = torch.rand(NUMBERS, dtype=torch.float64, generator=own)
+    single, small = torch.rand(EDGE, EDGE, generator=own), torch.rand(1, generator=own)
+    double = single.double()
+    smaller = torch.rand(SMALLER, SMALLER, dtype=torch.float64, generator=own)
     return Work(
-        moved=len(content) / moving,
         passed=_rate(NUMBERS, lambda: wide + wide),
         placed=_rate(NUMBERS, lambda: wide.argsort()),
         multiplied=_rate(2 * EDGE**3, lambda: single @ single),
