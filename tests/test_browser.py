@@ -82,6 +82,15 @@ def test_axe_finds_nothing_serious(visits, name, colours):
     assert visits(name).violations[colours] == []
 
 
+def test_the_contents_beside_a_page_stay_in_the_window(chromium, origin):
+    with b.opened(chromium, origin) as (page, _):
+        page.set_viewport_size({"width": 1280, "height": 900})
+        page.goto(f"{origin}/api.html#qpmerge_lite.minimise_constrained")
+        page.wait_for_selector(".bd-sidebar-secondary .nav-link:visible code")
+        over = "items => items.filter(item => item.getBoundingClientRect().right > 1280).length"
+        assert page.locator(".bd-sidebar-secondary .nav-link").evaluate_all(over) == 0
+
+
 def test_a_search_finds_pages(chromium, origin):
     with b.opened(chromium, origin) as (page, visit):
         page.goto(f"{origin}/search.html?q=captured+energy")
