@@ -83,8 +83,7 @@ def test_axe_finds_nothing_serious(visits, name, colours):
 
 
 def test_the_contents_beside_a_page_stay_in_the_window(chromium, origin):
-    with b.opened(chromium, origin) as (page, _):
-        page.set_viewport_size({"width": 1280, "height": 900})
+    with b.opened(chromium, origin, width=1280) as (page, _):
         page.goto(f"{origin}/api.html#qpmerge_lite.minimise_constrained")
         page.wait_for_selector(".bd-sidebar-secondary .nav-link:visible code")
         over = "items => items.filter(item => item.getBoundingClientRect().right > 1280).length"

@@ -70,6 +70,8 @@ def test_committed_rows_are_not_always_measured_again():
     file((0, 1))
     spared = evidence.gather(measured, "toy", [0], repeat=False)
     assert spared.seeds == [0, 1] and (spared.live, spared.compared) == ([], 0)
+    assert "largest difference" not in evidence.said([spared])  # nothing was compared
+    assert "largest difference" in evidence.said([evidence.gather(measured, "toy", [0])])
     assert evidence.gather(measured, "toy", [7], repeat=False).seeds == [7]
 
 

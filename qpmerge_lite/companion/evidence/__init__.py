@@ -73,8 +73,9 @@ def said(found: list[Evidence]) -> dict:
         "on": ", ".join(sorted({fact["device"] for fact in facts})),
         "commit": ", ".join(sorted({fact["commit"] for fact in facts})),
         "its code since": "changed" if any(part.is_stale for part in found) else "unchanged",
-        "largest difference": f"{largest:.2g} of {compared:,} numbers",
     }
+    if compared:
+        words["largest difference"] = f"{largest:.2g} of {compared:,} numbers"
     alone = sum(not part.is_covered for part in found)
     return words | ({"in this run alone": f"{alone} of {len(found)}"} if alone else {})
 
