@@ -66,8 +66,7 @@ def work_of_plan(plan: Plan, costs: Costs) -> Work:
     report, order = plan.report, plan.order
     if order.recipe is not None:
         rule = order.recipe.rule
-        # random numbers are drawn in turn, all else is done to a tensor on every processor
-        sorts = THINNED[rule.thinning] / (1 if rule.draws else cpu_count() or 1)
+        sorts = THINNED[rule.thinning] / rule.at_once(1, cpu_count() or 1)
         counts = Counts(8, 8, sorts) if rule.on_base else COUNTS["soup"]
         return _by_number(report, counts, costs)
     if plan.moments:

@@ -60,7 +60,7 @@ def recipe_merges(
     sizes = {name: prod(entry.shape) for name, entry in base.entries.items()}
     begun: deque[tuple[str, Future[Tensor]]] = deque()
     threads = torch.get_num_threads()
-    workers = 1 if recipe.rule.draws else threads
+    workers = recipe.rule.at_once(1, threads)
 
     def begin(name: str) -> Future[Tensor]:
         values = [read_tensors(checkpoint, [name])[name] for checkpoint in in_order]

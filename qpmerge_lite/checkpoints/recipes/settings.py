@@ -50,7 +50,8 @@ class Rule:
         return self.thinning in ("random", "ranks")
 
     def at_once(self, numbers: int, threads: int) -> int:
-        """How many tensors of so many numbers are merged at the same time."""
+        """How many tensors of so many numbers are merged at the same time; random numbers are drawn
+        for one after the other."""
         return 1 if self.draws else max(1, min(threads, TOGETHER // max(numbers, 1)))
 
 
