@@ -134,7 +134,7 @@ def costs_of(done):
     return told["estimated"], told["measured"]
 
 
-MEASURED = ["regmean", "featcal", "qp"]
+MEASURED = ["regmean", "featcal", "qp", "auto"]
 
 
 @linux

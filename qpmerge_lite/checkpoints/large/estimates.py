@@ -33,7 +33,9 @@ FOLDS = {"qp": 4}  # groups of calibration inputs with sums of their own, by def
 ON_OWN_INPUTS = ("regmean", "regmean_plus_plus", "lot", "esm")  # without sums over a drift
 IN_DOUBLE = ("lot", "esm")  # which take products of activations in double precision
 WITH_TABLES = ("qp", "sketched", "auto")  # which solve tables of tokens too
-STREAMS = {"auto": 5, "regmean": 1, "lot": 1, "esm": 1}  # forwards of a batch; else two
+# forwards of a batch, else two: an expert's and the merge's; the five of auto, with its four
+# programmes, are of every other input
+STREAMS = {"auto": 2.5, "regmean": 1, "lot": 1, "esm": 1}
 WAITING = 2**29  # bytes that forwards may hold in any case, as of ``engine.rerun``
 AT_LAYERS, AT_BLOCKS = 5, 3.5  # states of the model that a forward holds while it waits there
 BY_BLOCK = ("regmean_plus_plus",)  # whose blocks have other uses, and are not run again
@@ -164,7 +166,7 @@ def _waiting(base: Checkpoint, method: str, inputs: Feed) -> tuple[int, int]:
     tokens, streams = tokens_of(inputs, base.config), STREAMS.get(method, 2)
     widest, state = max(widths), min(widths)
     allowed = max(WAITING, tokens * (widest + 10 * state) * size)
-    most = min(allowed, tokens * streams * (widest + AT_LAYERS * state) * size)
+    most = min(allowed, int(tokens * streams * (widest + AT_LAYERS * state) * size))
     least = int(tokens * streams * AT_BLOCKS * state * size)
     return most, most if method in BY_BLOCK else min(most, least)
 
