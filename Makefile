@@ -23,6 +23,7 @@ TORCH_ARGS ?=
 BENCH ?=
 
 BIN := $(VENV)/bin
+UNEXECUTED = $(filter-out $(notdir $(wildcard book/chapters/*.ipynb)),$(notdir $(wildcard notebooks/*.ipynb)))
 STAMP := $(VENV)/.installed
 # transformers, whose architectures and checkpoints are merged: chapters and tests ask for it
 HUB := $(VENV)/.installed-hub
@@ -52,6 +53,7 @@ notebooks: $(NEEDED)
 	$(QPMERGE) book run --tier $(TIER)
 
 html: $(STAMP)
+	$(if $(UNEXECUTED),$(error chapters that were not executed: $(UNEXECUTED); run `make book`))
 	$(BIN)/jupyter-book build -W -n --keep-going book
 
 pdf: notebooks

@@ -236,7 +236,7 @@ def test_backbones_are_merged_as_the_function_merges_them_and_heads_kept(
     assert before.keys() == after.keys()
     for name, value in after.items():
         assert torch.equal(value, before[name]) == (name in kept), name
-    assert (f"not merged: {len(kept)} tensors" in done[1]) == bool(kept)
+    assert (f"not merged: {len(kept)} tensor" in done[1]) == bool(kept)
     assert "head kept: heads/topics/head.safetensors" in done[1]
 
 

@@ -26,6 +26,7 @@ from qpmerge_lite.checkpoints.costs import estimated
 from qpmerge_lite.checkpoints.findings import Refused, duration
 from qpmerge_lite.checkpoints.large.budget import bytes_of
 from qpmerge_lite.checkpoints.large.rates import Work, measured_rates
+from qpmerge_lite.checkpoints.large.running import Amount, usual_amount
 from qpmerge_lite.checkpoints.large.times import COUNTS, PLAIN, work_of
 from qpmerge_lite.checkpoints.methods import CALIBRATED, METHODS
 from qpmerge_lite.checkpoints.orders import Order
@@ -189,7 +190,7 @@ def test_more_experts_and_more_tokens_take_longer(models, method):
     costs = [estimated(report, method, {}) for report in (fewer, more)]
     seconds = work_of(fewer, method, {}, costs[0]).seconds(ONES)
     assert 0 < seconds < work_of(more, method, {}, costs[1]).seconds(ONES)
-    short = work_of(fewer, method, {}, costs[0], tokens=50, batches=2).seconds(ONES)
+    short = work_of(fewer, method, {}, costs[0], Amount(50, 25, 25, 5, None, 2)).seconds(ONES)
     assert short < seconds if method in CALIBRATED else short == seconds
 
 
@@ -203,13 +204,24 @@ def test_what_is_counted_follows_from_the_shapes(models):
     assert work.passed == numbers * (COUNTS["iso_c"].each * K + COUNTS["iso_c"].besides)
     assert work.decomposed == sum(m * n * min(m, n) for m, n in matrices)
     cost = estimated(report, "regmean", {})
-    work = work_of(report, "regmean", {}, cost, tokens=10, batches=1)
+    work = work_of(report, "regmean", {}, cost, Amount(10, 10, 10, 10, None, 1))
     assert work.passed == numbers * (PLAIN.each * K + PLAIN.besides)
     forwards = 2 * 10 * sum(m * n for m, n in matrices)
     sums = 2 * 10 * sum(n * n for _, n in matrices)
     assert work.multiplied == forwards + sums
     solved = sum(2 * m * n * n * (K + 2) + 2 * n**3 / 3 for m, n in matrices)
     assert work.doubled == pytest.approx(solved)
+
+
+@pytest.mark.parametrize("method", BY_PASSES)
+def test_a_check_counts_what_forwards_hold_of_as_many_inputs_as_are_taken(models, method):
+    """Of which its last line tells: without them next to nothing would be left of a pass."""
+    report = report_of(models)
+    few, most = Amount(10, 10, 10, 10, 5, 1), usual_amount(2)
+    assert most[:4] == (2 * 256 * 128, 8 * 128, 256 * 128, 128)
+    usual = estimated(report, method, {})
+    assert usual == estimated(report, method, {}, most)
+    assert usual.memory > 10 * estimated(report, method, {}, few).memory
 
 
 @pytest.mark.parametrize(("seconds", "words"), [

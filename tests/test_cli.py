@@ -353,6 +353,15 @@ def test_an_unknown_command_prints_its_usage(arguments, capsys):
     assert "usage: qpmerge" in capsys.readouterr().err
 
 
+def test_it_ends_without_a_word_where_nobody_reads_what_it_says():
+    read, written = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "qpmerge_lite", "completion", "bash"]
+    done = subprocess.run(command, stdout=written, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(written)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_outside_a_checkout_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     status, _, err = run(capsys, "book", "run")

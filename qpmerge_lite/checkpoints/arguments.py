@@ -99,7 +99,10 @@ def add_verbs(groups) -> None:
     )
     _add_calibration(diagnose)
     diagnose.add_argument(
-        "--report", type=Path, metavar="FILE.html", help="also write a page with charts"
+        "--report",
+        type=Path,
+        metavar="FILE.html",
+        help="also write a page with charts, in the place of FILE",
     )
     _add_evaluate(groups)
 

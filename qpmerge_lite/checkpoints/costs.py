@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .compatibility import Report
 from .folders import Checkpoint
 from .large.estimates import memory_of_layer, memory_of_pass, memory_of_recipe
+from .large.running import Amount, amount_of, usual_amount
 from .methods import CALIBRATED, SHAPES, TENSORS, at_once, groups_of
 
 if TYPE_CHECKING:
@@ -93,19 +94,22 @@ def estimated_plan(plan: Plan) -> Costs:
         stored = max((_of_all(report, [name]) for name in report.backbone.entries), default=0)
         memory = stored + memory_of_layer(report, plan.method, order.options)
         return Costs(memory, 2 * every + sum(files), _written(report), LAYERS)
-    costs = estimated(report, plan.method, order.options)
-    if plan.inputs is None:
-        return costs
-    held = memory_of_pass(report, plan.method, order.options, plan.inputs)
-    return costs._replace(memory=held.most)
+    amount = None if plan.inputs is None else amount_of(plan.inputs, report.base.config)
+    return estimated(report, plan.method, order.options, amount)
 
 
-def estimated(report: Report, method: str, options: Mapping[str, object]) -> Costs:
-    """Costs of a merge of checkpoints that fit, from their headers."""
+def estimated(
+    report: Report, method: str, options: Mapping[str, object], amount: Amount | None = None
+) -> Costs:
+    """Costs of a merge of checkpoints that fit, from their headers.
+
+    Args:
+        amount: of calibration inputs; by default as many as are taken at most.
+    """
     base, read = report.backbone, report.bytes
     if method in CALIBRATED:
-        held = memory_of_pass(report, method, options)
-        memory = held.models + held.layer
+        amount = amount or usual_amount(len(report.experts))
+        memory = memory_of_pass(report, method, options, amount).most
         read += report.bytes + base.bytes  # to be run, for digests, and the base to be built
     else:
         groups = groups_of(base, method, options)

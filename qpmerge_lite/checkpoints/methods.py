@@ -37,6 +37,7 @@ CALIBRATED = (
     "auto",
 )
 METHODS = (*CALIBRATED, *WEIGHTS_ONLY)
+FROM_PYTHON = ("fisher", "adamerging", "greedy_soup")  # which need labels, heads or a score
 OWN_PRECISION = ("esm", "auto")  # which, besides running experts, compute with their weights alone
 FROM_MOMENTS = ("qp", "regmean")  # which need no more of the data than an expert's own sums
 WITH_CALIBRATION, WITH_MOMENTS, WITHOUT = "auto", "qp", "soup"
@@ -59,9 +60,10 @@ def function_of(method: str):
     Raises: Refused for an unknown name.
     """
     if method not in METHODS:
-        raise Refused(
-            "--method", f"one of {', '.join(METHODS)}", repr(method), "choose one of them"
-        )
+        cure = "choose one of them"
+        if method in FROM_PYTHON:
+            cure += f", or call qpmerge_lite.{method} from Python, where alone it can be had"
+        raise Refused("--method", f"one of {', '.join(METHODS)}", repr(method), cure)
     return getattr(import_module(PACKAGE), method)
 
 

@@ -152,6 +152,11 @@ def plain(value):
     return number if number - number == 0 else None
 
 
+def number_of(count: int, thing: str) -> str:
+    """A count and what is counted, in the plural but for one."""
+    return f"{count:,} {thing}" + ("" if count == 1 else "s")
+
+
 def card(manifest: dict) -> str:
     """A model card in Markdown: the recipe, the inputs with their hashes, and what was averaged."""
     options = ", ".join(f"`{k}={v}`" for k, v in manifest["options"].items()) or "its defaults"
@@ -183,6 +188,6 @@ def card(manifest: dict) -> str:
             count = file["calibration"].get("inputs")
             lines += ["", f"Moments of {name}: `{file['file']}`, measured on {count} inputs."]
     for reason, names in manifest["averaged"].items():
-        lines += ["", f"Averaged, {len(names)} tensors: {reason}."]
+        lines += ["", f"Averaged, {number_of(len(names), 'tensor')}: {reason}."]
     lines += about_heads(manifest)
     return "\n".join(lines) + "\n"

@@ -174,13 +174,17 @@ def _evidence(arguments):
         raise MergeError(f"--only: expected one of {', '.join(known)}, found {arguments.only!r}")
     say = _printer(arguments)
     due = studies.due(arguments.only, shard, arguments.force, arguments.tier)
+    if arguments.list:
+        reasons = {str(unit): unit.why_due() or "current" for unit in due}
+        for name, reason in reasons.items():
+            say(f"{name}: {reason}")
+        every = len(studies.units(arguments.only, shard, arguments.tier))
+        say(f"{len(due)} of {every} units are to be measured")
+        return _done(arguments, reasons)
     for unit in due:
-        if arguments.list:
-            say(unit)
-        else:
-            started = time.monotonic()
-            unit.run(arguments.device)
-            say(f"{unit}: {time.monotonic() - started:.0f} s")
+        started = time.monotonic()
+        unit.run(arguments.device)
+        say(f"{unit}: {time.monotonic() - started:.0f} s")
     return _done(arguments, [str(unit) for unit in due])
 
 

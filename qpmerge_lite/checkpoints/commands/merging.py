@@ -14,11 +14,14 @@ from ..heads.telling import AUTO, OPTION
 from ..large.budget import bytes_of
 from ..large.measured import measured
 from ..large.rates import Work, measured_rates
-from ..large.times import TOKENS, work_of, work_of_plan
+from ..large.running import TOKENS
+from ..large.times import work_of, work_of_plan
 from ..methods import METHODS, assignment, literal
 from ..outlines import check_places
+from ..output import number_of, plain
 from .words import columns, named_folders, pairs, shows_progress, talks
 
+TOLD_FROM = 10**6  # bytes; Python itself takes and gives back as much
 MEMORY = "memory beside what Python and its packages take"
 TIME = "time at rates measured just now, a rough guess"
 
@@ -102,8 +105,6 @@ def run_merge(arguments) -> int:
         say = silent if arguments.quiet else _say
         manifest = carry_out(plan, progress=shows, say=say)
     if arguments.json:
-        from ..output import plain
-
         costs = {"estimated": estimate._asdict() | {"seconds": seconds}, "measured": found}
         told = {"out": str(order.out), "costs": costs} | manifest
         print(json.dumps(plain(told), indent=1))
@@ -188,13 +189,16 @@ def _tell(out: Path, manifest: dict, found: dict, seconds: float) -> None:
     if manifest["table"]:
         print(f"layers merged: {len(manifest['table'])}")
     for reason, names in manifest["averaged"].items():
-        print(f"averaged: {len(names)} tensors, {reason}")
+        print(f"averaged: {number_of(len(names), 'tensor')}, {reason}")
     for head in manifest["heads"].values():
         print(f"head kept: {head['file']}, {head['class']}")
     if manifest["kept"]:
-        print(f"not merged: {len(manifest['kept'])} tensors, which stay as the base has them")
+        kept = number_of(len(manifest["kept"]), "tensor")
+        print(f"not merged: {kept}, as the base has them")
+    grown = size(found["memory"]) if found["memory"] >= TOLD_FROM else "less than 1 MB"
     print(
-        f"measured: {size(found['memory'])} of memory, {size(found['peak'])} with Python and its "
-        f"packages; {found['seconds']:.1f} s, where {duration(seconds)} had been estimated"
+        f"measured: {grown} of memory, {size(found['own'])} with Python and its packages, "
+        f"{size(found['peak'])} with files that were read too; {found['seconds']:.1f} s, where "
+        f"{duration(seconds)} had been estimated"
     )
     print(f"written: {out}")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 
 from ...errors import MergeError
 from ..processes.joining import Party, launch_of, silent_unless_first
 from ..stops import Terminated, status_of, told_to_stop
 from .merging import run_merge
+
+UNREAD = 128 + 13  # the exit status of a process that SIGPIPE ends
 
 
 def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
@@ -18,8 +21,8 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
     Of several processes that a launcher has started, all run a merge, and the first alone runs
     everything else; it alone prints, and all end alike.
 
-    Returns: the exit status: 0 done, 1 refused or failed, 130 or 143 stopped; ``argparse`` leaves
-        with 2 at wrong usage.
+    Returns: the exit status: 0 done, 1 refused or failed, 130 or 143 stopped, 141 where nobody
+        reads on what is printed; ``argparse`` leaves with 2 at wrong usage.
     """
     launch = launch_of(os.environ)
     with silent_unless_first(launch):
@@ -35,7 +38,12 @@ def _status(parsed) -> int:
         with told_to_stop():
             party.join()
             has_work = party.number == 0 or parsed.command is run_merge
-            return party.ended(parsed.command(parsed) if has_work else 0)
+            status = party.ended(parsed.command(parsed) if has_work else 0)
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:  # as of ``qpmerge … | head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left of it
+        return UNREAD
     except MergeError as error:
         party.tell(_with_notes(f"qpmerge: {error}", error))
         return 1

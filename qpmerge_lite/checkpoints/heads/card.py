@@ -27,6 +27,7 @@ merged = "path/to/this/folder"
 head = merged + {f"/{FOLDER}/{name}"!r}
 config = AutoConfig.from_pretrained(head)
 model = {kind}.from_pretrained(merged, config=config{more})
+# what was reported as newly initialised, the head, is read now
 model.load_state_dict(load_file(f"{{head}}/{WEIGHTS}"), strict=False)"""
 
 

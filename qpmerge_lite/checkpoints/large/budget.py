@@ -11,6 +11,7 @@ from ..costs import estimated_plan
 from ..findings import Refused, size
 from .estimates import Memory, memory_of_pass
 from .measured import taken
+from .running import amount_of
 
 if TYPE_CHECKING:
     from ..planning import Plan
@@ -63,7 +64,8 @@ def allowance(plan: Plan) -> float:
         return inf
     held = None
     if plan.inputs is not None:
-        held = memory_of_pass(plan.report, plan.method, plan.order.options, plan.inputs)
+        amount = amount_of(plan.inputs, plan.report.base.config)
+        held = memory_of_pass(plan.report, plan.method, plan.order.options, amount)
     needed = least_of(plan, held)
     total = sum(needed.values())
     if total > budget:

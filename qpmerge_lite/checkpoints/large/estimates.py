@@ -15,18 +15,15 @@ from ..methods import OWN_PRECISION
 from .running import (
     DOUBLE,
     SINGLE,
+    Amount,
     alike,
-    largest_batch,
     memory_of_rows,
     memory_of_survey,
     size_of,
-    tokens_of,
-    tokens_that_occur,
     widths_of,
 )
 
 if TYPE_CHECKING:
-    from ..calibration.feeds import Feed
     from ..recipes.reading import Recipe
 
 FOLDS = {"qp": 4}  # groups of calibration inputs with sums of their own, by default; else one
@@ -67,7 +64,7 @@ class Memory(NamedTuple):
     Attributes:
         models: of whole models. layer: to solve the layers that take most, or to add up what they
             read.
-        waiting: of forwards while they wait, as far as they are known.
+        waiting: of forwards while they wait.
         at_least: of these where they run blocks again rather than wait inside of them.
         survey: to find out what the model does, before any of the others is there.
     """
@@ -91,25 +88,19 @@ KEPT = {"auto": Kept(7, 0, 5), "esm": Kept(1, 1, 4)}
 
 
 def memory_of_pass(
-    report: Report, method: str, options: Mapping[str, object], inputs: Feed | None = None
+    report: Report, method: str, options: Mapping[str, object], amount: Amount
 ) -> Memory:
-    """Bytes that are held to merge by a pass.
-
-    Args:
-        inputs: of the pass; what forwards hold while they wait is left out where they are not
-            known, and all tokens are taken to occur.
-    """
+    """Bytes that are held to merge by a pass over so many inputs."""
     kept = KEPT.get(method, ONE_MERGE)
     models = kept.merges * report.backbone.bytes + DOUBLE * kept.besides * report.parameters
     if method in OWN_PRECISION:  # which run experts of another dtype in copies of the base's
         dtypes = {entry.dtype for entry in report.backbone.entries.values()}
         others = [e for e in report.experts if {n.dtype for n in e.entries.values()} != dtypes]
         models += len(others) * report.backbone.bytes
-    layer = memory_of_layer(report, method, options, inputs)
-    if inputs is None:
-        return Memory(models, layer, 0, 0, 0)
-    waiting, at_least = _waiting(report.backbone, method, inputs)
-    return Memory(models, layer, waiting, at_least, memory_of_survey(report.backbone, inputs))
+    layer = memory_of_layer(report, method, options, amount)
+    waiting, at_least = _waiting(report.backbone, method, amount.tokens)
+    survey = memory_of_survey(report.backbone, amount.sequence)
+    return Memory(models, layer, waiting, at_least, survey)
 
 
 def disk_of_pass(report: Report, method: str) -> int:
@@ -128,20 +119,19 @@ def disk_of_pass(report: Report, method: str) -> int:
 
 
 def memory_of_layer(
-    report: Report, method: str, options: Mapping[str, object], inputs: Feed | None = None
+    report: Report, method: str, options: Mapping[str, object], amount: Amount | None = None
 ) -> int:
     """Bytes that are held to add up what layers read that read alike, and to solve them, of those
     that take most.
 
     Args:
-        inputs: of a pass; None where sums are there already, or all tokens are taken to occur.
+        amount: of the inputs of a pass; None where sums are there already.
     """
     folds = options.get("folds", FOLDS.get(method, 1))
     folds, experts = folds if isinstance(folds, int) else 1, len(report.experts)
     base, most = report.backbone, 0
-    tokens = tokens_that_occur(inputs)
+    tokens = None if amount is None else amount.different or amount.tokens
     number = DOUBLE if method in IN_DOUBLE else SINGLE
-    largest = None if inputs is None else largest_batch(base, inputs)
     tied, rows = base.config.get("tie_word_embeddings"), base.config.get("vocab_size")
     for (_, n), outputs in alike(base).items():
         m = max(outputs)
@@ -153,18 +143,17 @@ def memory_of_layer(
         answers = 0 if method in ON_OWN_INPUTS else sum(outputs)
         sums = experts * folds * (n**2 + answers * n)
         solving = experts * (folds + 2) * m * n + SOLVING * (n**2 + m * n)
-        adding = memory_of_rows(base, largest, n, answers, number) if largest else 0
+        adding = memory_of_rows(base, amount, n, answers, number) if amount else 0
         most = max(most, DOUBLE * sums + max(DOUBLE * solving, adding))
     return most
 
 
-def _waiting(base: Checkpoint, method: str, inputs: Feed) -> tuple[int, int]:
+def _waiting(base: Checkpoint, method: str, tokens: int) -> tuple[int, int]:
     """Bytes that forwards hold while they wait in front of the widest layer, what it reads and
     states of the model, no more than a pass allows, which may be what a block reads; and in front
     of blocks."""
     widths, size = widths_of(base) or [0], size_of(base)
-    tokens, streams = tokens_of(inputs, base.config), STREAMS.get(method, 2)
-    widest, state = max(widths), min(widths)
+    widest, state, streams = max(widths), min(widths), STREAMS.get(method, 2)
     allowed = max(WAITING, tokens * (widest + 10 * state) * size)
     most = min(allowed, int(tokens * streams * (widest + AT_LAYERS * state) * size))
     least = int(tokens * streams * AT_BLOCKS * state * size)

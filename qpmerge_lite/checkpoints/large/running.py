@@ -3,10 +3,11 @@ of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from ..calibration.sources import SAMPLES
 from ..folders import Checkpoint
 from ..headers import SIZES
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ..calibration.feeds import Feed
 
 DOUBLE, SINGLE = 8, 4  # bytes of a number
+TOKENS, IN_A_BATCH = 128, 8  # of a text, where texts are not known, and texts, as of ``orders``
 ROWS = 4096  # whose products are taken together, at least, as of ``engine.gather``
 SEQUENCES = 9  # three of a batch, and thrice two of these, of which a survey keeps every call
 COMPARED = 2  # copies in double precision of a matrix whose outputs a survey works out
@@ -33,9 +35,44 @@ def alike(base: Checkpoint) -> dict[tuple[str, int], list[int]]:
     return alike
 
 
-def tokens_of(inputs: Feed, config: Mapping) -> int:
-    """Tokens of all inputs, or patches of pictures, padding among them."""
-    return sum(_tokens_of(b, config) for batches in inputs.batches.values() for b in batches)
+class Amount(NamedTuple):
+    """How much the inputs of a pass are, in tokens, padding among them, or patches of pictures.
+
+    Attributes:
+        tokens: of all. of_batch, of_expert: of the batch, and of the expert, that has most.
+        sequence: of the longest input.
+        different: how many different ones occur; None where that is not known.
+        batches: how many.
+    """
+
+    tokens: int
+    of_batch: int
+    of_expert: int
+    sequence: int
+    different: int | None
+    batches: int
+
+
+def amount_of(inputs: Feed, config: Mapping) -> Amount:
+    """How much the inputs are."""
+    by_expert = [[_tokens_of(b, config) for b in some] for some in inputs.batches.values()]
+    every = [batch for some in inputs.batches.values() for batch in some]
+    return Amount(
+        tokens=sum(map(sum, by_expert)),
+        of_batch=max(map(max, by_expert), default=0),
+        of_expert=max(map(sum, by_expert), default=0),
+        sequence=max((_longest(batch, config) for batch in every), default=0),
+        different=_different(every),
+        batches=len(every),
+    )
+
+
+def usual_amount(experts: int) -> Amount:
+    """As much as is taken of every expert at most, where inputs are not known."""
+    batches, of_expert = SAMPLES // IN_A_BATCH, SAMPLES * TOKENS
+    return Amount(
+        experts * of_expert, IN_A_BATCH * TOKENS, of_expert, TOKENS, None, experts * batches
+    )
 
 
 def _tokens_of(batch: Mapping[str, Tensor], config: Mapping) -> int:
@@ -49,15 +86,18 @@ def _tokens_of(batch: Mapping[str, Tensor], config: Mapping) -> int:
     return total
 
 
-def tokens_that_occur(inputs: Feed | None) -> int | None:
-    """How many different ones; None where that is not known."""
-    if inputs is None:
-        return None
+def _longest(batch: Mapping[str, Tensor], config: Mapping) -> int:
+    """Tokens of an input of a batch, padded as they are."""
+    count = max((len(value) for value in batch.values()), default=0)
+    return _tokens_of(batch, config) // max(count, 1)
+
+
+def _different(batches: Sequence[Mapping[str, Tensor]]) -> int | None:
+    """How many different tokens there are; None for inputs without any."""
     tokens = set[int]()
-    for batches in inputs.batches.values():
-        for batch in batches:
-            for name, value in batch.items():
-                tokens |= {*value.unique().tolist()} if name.endswith("input_ids") else set()
+    for batch in batches:
+        for name, value in batch.items():
+            tokens |= {*value.unique().tolist()} if name.endswith("input_ids") else set()
     return len(tokens) or None
 
 
@@ -77,31 +117,22 @@ def _memory_of_block(base: Checkpoint, tokens: int) -> int:
     return tokens * (WIDEST * max(widths) + STATES * min(widths)) * size_of(base)
 
 
-def largest_batch(base: Checkpoint, inputs: Feed) -> tuple[int, int]:
-    """Tokens of the batch, and of the expert, that has most."""
-    by_expert = [[_tokens_of(b, base.config) for b in some] for some in inputs.batches.values()]
-    return max(map(max, by_expert), default=0), max(map(sum, by_expert), default=0)
-
-
-def memory_of_rows(
-    base: Checkpoint, largest: tuple[int, int], n: int, answers: int, number: int
-) -> int:
+def memory_of_rows(base: Checkpoint, amount: Amount, n: int, answers: int, number: int) -> int:
     """Bytes of rows that layers of n inputs read, batch by batch and side by side, while products
     of them are taken; and of the block that is run for them.
 
     Args:
-        largest: as of :func:`largest_batch`.
         answers: outputs of these layers that go with them, none where there are no others to
             compare with. number: bytes of one.
     """
-    of_batch, of_expert = largest
-    rows = min(ROWS + of_batch, of_expert)
-    return number * (2 * rows * (n + answers) + of_batch * n) + _memory_of_block(base, of_batch)
+    rows = min(ROWS + amount.of_batch, amount.of_expert)
+    held = number * (2 * rows * (n + answers) + amount.of_batch * n)
+    return held + _memory_of_block(base, amount.of_batch)
 
 
-def memory_of_survey(base: Checkpoint, inputs: Feed) -> int:
-    """Bytes of what layers read and put out on a few sequences, which are kept until all layers are
-    looked at, and of the one that is."""
+def memory_of_survey(base: Checkpoint, sequence: int) -> int:
+    """Bytes of what layers read and put out on a few sequences of so many tokens, which are kept
+    until all layers are looked at, and of the one that is."""
     numbers, largest = 0, 0
     for (_, n), outputs in alike(base).items():
         table = base.config.get("vocab_size") in outputs
@@ -109,9 +140,4 @@ def memory_of_survey(base: Checkpoint, inputs: Feed) -> int:
         largest = max(largest, 0 if table else max(outputs) * n)
     for entry in base.entries.values():
         numbers += 2 * prod(entry.shape) if len(entry.shape) == 1 else 0
-    batches = [batch for some in inputs.batches.values() for batch in some]
-    sequence = 0
-    for batch in batches:
-        count = max((len(value) for value in batch.values()), default=0)
-        sequence = max(sequence, _tokens_of(batch, base.config) // max(count, 1))
     return SEQUENCES * sequence * numbers * size_of(base) + COMPARED * DOUBLE * largest

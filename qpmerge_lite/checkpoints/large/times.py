@@ -8,18 +8,16 @@ from math import prod
 from os import cpu_count
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..calibration.sources import SAMPLES
 from ..compatibility import Report
 from ..costs import Costs
 from ..methods import CALIBRATED
 from .estimates import FOLDS, IN_DOUBLE, ON_OWN_INPUTS, STREAMS
 from .rates import Work
-from .running import alike, tokens_of
+from .running import Amount, alike, amount_of, usual_amount
 
 if TYPE_CHECKING:
     from ..planning import Plan
 
-TOKENS = 128  # of a text, where texts are not known
 IN_PIECES = 0.25  # of what an operation costs, where numbers stay in the processor's caches
 WUDI_STEPS = 300
 OF_CALL, OF_LAYER = 50, 100  # operations of a tensor in a merge, and of a layer in a forward
@@ -71,12 +69,8 @@ def work_of_plan(plan: Plan, costs: Costs) -> Work:
         return _by_number(report, counts, costs)
     if plan.moments:
         return _by_number(report, PLAIN, costs).plus(_solved(report, plan.method, order.options))
-    tokens = None if plan.inputs is None else tokens_of(plan.inputs, report.base.config)
-    batches = 0
-    if plan.inputs is not None:
-        batches = sum(len(batches) for batches in plan.inputs.batches.values())
-    shared = 1 / plan.processes
-    return work_of(report, plan.method, order.options, costs, tokens, batches, shared)
+    amount = None if plan.inputs is None else amount_of(plan.inputs, report.base.config)
+    return work_of(report, plan.method, order.options, costs, amount, 1 / plan.processes)
 
 
 def work_of(
@@ -84,15 +78,14 @@ def work_of(
     method: str,
     options: Mapping[str, object],
     costs: Costs,
-    tokens: int | None = None,
-    batches: int = 0,
+    amount: Amount | None = None,
     shared: float = 1.0,
 ) -> Work:
     """What a merge of checkpoints that fit does.
 
     Args:
         costs: that were estimated of it.
-        tokens, batches: of all inputs; by default as many of either as are taken at most.
+        amount: of calibration inputs; by default as many as are taken at most.
         shared: the part of the forwards that falls to this process.
     """
     work = _by_number(report, COUNTS.get(method, PLAIN), costs)
@@ -102,9 +95,9 @@ def work_of(
         work = work.plus(_descended(report, steps))
     if method not in CALIBRATED:
         return work
-    if tokens is None:
-        tokens, batches = SAMPLES * TOKENS * len(report.experts), 32 * len(report.experts)
-    run = _run(report, method, int(tokens * shared), int(batches * shared) or 1)
+    amount = amount or usual_amount(len(report.experts))
+    batches = int(amount.batches * shared) or 1
+    run = _run(report, method, int(amount.tokens * shared), batches)
     return work.plus(run).plus(_solved(report, method, options))
 
 

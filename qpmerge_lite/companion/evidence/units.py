@@ -90,13 +90,18 @@ def read(path: Path) -> dict:
     return unit
 
 
-def is_current(measure: Callable, suite: str, seed: int, tier: str, settings: dict) -> bool:
-    """Whether a unit is there, was measured under these settings, and by the code as it is."""
+def why_due(measure: Callable, suite: str, seed: int, tier: str, settings: dict) -> str:
+    """Why a unit is to be measured; empty for one that is there, under these settings and by the
+    code as it is."""
     path = path_of(measure, suite, seed, tier)
     if not path.is_file():
-        return False
+        return "missing"
     unit = read(path)
-    return unit["settings"] == _plain(settings) and unit["code"] == code(measure, suite, tier)
+    if unit["settings"] != _plain(settings):
+        return "measured under other settings"
+    if unit["code"] != code(measure, suite, tier):
+        return f"measured by other code, on {unit['provenance']['date'][:10]}"
+    return ""
 
 
 def code(measure: Callable, suite: str, tier: str) -> str:
