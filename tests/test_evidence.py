@@ -168,12 +168,14 @@ def test_a_changed_constant_of_a_method_is_found(suite, monkeypatch, tmp_path):
 
 def test_evidence_is_stale_when_code_that_it_hangs_on_has_changed(monkeypatch):
     file((0,))
-    assert units.is_current(measured, "toy", 0, "full", {})
-    assert not units.is_current(measured, "toy", 1, "full", {})
-    assert not units.is_current(measured, "toy", 0, "full", {"shift": 1.0})
+    assert units.why_due(measured, "toy", 0, "full", {}) == ""
+    assert units.why_due(measured, "toy", 1, "full", {}) == "missing"
+    shifted = units.why_due(measured, "toy", 0, "full", {"shift": 1.0})
+    assert shifted == "measured under other settings"
     monkeypatch.setattr(units, "code", lambda *args: "other")
     monkeypatch.setattr(evidence, "code", lambda *args: "other")
-    assert not units.is_current(measured, "toy", 0, "full", {})
+    other = units.why_due(measured, "toy", 0, "full", {})
+    assert other.startswith("measured by other code, on 2")
     found = evidence.gather(measured, "toy", [0])
     assert found.is_stale and evidence.said([found])["its code since"] == "changed"
 
@@ -241,12 +243,16 @@ def test_units_of_public_data_are_filed_and_found_by_themselves(folder, monkeypa
     assert len(studies.due(tier="standard")) == 2 and studies.due() == []
 
 
-def test_measuring_goes_on_where_it_broke_off(monkeypatch):
+def test_measuring_goes_on_where_it_broke_off(monkeypatch, capsys):
     study = studies.Study(measured, {"words": ["a"]}, ("vision",))
     monkeypatch.setattr(studies, "STUDIES", (study,))
     first = studies.due()[0]
     assert str(first) == "measured vision 0"
     first.run()
+    assert cli.main(["book", "evidence", "--list"]) == 0
+    *named, count = capsys.readouterr().out.splitlines()
+    assert named[0] == "measured vision 1: missing" and len(named) == 9
+    assert count == "9 of 10 units are to be measured"
     left = studies.due()
     assert [str(unit) for unit in left] == [
         f"measured vision {seed}" for seed in range(1, plan("full").seeds)
@@ -281,6 +287,7 @@ def test_what_chapters_ask_for_is_what_is_measured():
         "automatic": sizes,
         "factors": sizes,
         "ideas": sizes,
+        "plentiful": {"size": 4 * sizes["size"]},
     }
     assert declared["14"]["calibration"] is None
     settings = {study.measure.__name__: study.settings for study in studies.STUDIES}

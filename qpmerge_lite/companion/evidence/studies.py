@@ -18,6 +18,7 @@ from ..experiments import (
 from ..experiments.unlabelled.automatic import automatic
 from ..experiments.unlabelled.factors import factors
 from ..experiments.unlabelled.ideas import ideas
+from ..experiments.unlabelled.plentiful import plentiful
 from ..plans import plan
 from . import units as files
 
@@ -45,6 +46,7 @@ class Study:
 
 GAPS = {"sizes": [8, 32, 128], "draws": 2, "ridge": 0.01, "tasks": 4}
 SIZE = {"size": plan("full").calibration}
+PLENTY = {"size": 4 * SIZE["size"]}
 STUDIES = (
     Study(benchmark.comparison, SIZE | {"entries": None}, tiers=EVERY),
     Study(single_layer.each_layer, {"size": 128}, tiers=EVERY),
@@ -61,6 +63,7 @@ STUDIES = (
     Study(automatic, SIZE, tiers=EVERY),
     Study(factors, SIZE),
     Study(ideas, SIZE),
+    Study(plentiful, PLENTY, suites=("language",), tiers=("standard",)),
 )
 
 
@@ -76,10 +79,10 @@ class Unit:
     def __str__(self):
         return f"{self.study.measure.__name__} {self.suite} {self.seed}"
 
-    def is_current(self) -> bool:
-        """Whether it is committed, under these settings and by the code as it is."""
+    def why_due(self) -> str:
+        """Why it is to be measured; empty for one that is committed as it would be now."""
         study = self.study
-        return files.is_current(study.measure, self.suite, self.seed, self.tier, study.settings)
+        return files.why_due(study.measure, self.suite, self.seed, self.tier, study.settings)
 
     def run(self, device: str = "cpu"):
         """Measure and file it. Returns: the path."""
@@ -111,4 +114,4 @@ def units(
 
 def due(only=None, shard=(1, 1), force=False, tier="full") -> list[Unit]:
     """The units of a shard, as of :func:`units`, that are not current; all with ``force``."""
-    return [unit for unit in units(only, shard, tier) if force or not unit.is_current()]
+    return [unit for unit in units(only, shard, tier) if force or unit.why_due()]
