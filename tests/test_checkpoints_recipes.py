@@ -10,10 +10,13 @@ from frozen_recipes import RECIPES, apart, flat, recipe, states, thaw, write_mod
 
 import qpmerge_lite as q
 from qpmerge_lite.checkpoints.calibration import records
+from qpmerge_lite.checkpoints.costs import estimated_plan
+from qpmerge_lite.checkpoints.large import estimates
 from qpmerge_lite.checkpoints.large.estimates import THINNED
 from qpmerge_lite.checkpoints.large.measured import STATUS, measured
 from qpmerge_lite.checkpoints.merging import merge_folders
 from qpmerge_lite.checkpoints.orders import ordered
+from qpmerge_lite.checkpoints.planning import plan_of
 from qpmerge_lite.checkpoints.recipes import arithmetic
 from qpmerge_lite.checkpoints.recipes.plans import Plan
 from qpmerge_lite.checkpoints.recipes.reading import read_recipe
@@ -453,6 +456,16 @@ def test_tensors_merged_at_the_same_time_are_those_merged_in_turn(here, method, 
     assert all(torch.equal(value, in_turn[name]) for name, value in together.items())
     monkeypatch.undo()
     assert torch.get_num_threads() == threads
+
+
+def test_what_is_read_while_others_are_merged_is_estimated_too(here, monkeypatch):
+    """Of a small model all others."""
+    (here / "recipe.yml").write_text(RECIPES["linear"], encoding="utf-8")
+    plan = plan_of(ordered(read_recipe(here / "recipe.yml"), here / "out", 0))
+    whole = estimated_plan(plan).memory
+    monkeypatch.setattr(estimates, "TOGETHER", 1)
+    in_turn = estimated_plan(plan).memory
+    assert in_turn < whole < in_turn + plan.report.bytes
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from ..compatibility import Report
 from ..folders import Change, Checkpoint
 from ..headers import SIZES
 from ..methods import OWN_PRECISION
+from ..recipes.settings import TOGETHER
 from .running import (
     DOUBLE,
     SINGLE,
@@ -162,12 +163,15 @@ def _waiting(base: Checkpoint, method: str, tokens: int) -> tuple[int, int]:
 
 def memory_of_recipe(recipe: Recipe, report: Report) -> int:
     """Bytes that a recipe holds to merge the tensor that takes most, or as many like it as are
-    merged at the same time."""
+    merged at the same time, beside others that are read meanwhile."""
     models, threads = [report.backbone, *report.experts], cpu_count() or 1
-    held = []
-    for name, entry in report.backbone.entries.items():
-        at_once = recipe.rule.at_once(prod(entry.shape), threads)
-        held.append(at_once * _of_tensor(recipe, models, name))
+    numbers = {name: prod(entry.shape) for name, entry in report.backbone.entries.items()}
+    total, held = sum(numbers.values()), []
+    for name, count in numbers.items():
+        at_once = recipe.rule.at_once(count, threads)
+        others = min(total, TOGETHER) - at_once * count
+        read = sum(SIZES[model.entries[name].dtype] for model in models)
+        held.append(at_once * _of_tensor(recipe, models, name) + max(others, 0) * read)
     return max(held, default=0)
 
 
