@@ -53,7 +53,7 @@ notebooks: $(NEEDED)
 	$(QPMERGE) book run --tier $(TIER)
 
 html: $(STAMP)
-	$(if $(UNEXECUTED),$(error chapters that were not executed: $(UNEXECUTED); run `make book`))
+	@test -z "$(UNEXECUTED)" || { echo "chapters that were not executed: $(UNEXECUTED); run: make book" >&2; exit 1; }
 	$(BIN)/jupyter-book build -W -n --keep-going book
 
 pdf: notebooks
