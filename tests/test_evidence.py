@@ -287,7 +287,6 @@ def test_what_chapters_ask_for_is_what_is_measured():
         "automatic": sizes,
         "factors": sizes,
         "ideas": sizes,
-        "plentiful": {"size": 4 * sizes["size"]},
     }
     assert declared["14"]["calibration"] is None
     settings = {study.measure.__name__: study.settings for study in studies.STUDIES}

@@ -7,7 +7,7 @@ import torch
 
 import qpmerge_lite as q
 from qpmerge_lite.choice import automatic as choice
-from qpmerge_lite.companion.experiments.unlabelled import automatic, factors, plentiful, tables
+from qpmerge_lite.companion.experiments.unlabelled import automatic, factors, tables
 from qpmerge_lite.companion.records import Records, load_records
 
 FIRST, SECOND = list(choice.BLENDS)[:2]
@@ -20,7 +20,6 @@ def small(suite, monkeypatch):
     monkeypatch.setattr(automatic, "DRAWS", 5)
     monkeypatch.setattr(automatic, "load", lambda *args, **options: suite)
     monkeypatch.setattr(factors, "load", lambda *args, **options: suite)
-    monkeypatch.setattr(plentiful, "load", lambda *args, **options: suite)
     return suite
 
 
@@ -37,14 +36,6 @@ def test_the_row_is_of_the_merge_that_a_user_gets(small):
     soup = q.soup(small.base, small.experts).state_dict
     assert row["candidates"]["soup"]["test"] == small.normalised(soup)["mean"]
     assert list(row["labels"]) == ["1", "4"]
-
-
-def test_the_row_of_plentiful_inputs_is_of_that_merge_too(small):
-    [row], [other] = plentiful.plentiful("toy", 0, size=8), automatic.automatic("toy", 0, size=8)
-    assert row["chosen"] == other["chosen"]["with heads"]
-    assert [row[name] for name in ("accuracy", "normalised")] == [
-        other[name] for name in ("accuracy", "normalised")
-    ]
 
 
 def test_right_answers_are_those_of_the_suite(small, monkeypatch):

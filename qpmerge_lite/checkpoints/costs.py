@@ -94,8 +94,7 @@ def estimated_plan(plan: Plan) -> Costs:
         stored = max((_of_all(report, [name]) for name in report.backbone.entries), default=0)
         memory = stored + memory_of_layer(report, plan.method, order.options)
         return Costs(memory, 2 * every + sum(files), _written(report), LAYERS)
-    amount = None if plan.inputs is None else amount_of(plan.inputs, report.base.config)
-    return estimated(report, plan.method, order.options, amount)
+    return estimated(report, plan.method, order.options, amount_of(plan))
 
 
 def estimated(

@@ -173,14 +173,15 @@ def _evidence(arguments):
     if arguments.only not in (None, *known):
         raise MergeError(f"--only: expected one of {', '.join(known)}, found {arguments.only!r}")
     say = _printer(arguments)
-    due = studies.due(arguments.only, shard, arguments.force, arguments.tier)
     if arguments.list:
-        reasons = {str(unit): unit.why_due() or "current" for unit in due}
-        for name, reason in reasons.items():
+        every = studies.units(arguments.only, shard, arguments.tier)
+        reasons = {str(unit): unit.why_due() for unit in every}
+        due = {n: reason or "current" for n, reason in reasons.items() if reason or arguments.force}
+        for name, reason in due.items():
             say(f"{name}: {reason}")
-        every = len(studies.units(arguments.only, shard, arguments.tier))
-        say(f"{len(due)} of {every} units are to be measured")
-        return _done(arguments, reasons)
+        say(f"{len(due)} of {len(every)} units are to be measured")
+        return _done(arguments, due)
+    due = studies.due(arguments.only, shard, arguments.force, arguments.tier)
     for unit in due:
         started = time.monotonic()
         unit.run(arguments.device)

@@ -62,9 +62,8 @@ def allowance(plan: Plan) -> float:
     budget = plan.order.memory
     if budget is None:
         return inf
-    held = None
-    if plan.inputs is not None:
-        amount = amount_of(plan.inputs, plan.report.base.config)
+    held, amount = None, amount_of(plan)
+    if amount is not None:
         held = memory_of_pass(plan.report, plan.method, plan.order.options, amount)
     needed = least_of(plan, held)
     total = sum(needed.values())

@@ -14,7 +14,7 @@ from ..headers import SIZES
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..calibration.feeds import Feed
+    from ..planning import Plan
 
 DOUBLE, SINGLE = 8, 4  # bytes of a number
 TOKENS, IN_A_BATCH = 128, 8  # of a text, where texts are not known, and texts, as of ``orders``
@@ -53,8 +53,11 @@ class Amount(NamedTuple):
     batches: int
 
 
-def amount_of(inputs: Feed, config: Mapping) -> Amount:
-    """How much the inputs are."""
+def amount_of(plan: Plan) -> Amount | None:
+    """How much calibration a plan has; None where it has none."""
+    if plan.inputs is None:
+        return None
+    inputs, config = plan.inputs, plan.report.base.config
     by_expert = [[_tokens_of(b, config) for b in some] for some in inputs.batches.values()]
     every = [batch for some in inputs.batches.values() for batch in some]
     return Amount(

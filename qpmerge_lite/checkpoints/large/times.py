@@ -69,8 +69,7 @@ def work_of_plan(plan: Plan, costs: Costs) -> Work:
         return _by_number(report, counts, costs)
     if plan.moments:
         return _by_number(report, PLAIN, costs).plus(_solved(report, plan.method, order.options))
-    amount = None if plan.inputs is None else amount_of(plan.inputs, report.base.config)
-    return work_of(report, plan.method, order.options, costs, amount, 1 / plan.processes)
+    return work_of(report, plan.method, order.options, costs, amount_of(plan), 1 / plan.processes)
 
 
 def work_of(

@@ -18,7 +18,6 @@ from ..experiments import (
 from ..experiments.unlabelled.automatic import automatic
 from ..experiments.unlabelled.factors import factors
 from ..experiments.unlabelled.ideas import ideas
-from ..experiments.unlabelled.plentiful import plentiful
 from ..plans import plan
 from . import units as files
 
@@ -46,7 +45,6 @@ class Study:
 
 GAPS = {"sizes": [8, 32, 128], "draws": 2, "ridge": 0.01, "tasks": 4}
 SIZE = {"size": plan("full").calibration}
-PLENTY = {"size": 4 * SIZE["size"]}
 STUDIES = (
     Study(benchmark.comparison, SIZE | {"entries": None}, tiers=EVERY),
     Study(single_layer.each_layer, {"size": 128}, tiers=EVERY),
@@ -63,7 +61,6 @@ STUDIES = (
     Study(automatic, SIZE, tiers=EVERY),
     Study(factors, SIZE),
     Study(ideas, SIZE),
-    Study(plentiful, PLENTY, suites=("language",), tiers=("standard",)),
 )
 
 

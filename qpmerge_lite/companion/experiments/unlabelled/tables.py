@@ -58,17 +58,6 @@ def record_leads(record: Callable, name: str, table) -> dict[str, Shown]:
     return {label: {"lead": lead} for label, lead in ordered}
 
 
-def record_plentiful(record: Callable, name: str, rows: list[dict]) -> None:
-    """Record the accuracy of ``auto`` on plentiful inputs.
-
-    Args:
-        rows: of ``plentiful.plentiful``.
-    """
-    accuracy = [row["normalised"]["mean"] for row in rows]
-    note = "over seeds, normalised, on four times as many calibration examples"
-    record_mean(record, f"auto.{name}.plentiful.accuracy", accuracy, note=note)
-
-
 def record_choice(record: Callable, name: str, rows: list[dict]) -> dict[str, list[float]]:
     """Record what the choice loses and saves, and how many labels would choose as well.
 
