@@ -38,7 +38,9 @@ def chosen(suite: Suite, size: int) -> dict:
     started = time.perf_counter()
     inputs = suite.calibration(size)
     batches = choice.checked(suite.base, suite.experts, inputs, suite.classifiers())
-    solved_on, left_out = choice.halves(batches)
+    halved, left_out = choice.halves(batches)
+    # without the longest of a batch, its last columns may be all padding, which models here cut off
+    solved_on = {task: [training.trim(batch) for batch in own] for task, own in halved.items()}
     experts = check_experts(suite.base, suite.experts, cast=True)
     tried = choice.Candidates(suite.base, suite.experts, solved_on)
     judges = {
