@@ -15,7 +15,7 @@ from ..experiments import (
     single_layer,
     special_cases,
 )
-from ..experiments.unlabelled.automatic import automatic
+from ..experiments.unlabelled.automatic import automatic, plentiful
 from ..experiments.unlabelled.factors import factors
 from ..experiments.unlabelled.ideas import ideas
 from ..plans import plan
@@ -59,6 +59,7 @@ STUDIES = (
     Study(calibration.other_methods, {"tasks": 4}),
     Study(calibration.sketches, {"ranks": [8, 32, 512], "ridge": 0.01, "tasks": 4}),
     Study(automatic, SIZE, tiers=EVERY),
+    Study(plentiful, {"size": 256}, suites=("language",), tiers=("standard",)),
     Study(factors, SIZE),
     Study(ideas, SIZE),
 )

@@ -33,10 +33,31 @@ def automatic(name: str, seed: int, tier="smoke", device="cpu", *, size: int) ->
     return [kept(suite, "automatic", [size, LABELS, DRAWS], lambda: chosen(suite, size))]
 
 
-def chosen(suite: Suite, size: int) -> dict:
-    """The row of :func:`automatic`."""
-    started = time.perf_counter()
-    inputs = suite.calibration(size)
+def plentiful(name: str, seed: int, tier="smoke", device="cpu", *, size: int) -> list[dict]:
+    """An experiment as of ``evidence``: the choice on more inputs than the baselines have.
+
+    Args:
+        size: calibration examples per task.
+    Returns: one row, as of :func:`automatic` without ``candidates`` and ``labels``.
+    """
+    suite = load(name, tier, seed, device, progress=False)
+
+    def row() -> dict:
+        inputs = suite.calibration(size)
+        judges, errors = judged(suite, inputs)
+        names = choices(judges, errors)
+        final = choice.Candidates(suite.base, suite.experts, inputs, names["with heads"])
+        accuracy = suite.evaluate(final.merge(names["with heads"]).state_dict)
+        normalised = suite.over_experts(accuracy)
+        facts = {"chosen": names, "accuracy": accuracy, "normalised": normalised}
+        return {"suite": suite.name, "seed": suite.seed} | facts
+
+    return [kept(suite, "plentiful", [size], row)]
+
+
+def judged(suite: Suite, inputs) -> tuple[dict[str, Criterion], dict[str, dict]]:
+    """Both criteria, by name, and by the same names the errors of every candidate that is solved on
+    half of the inputs and judged on the others."""
     batches = choice.checked(suite.base, suite.experts, inputs, suite.classifiers())
     halved, left_out = choice.halves(batches)
     # without the longest of a batch, its last columns may be all padding, which models here cut off
@@ -52,7 +73,21 @@ def chosen(suite: Suite, size: int) -> dict:
         by: {name: judge.errors(state) for name, state in states.items()}
         for by, judge in judges.items()
     }
-    name = choice.choose(judges["divergence"], errors["divergence"])
+    return judges, errors
+
+
+def choices(judges: dict[str, Criterion], errors: dict[str, dict]) -> dict[str, str]:
+    """What is chosen with and without heads."""
+    rules = {"with heads": "divergence", "without heads": "energy"}
+    return {rule: choice.choose(judges[by], errors[by]) for rule, by in rules.items()}
+
+
+def chosen(suite: Suite, size: int) -> dict:
+    """The row of :func:`automatic`."""
+    started = time.perf_counter()
+    inputs = suite.calibration(size)
+    judges, errors = judged(suite, inputs)
+    names = choices(judges, errors)
     final = choice.Candidates(suite.base, suite.experts, inputs)
     candidates, right = {}, {}
     for other in choice.NAMES:
@@ -65,14 +100,11 @@ def chosen(suite: Suite, size: int) -> dict:
             "validation": suite.normalised(state, "validation")["mean"],
             "test": suite.over_experts(accuracy)["mean"],
         }
-    accuracy = candidates[name]["accuracy"]
+    accuracy = candidates[names["with heads"]]["accuracy"]
     return {
         "suite": suite.name,
         "seed": suite.seed,
-        "chosen": {
-            "with heads": name,
-            "without heads": choice.choose(judges["energy"], errors["energy"]),
-        },
+        "chosen": names,
         "accuracy": accuracy,
         "normalised": suite.over_experts(accuracy),
         "candidates": candidates,
