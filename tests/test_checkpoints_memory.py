@@ -5,6 +5,7 @@ the time of a merge, from what it does and a machine's rates."""
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,13 @@ from qpmerge_lite.checkpoints.costs import estimated
 from qpmerge_lite.checkpoints.findings import Refused, duration
 from qpmerge_lite.checkpoints.large.budget import bytes_of
 from qpmerge_lite.checkpoints.large.rates import Work, measured_rates
-from qpmerge_lite.checkpoints.large.running import Amount, usual_amount
+from qpmerge_lite.checkpoints.large.running import (
+    Amount,
+    memory_of_rows,
+    memory_of_survey,
+    size_of,
+    usual_amount,
+)
 from qpmerge_lite.checkpoints.large.times import COUNTS, PLAIN, work_of
 from qpmerge_lite.checkpoints.methods import CALIBRATED, METHODS
 from qpmerge_lite.checkpoints.orders import Order
@@ -81,6 +88,22 @@ def test_too_little_is_refused_before_anything_runs(families, method, tmp_path, 
     assert run(capsys, *words, "--memory", enough)[0] == 0
 
 
+def test_what_a_model_predicts_is_counted(families):
+    family = families["llama"]
+    experts = {name: family.root / name for name in EXPERTS}
+    base = plan_of(Order(family.base, experts, family.root / "out")).report.base
+    assert base.config["architectures"] == ["LlamaForCausalLM"]
+    many = replace(base, config=base.config | {"vocab_size": 10**6})
+    without = replace(many, config=many.config | {"architectures": ["LlamaModel"]})
+    of_a_token, amount = 10**6 * size_of(base), usual_amount(2)
+
+    survey = memory_of_survey(many, 7) - memory_of_survey(without, 7)
+    assert survey > 9 * 7 * of_a_token  # all of its sequences are kept at once
+
+    rows = [memory_of_rows(of, amount, n=8, answers=0, number=4) for of in (many, without)]
+    assert rows[0] - rows[1] > 0.9 * amount.of_batch * of_a_token
+
+
 def test_another_amount_is_the_same_order(families, tmp_path):
     family = families["bert"]
     experts = {name: family.root / name for name in EXPERTS}
@@ -104,12 +127,21 @@ def high():
     return transformers.BertModel(config)
 
 
-SHAPES = {"wide": (wide, 96), "high": (high, 16)}  # with texts of each expert
+def wordy():
+    config = transformers.LlamaConfig(
+        vocab_size=30000, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+SHAPES = {"wide": (wide, 96), "high": (high, 16), "wordy": (wordy, 16)}  # with texts of each expert
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """Families whose layers, or forwards that wait, take more than Python does."""
+    """Families whose layers, forwards that wait, or predictions take more than Python does."""
     made = {}
     for name, (make, count) in SHAPES.items():
         family = made[name] = Family(tmp_path_factory.mktemp("shapes") / name, make)

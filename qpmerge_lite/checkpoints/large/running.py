@@ -23,6 +23,11 @@ SEQUENCES = 9  # three of a batch, and thrice two of these, of which a survey ke
 COMPARED = 2  # copies in double precision of a matrix whose outputs a survey works out
 STATES = 8  # of the model that a block has in flight, and of its widest layer's inputs:
 WIDEST = 3  # what is multiplied, by what, and their product
+# how classes are called whose models put out a number for every word of the vocabulary, a token
+PREDICT_TOKENS = ("LM", "LMHeadModel", "ForPreTraining", "ForConditionalGeneration")
+BESIDE_EACH_OTHER = 2  # sequences, whose outputs a survey compares in double precision:
+PUT_OUT = 2  # times that it keeps predictions, as of their layer and as of the model
+DIFFERING = 3  # one, another, and their difference
 
 
 def alike(base: Checkpoint) -> dict[tuple[str, int], list[int]]:
@@ -114,10 +119,19 @@ def size_of(base: Checkpoint) -> int:
     return max((SIZES[entry.dtype] for entry in base.entries.values()), default=0)
 
 
+def _predicted(base: Checkpoint) -> int:
+    """Numbers that a model puts out for every token that it predicts; 0 where it predicts none."""
+    names = base.config.get("architectures") or [""]
+    rows = base.config.get("vocab_size") if names[0].endswith(PREDICT_TOKENS) else 0
+    return rows if isinstance(rows, int) else 0
+
+
 def _memory_of_block(base: Checkpoint, tokens: int) -> int:
-    """Bytes that a block has in flight while it runs on a batch of so many tokens."""
+    """Bytes that a block has in flight while it runs on a batch of so many tokens, or what predicts
+    them behind the last one."""
     widths = widths_of(base) or [0]
-    return tokens * (WIDEST * max(widths) + STATES * min(widths)) * size_of(base)
+    in_flight = WIDEST * max(widths) + STATES * min(widths)
+    return tokens * max(in_flight, _predicted(base)) * size_of(base)
 
 
 def memory_of_rows(base: Checkpoint, amount: Amount, n: int, answers: int, number: int) -> int:
@@ -143,4 +157,7 @@ def memory_of_survey(base: Checkpoint, sequence: int) -> int:
         largest = max(largest, 0 if table else max(outputs) * n)
     for entry in base.entries.values():
         numbers += 2 * prod(entry.shape) if len(entry.shape) == 1 else 0
-    return SEQUENCES * sequence * numbers * size_of(base) + COMPARED * DOUBLE * largest
+    kept = SEQUENCES * sequence * numbers * size_of(base) + COMPARED * DOUBLE * largest
+    words = sequence * _predicted(base)
+    compared = BESIDE_EACH_OTHER * (DIFFERING * DOUBLE + size_of(base))
+    return kept + words * (SEQUENCES * PUT_OUT * size_of(base) + compared)
