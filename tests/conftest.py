@@ -3,6 +3,7 @@ tests belong to the core and which to a built book."""
 
 import ast
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -22,6 +23,9 @@ settings.register_profile(
 )
 settings.load_profile("derandomised")
 
+# Shells start what they put in the background with Ctrl-C ignored, and so do its children: merges
+# that tests stop by it would go on.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 THREADS = torch.get_num_threads()
 ROOT = Path(__file__).parents[1]
