@@ -169,6 +169,21 @@ def test_measured_numbers_say_where_they_come_from():
     assert any('<abbr class="record"' in html for html in pages().values())
 
 
+ASKED_FOR = re.compile(r'(?:src|href)="([^"#?]+\.(?:js|css|png|svg))[?"]')
+
+
+@of_the_built_book
+def test_pages_are_light_but_for_what_draws_formulae_and_figures():
+    """Each with all that it asks for, besides MathJax and Bokeh: in bytes."""
+    weights = {}
+    for name, html in pages().items():
+        page = HTML / name
+        files = {(page.parent / unquote(asked)).resolve() for asked in ASKED_FOR.findall(html)}
+        own = {file for file in files if not {"mathjax", "bokeh"} & set(file.parts)}
+        weights[name] = sum(file.stat().st_size for file in {page, *own} if file.is_file())
+    assert {name: weight for name, weight in weights.items() if weight > 1_500_000} == {}
+
+
 @of_the_built_book
 def test_the_first_page_draws_every_claim_of_others_and_leads_to_its_rule():
     built = pages()

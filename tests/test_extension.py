@@ -229,12 +229,33 @@ def test_no_page_asks_for_a_style_sheet_that_is_not_there(offline):
 
 def test_without_npm_the_pages_point_at_the_cdn(offline, tmp_path, monkeypatch):
     monkeypatch.setattr(offline.shutil, "which", lambda name: None)
-    config = SimpleNamespace()
+    config = SimpleNamespace(html_static_path=[])
     offline.install_scripts(SimpleNamespace(srcdir=tmp_path), config)
     addresses = [config.mathjax_path, *config.tippy_js]
     assert len(addresses) == len(offline.PACKAGES)
     for address, package in zip(addresses, offline.PACKAGES):
         assert address == f"https://cdn.jsdelivr.net/npm/{package.name}/{package.parts[0]}"
+
+
+def test_icons_that_no_page_shows_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXTENSIONS))
+    import icons
+
+    script = icons.WHOLE.joinpath("scripts", "fontawesome.js").read_text(encoding="utf-8")
+    (tmp_path / "a.html").write_text('<i class="fas fa-sun"></i><i class="fa-solid fa-search"></i>')
+    (tmp_path / "b.js").write_text('icon.className = "fa-solid fa-angle-left"')
+    (tmp_path / "c.css").write_text(".fa-yelp {}")
+    smaller = icons.without_others(script, icons.shown(tmp_path))
+    left = {icon[1] or icon[2] for icon in icons.ICON.finditer(smaller)}
+    assert left == {"sun", "magnifying-glass", "angle-left"}  # the second by its other name
+    assert len(smaller) < 0.1 * len(script) and smaller.endswith(script[-2000:])
+
+
+def test_licences_of_what_the_pages_carry_go_with_them(offline, tmp_path):
+    offline.keep_licences(tmp_path)
+    for name in offline.CARRIED:
+        texts = [path.read_text(encoding="utf-8") for path in (tmp_path / name).iterdir()]
+        assert any("Copyright" in text or "copyright" in text for text in texts), name
 
 
 def test_what_npm_gave_is_loaded_from_the_book(offline, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ import sys
 sys.path.insert(0, {str(EXTENSIONS)!r})
 extensions = ["myst_nb", "hosting"]
 html_theme, root_doc, nb_execution_mode = "sphinx_book_theme", "index", "off"
+myst_enable_extensions = ["colon_fence"]
 """
 CHAPTER = {
     "cells": [{"cell_type": "markdown", "metadata": {}, "source": "# A chapter"}],
@@ -49,7 +50,8 @@ def built(tmp_path_factory):
         folder = tmp_path_factory.mktemp("hosted")
         book = folder / "book"
         (book / "chapters").mkdir(parents=True)
-        shutil.copy(ROOT / "CITATION.cff", folder)
+        for name in ("CITATION.cff", "THIRD_PARTY.md"):
+            shutil.copy(ROOT / name, folder)
         shutil.copy(ROOT / "book" / "elsewhere.md", book)
         (book / "conf.py").write_text(CONF)
         (book / "index.md").write_text(INDEX)
@@ -88,6 +90,17 @@ def test_a_page_is_edited_where_it_lies(hosted):
     edit = "https://github.com/some-one/a.book/edit/main/book/elsewhere.md"
     assert edit in links(hosted["elsewhere"])
     assert not any("colab" in link or "binder" in link for link in links(hosted["elsewhere"]))
+
+
+def test_another_branch_or_tag_is_the_one_that_is_opened(built):
+    chapter = built(**HOSTED, QPMERGE_REF="v1.0.0")["chapter"]
+    opened = {link for link in links(chapter) if "some-one/a.book/" in link}
+    assert opened == {button.replace("/main", "/v1.0.0") for button in BUTTONS if "main" in button}
+
+
+def test_the_pdf_is_linked_where_the_book_is_published(hosted, unhosted):
+    assert f"{HOSTED['QPMERGE_BOOK_URL']}book.pdf" in links(hosted["elsewhere"])
+    assert "book.pdf</a>" not in unhosted["elsewhere"]
 
 
 def test_pages_know_their_own_address(hosted, unhosted):

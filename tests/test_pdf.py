@@ -44,6 +44,13 @@ def test_what_folds_is_open_and_links_stay_in_the_document():
     assert "<details open>" in page and 'href="#b"' in page and "example.org/x" in page
 
 
+def test_frames_are_as_high_as_what_is_in_them():
+    frame = '<iframe title="t" sandbox style="height: 800px" srcdoc="x"></iframe></body>'
+    page = pdf.printable(PAGE.replace("</body>", frame), "")
+    assert '<iframe title="t" sandbox="allow-same-origin" style="height: 800px"' in page
+    assert page.count(pdf.WHOLE_FRAMES) == 1
+
+
 def test_code_in_the_colour_of_text_has_no_elements_of_its_own():
     code = '<span class="k">for</span><span class="w"> </span><span class="n">x</span>'
     assert '<span class="k">for</span> x' in pdf.printable(PAGE + code, "")

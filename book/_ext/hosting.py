@@ -1,7 +1,8 @@
 """Where the book is hosted, told to the build: what points to its repository and to itself.
 
-``QPMERGE_REPOSITORY`` is the repository's address and ``QPMERGE_BOOK_URL`` that of the pages. What
-hangs on an address is not shown where the address is not known.
+``QPMERGE_REPOSITORY`` is the repository's address, ``QPMERGE_REF`` the branch or tag that is built,
+``main`` by default, and ``QPMERGE_BOOK_URL`` the address of the pages. What hangs on an address is
+not shown where the address is not known.
 """
 
 import os
@@ -14,14 +15,14 @@ from sphinx.util.docutils import SphinxDirective
 
 REPOSITORY = re.compile(r"https://github\.com/[A-Za-z0-9-]+/[A-Za-z0-9._-]+(?<!\.git)")
 PAGES = re.compile(r"https?://[A-Za-z0-9.:-]+(?:/[A-Za-z0-9._~-]+)*")
+REF = re.compile(r"[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*")
 UNKNOWN = "ADDRESS_OF_THIS_REPOSITORY"  # what pages say in its place
-BRANCH = "main"
-BEGIN = {"type": "link", "text": "How to begin there", "icon": "fas fa-circle-info"}
+UNPUBLISHED = "https://address-of-this-book"  # the same of the pages
 
 
 def address(name, pattern, example):
-    """The address that an environment variable names, without a slash at its end; empty where it
-    is not set."""
+    """The address, or part of one, that an environment variable names, without a slash at its end;
+    empty where it is not set."""
     found = os.environ.get(name, "").strip().rstrip("/")
     if found and not pattern.fullmatch(found):
         raise ConfigError(f"{name}: expected an address like {example}, found {found!r}")
@@ -33,14 +34,16 @@ def configure(app, config):
     repository = address("QPMERGE_REPOSITORY", REPOSITORY, "https://github.com/OWNER/NAME")
     pages = address("QPMERGE_BOOK_URL", PAGES, "https://OWNER.github.io/NAME")
     config.qpmerge_repository, config.qpmerge_pages = repository, pages
+    branch = address("QPMERGE_REF", REF, "main") or "main"
     if pages:
         config.html_baseurl = f"{pages}/"
+        app.tags.add("published")
     if not repository:
         return
     app.tags.add("hosted")
     config.html_theme_options |= {
         "repository_url": repository,
-        "repository_branch": BRANCH,
+        "repository_branch": branch,
         "path_to_docs": "book",
         "use_repository_button": True,
         "use_edit_page_button": True,
@@ -53,9 +56,11 @@ def configure(app, config):
 
 
 def name_repository(app, docname, source):
-    """Commands of a page name the repository, where it is known."""
-    if app.config.qpmerge_repository:
-        source[0] = source[0].replace(UNKNOWN, app.config.qpmerge_repository)
+    """Commands and links of a page name repository and book, where they are known."""
+    known = {UNKNOWN: app.config.qpmerge_repository, UNPUBLISHED: app.config.qpmerge_pages}
+    for word, found in known.items():
+        if found:
+            source[0] = source[0].replace(word, found)
 
 
 def point_at_sources(app, pagename, templatename, context, doctree):

@@ -1,5 +1,5 @@
 """Pages that need no network: scripts from npm are installed by the build, pinned and verified;
-nothing else is fetched."""
+nothing else is fetched. The licences of all that the pages carry go with them."""
 
 import hashlib
 import shutil
@@ -7,6 +7,7 @@ import subprocess
 import tarfile
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from pathlib import Path
 
 from sphinx.errors import ExtensionError
@@ -31,21 +32,25 @@ MATHJAX = Package(
     "mathjax@3.2.2",
     "1b9c0a1c44df864e915690558e72adb9cc5203360daefd385084ced3b6c64c09",
     "mathjax",
-    ("es5/tex-svg.js", "es5/input/tex/extensions"),
+    ("es5/tex-svg.js", "es5/input/tex/extensions", "LICENSE"),
 )
 POPPER = Package(
     "@popperjs/core@2.11.8",
     "8e09bdfa912035668e62cea61321bce27cbd011b85672055db25d271bd63af49",
     "popper",
-    ("dist/umd/popper.min.js",),
+    ("dist/umd/popper.min.js", "LICENSE.md"),
 )
 TIPPY = Package(
     "tippy.js@6.3.7",
     "bf63cd2e158be2100078053f4c44f02ffec8fde7f30544270785d0f2eae02626",
     "tippy-bundle",
-    ("dist/tippy-bundle.umd.min.js",),
+    ("dist/tippy-bundle.umd.min.js", "LICENSE"),
 )
 PACKAGES = (MATHJAX, POPPER, TIPPY)
+# packages of Python whose files the pages carry, as THIRD_PARTY.md has them
+CARRIED = ("bokeh", "sphinx", "pygments", "sphinx-book-theme", "pydata-sphinx-theme",
+           "sphinx-design", "sphinx-togglebutton", "sphinx-copybutton", "sphinx-tippy",
+           "myst-nb")  # fmt: skip
 
 
 def install_scripts(app, config):
@@ -58,8 +63,19 @@ def install_scripts(app, config):
     scripts = Path(app.srcdir) / SCRIPTS
     config.mathjax_path = address(MATHJAX, scripts)
     config.tippy_js = (address(POPPER, scripts), address(TIPPY, scripts))
-    if scripts.is_dir():
-        copy_scripts(config)
+    keep_licences(scripts / "licences")
+    copy_scripts(config)
+
+
+def keep_licences(folder):
+    """Copy the licences of the packages of Python into a folder, one for each."""
+    for name in CARRIED:
+        own = distribution(name)
+        for file in own.files or ():
+            if file.name.startswith("LICENSE") and ".dist-info" in file.parts[0]:
+                target = folder / name / file.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(own.locate_file(file), target)
 
 
 def copy_scripts(config):
@@ -82,7 +98,8 @@ def address(package, scripts):
     """Path of a package's script from the folder of all, where it has been put if it was not there,
     or its URL at a CDN."""
     target, script = scripts / package.folder, package.parts[0]
-    if not (target / script).is_file() and not _install(package, target):
+    is_there = all((target / part).exists() for part in package.parts)
+    if not is_there and not _install(package, target):
         logger.info(f"npm cannot give {package.name}: pages will load it and need a network")
         return f"https://cdn.jsdelivr.net/npm/{package.name}/{script}"
     return f"{package.folder}/{script}"

@@ -25,6 +25,14 @@ LARGEST = 20_000_000  # bytes
 PLAIN = re.compile(r'<span class="(?:n|nn|p|w)">([^<]*)</span>')  # code in the colour of text
 CONTENTS = '<div id="jb-print-docs-body"'  # what the theme prints first
 PATIENCE = 600  # seconds that Chromium may take
+# Frames scroll on a screen; on paper they are as high as what is in them, lines being longer here.
+WHOLE_FRAMES = """<script>
+addEventListener("load", () => {
+  for (const frame of document.querySelectorAll("iframe")) {
+    frame.style.height = `${1.1 * frame.contentDocument.documentElement.scrollHeight}px`;
+  }
+});
+</script>"""
 
 
 def chromium() -> str:
@@ -80,11 +88,14 @@ def title_page(citation: dict) -> str:
 
 
 def printable(page: str, cover: str) -> str:
-    """A page with its cover, everything that folds unfolded, links to places in it that stay in it,
-    and no element that only costs: a PDF for screen readers keeps every one."""
+    """A page with its cover, everything that folds unfolded, frames whole, links to places in it
+    that stay in it, and no element that only costs: a PDF for screen readers keeps every one."""
     page = PLAIN.sub(r"\1", page)
     page = re.sub(r'(href=")(?:intro|index)\.html(#)', r"\1\2", page)
     page = page.replace("<details", "<details open")
+    # what runs nothing may be looked into
+    page = page.replace(" sandbox style=", ' sandbox="allow-same-origin" style=')
+    page = page.replace("</body>", f"{WHOLE_FRAMES}</body>")
     before, found, after = page.partition(CONTENTS)
     if not found:
         raise MergeError(f"the page to print has no {CONTENTS}> to put the cover before")
