@@ -129,11 +129,20 @@ def test_the_unit_is_shown_on_request():
     assert format_record(Record("a.b", 2.0, unit="s"), ".1f unit") == "2.0 s"
 
 
-def test_zero_has_no_sign():
-    assert (
-        format_record(Record("a.b", -0.0), ".2f") == "0.00"
-        and format_record(Record("a.b", -0.001), ".2f") == "-0.00"
-    )
+@pytest.mark.parametrize(
+    ("value", "spec", "text"),
+    [
+        (-0.0, ".2f", "0.00"),
+        (-1e-9, ".2f", "0.00"),
+        (-0.001, ".2f", "-0.001"),
+        (0.00044, "+.3f", "+0.0004"),
+        (-0.006, ".2f", "-0.01"),
+        (math.nan, ".2f", "nan"),
+        (0, "", "0"),
+    ],
+)
+def test_it_can_be_seen_on_which_side_of_zero_a_number_is(value, spec, text):
+    assert format_record(Record("a.b", value), spec) == text
 
 
 @pytest.mark.parametrize(("id", "spec"), [("a.low", ".3f .2f"), ("a.low", ".3q")])
@@ -173,7 +182,7 @@ def test_parts_are_judged_beside_the_whole():
     assert row.verdict == "undecided"
     assert row.parts == {"high": "holds", "wide": "undecided"}
     shown = block(row, "smoke")
-    assert "Part by part, holds: high; undecided: wide." in shown
+    assert "Part by part: high *holds*; wide *undecided*." in shown
     assert shown.count("a.wide > a.low") == 1  # the whole has it
 
 
@@ -348,11 +357,19 @@ def test_a_block_shows_the_rule_and_reads_its_numbers_from_records():
     shown = block(judge(asked, RECORDS), "smoke")
     for part in (
         "*Rule.* It is positive.",
-        "*As computed.* `a.low > 0`",
+        "*As computed (records of tier full).* `a.low > 0`",
         "*Why so.* Zero is nothing.",
-        "*Measured.* low {res}`full:a.low .1f ci` (tier full, recorded)",
+        "*Measured (tier full, recorded).* low {res}`full:a.low .1f ci`",
     ):
         assert part in shown
+
+
+def test_statements_that_semicolons_part_are_items():
+    asked = claim(
+        records=("a.low", "a.high"), predicate="a.low > 0", measured="low {a.low}; high {a.high}"
+    )
+    shown = block(judge(asked, RECORDS), "smoke")
+    assert "- *Measured.*\n  - low {res}`smoke:a.low `\n  - high {res}`smoke:a.high `" in shown
 
 
 def test_only_what_is_between_the_markers_is_replaced():

@@ -110,7 +110,8 @@ def readable(app, what, name, obj, options, signature, returned):
 
 
 class Public(SphinxDirective):
-    """``{public} module …``: public names that these modules define, or those that are left."""
+    """``{public} module …``: public names that these modules define, or under a heading of their
+    own those that are left."""
 
     optional_arguments, final_argument_whitespace = 1, True
 
@@ -127,8 +128,9 @@ class Public(SphinxDirective):
         done.update(chosen)
         self.note_sources()
         text = "\n\n".join(map(self.document, chosen))
+        heading = "" if modules else "```{rubric} Everything else\n```\n\n"
         fence = "```{eval-rst}\n.. currentmodule:: qpmerge_lite\n\n" + text + "\n```\n"
-        return self.parse_text_to_nodes(fence) if chosen else []
+        return self.parse_text_to_nodes(heading + fence) if chosen else []
 
     def note_sources(self):
         """Has the page built again when a module of the package has changed."""

@@ -121,7 +121,8 @@ class Tiers(SphinxDirective):
             ]
             for id in ids
         ]
-        lines = [["", *found], ["---"] * (len(found) + 1), *rows]
+        names = [tier.replace("-", ", as of ") for tier in found]
+        lines = [["", *names], ["---"] * (len(names) + 1), *rows]
         return self.parse_text_to_nodes(
             "\n".join("| " + " | ".join(line) + " |" for line in lines)
             + f"\n\n{'; '.join(origins)}\n"

@@ -7,10 +7,13 @@ from docutils import nodes
 from docutils.parsers.rst import directives
 from results import explain, read
 from sphinx.errors import ExtensionError
+from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from qpmerge_lite.companion.book import claim_pages, claim_picture, claims
 from qpmerge_lite.errors import MergeError
+
+VOICES = {"paper": "the paper", "review": "its review", "ours": "ours"}
 
 
 def chosen(env, is_wanted):
@@ -54,14 +57,57 @@ class Verdict(SphinxRole):
             )
         said = []
         for verdict in dict.fromkeys(rows[id].verdict for id in ids):
-            rules = [rows[id].claim.rule for id in ids if rows[id].verdict == verdict]
-            classes = ["verdict", claim_picture.class_of(verdict)]
-            origin = " ".join(rules)
-            said += [
-                nodes.Text(" and "),
-                nodes.abbreviation("", verdict, explanation=origin, classes=classes),
-            ]
+            alike = [rows[id] for id in ids if rows[id].verdict == verdict]
+            said += [nodes.Text(" and "), word(self.env, alike, [row.claim.rule for row in alike])]
         return said[1:], []
+
+
+def word(env, rows, told, behind=""):
+    """The verdict that some rows share, which leads to the first one's claim; what is told of it on
+    hover, and a text behind the word."""
+    page = env.app.builder.get_relative_uri(env.docname, "claims")
+    verdict = rows[0].verdict
+    classes = ["verdict", claim_picture.class_of(verdict)]
+    shown = nodes.abbreviation("", verdict, explanation=" ".join(told), classes=classes)
+    address = f"{page}#{anchor(rows[0].claim.id)}"
+    return nodes.reference("", "", shown, nodes.Text(behind), refuri=address, internal=True)
+
+
+class Opening(SphinxTransform):
+    """Under a chapter's answer stands what came of its claims: how many of every voice have which
+    verdict, which leads to them."""
+
+    default_priority = 815  # before voices are told apart
+    ANSWER = "Answer in one sentence."
+
+    def apply(self):
+        folder, _, chapter = self.env.docname.partition("/")
+        rows = judged(self.env, lambda claim: claim.chapter == chapter) if chapter else []
+        if folder != "chapters" or not rows:
+            return
+        for paragraph in self.document.findall(nodes.paragraph):
+            if paragraph.astext().startswith(self.ANSWER):
+                place = paragraph.parent.index(paragraph) + 1
+                paragraph.parent.insert(place, self.counted(rows))
+                return
+
+    def counted(self, rows):
+        """The line: voices with their verdicts, each told by the statements that have it."""
+        line = nodes.paragraph("", "", nodes.strong("", "Verdicts."), classes=["verdicts"])
+        opening = " Claims of"
+        for source, whose in VOICES.items():
+            of_voice = [row for row in rows if row.claim.source == source]
+            if of_voice:
+                line += nodes.Text(f"{opening} {whose}: ")
+                opening = ". Of"
+            verdicts = [v for v in claims.VERDICTS if any(row.verdict == v for row in of_voice)]
+            for place, verdict in enumerate(verdicts):
+                alike = [row for row in of_voice if row.verdict == verdict]
+                statements = [row.claim.statement for row in alike]
+                line += nodes.Text(", " if place else "")
+                line += word(self.env, alike, statements, f" {len(alike)}")
+        line += nodes.Text(".")
+        return line
 
 
 class Picture(SphinxDirective):
@@ -140,4 +186,5 @@ def setup(app):
     app.add_role("verdict", Verdict())
     app.add_directive("claims", Claims)
     app.add_directive("claims-picture", Picture)
+    app.add_transform(Opening)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -15,19 +15,29 @@ BASES = ("layer", "rows", "rotated rows", "rotated columns", "elements", "column
 # of kinds of merges: the place of their marker, and that of their colour
 KINDS = {"programme": (3, 0), "baselines": (0, 1), "heuristics": (2, 2)}
 KINDS |= {"made to be bad": (1, 3), "drawn to be plausible": (0, 7)}
+SOUP = (9, 9)
+NAMED = {"soup": SOUP, "uniform soup": SOUP}
 
 
 def marks(names) -> dict[str, tuple]:
-    """Name -> (marker, colour). A family of bases, and a kind of merges, has its own, the same in
-    every figure; other names have those that follow the families', or the first where there is
-    none of these."""
+    """Name -> (marker, colour). A family of bases, a kind of merges, and the soup, has its own, the
+    same in every figure; other names have those that follow the families', or the first where
+    there is none of these."""
     names, colours = list(dict.fromkeys(names)), sns.color_palette("colorblind")
-    places = {name: (place, place) for place, name in enumerate(BASES)} | KINDS
+    places = {name: (place, place) for place, name in enumerate(BASES)} | KINDS | NAMED
     others = [name for name in names if _spelled(name) not in places]
-    first = len(BASES) if len(others) < len(names) else 0
+    first = len(BASES) if any(_spelled(name) in BASES or name in KINDS for name in names) else 0
     places |= {_spelled(name): (place, place) for place, name in enumerate(others, first)}
     chosen = {name: places[_spelled(name)] for name in names}
     return {name: (MARKERS[marker], colours[colour]) for name, (marker, colour) in chosen.items()}
+
+
+def own_look(name: str) -> dict:
+    """Options of a curve whose name has a marker and a colour of its own in every figure."""
+    if name not in NAMED:
+        return {}
+    marker, colour = marks([name])[name]
+    return {"marker": marker, "color": colour}
 
 
 def mark_of(method: str) -> tuple:

@@ -62,7 +62,8 @@ def block(row: Row, tier: str, link: Callable[[str], str] = _same) -> str:
     claim = row.claim
     verdict = [f"- **Verdict: {row.verdict}.**", row.sentence]
     if row.parts:
-        verdict.append(f"Part by part, {_by_verdict(row.parts)}.")
+        said = [f"{label} *{judged}*" for label, judged in row.parts.items()]
+        verdict.append(f"Part by part: {'; '.join(said)}.")
     if row.needed:
         verdict.append(f"What would decide it: {row.needed}.")
     lines = [
@@ -70,20 +71,10 @@ def block(row: Row, tier: str, link: Callable[[str], str] = _same) -> str:
         " ".join(part for part in verdict if part),
     ]
     if claim.records:
-        lines += [_rule(claim), f"- *Measured.* {_measured(row, tier)}"]
+        lines += [_rule(claim), _measured(row, tier)]
     if claim.chapter:
         lines.append(f"- *Chapter.* {link(claim.chapter)}")
     return "\n".join(lines)
-
-
-def _by_verdict(parts: dict[str, str]) -> str:
-    """Labels of parts behind the verdicts that they share."""
-    said = []
-    for verdict in VERDICTS:
-        labels = [label for label, judged in parts.items() if judged == verdict]
-        if labels:
-            said.append(f"{verdict}: {', '.join(labels)}")
-    return "; ".join(said)
 
 
 def _rule(claim: Claim) -> str:
@@ -94,7 +85,9 @@ def _rule(claim: Claim) -> str:
     for label, part in claim.parts.items():
         if _spaced(part) not in whole:
             code.append(f"{label}: `{_spaced(part)}`")
-    return f"- *Rule.* {claim.rule}\n- *As computed.* {'; '.join(code)}\n- *Why so.* {claim.why}"
+    at = f" (records of tier {claim.tier})" if claim.tier else ""
+    computed = f"- *As computed{at}.* {'; '.join(code)}"
+    return f"- *Rule.* {claim.rule}\n{computed}\n- *Why so.* {claim.why}"
 
 
 def _spaced(predicate: str) -> str:
@@ -103,14 +96,19 @@ def _spaced(predicate: str) -> str:
 
 
 def _measured(row: Row, tier: str) -> str:
-    """What was measured, each number as a role that the page fills from its record."""
+    """What was measured, as an item of a list, each number as a role that the page fills from its
+    record; statements that semicolons part are items of their own."""
     claim = row.claim
     if row.verdict == NOT_RUN:
-        return row.measured
+        return f"- *Measured.* {row.measured}"
     shown(claim)
     origin = claim.tier or tier
     text = PLACE.sub(lambda place: f"{{res}}`{origin}:{place[1]} {place[2]}`", claim.measured)
-    return f"{text} (tier {claim.tier}, recorded)" if claim.tier else text
+    at = f" (tier {claim.tier}, recorded)" if claim.tier else ""
+    first, *others = text.split("; ")
+    if not others:
+        return f"- *Measured{at}.* {first}"
+    return "\n".join([f"- *Measured{at}.*", *(f"  - {part}" for part in (first, *others))])
 
 
 def questions(content: dict) -> str:

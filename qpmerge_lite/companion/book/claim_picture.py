@@ -150,7 +150,8 @@ def _legend(rows: list[Row]) -> str:
         "is drawn. Arrow: further than drawn. At the edge without one: no interval, as of what is "
         "exact. R: asked for by the review."
     )
-    return f'<div class="legend">{shapes}<p>{axis}</p></div>'
+    told = f"<details><summary>How to read it</summary><p>{axis}</p></details>"
+    return f'<div class="legend">{shapes}{told}</div>'
 
 
 def form() -> str:

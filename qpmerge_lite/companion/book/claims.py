@@ -250,14 +250,31 @@ def _interval(record, spec):
     return f" [{low}, {high}]"
 
 
+FINEST = 6  # digits behind the point, of numbers that fewer would show as zero
+
+
 def _number(id, value, spec):
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, str):
         return value
+    spec = spec or ("," if isinstance(value, int) else ".4g")
     try:
-        return format(
-            value + 0, spec or ("," if isinstance(value, int) else ".4g")
-        )  # -0.0 becomes 0.0
+        return _signed(value, spec)
     except ValueError as error:
         raise ClaimError(f"record {id}: {spec!r} is no number format ({error})") from error
+
+
+def _signed(value: float, spec: str) -> str:
+    """A number in a format, with as many digits more as it takes to see on which side of zero it
+    is; zero, and what is closer to it than the last of these digits, has no minus."""
+    text = format(value, spec)
+    digits = re.fullmatch(r"(\+?)\.(\d)f", spec)
+    if digits is None or re.search("[1-9]", text) or not math.isfinite(value):
+        return format(value + 0, spec)  # -0.0 becomes 0.0
+    sign, shown = digits[1], int(digits[2])
+    for more in range(shown, FINEST + 1):
+        text = format(value, f"{sign}.{more}f")
+        if re.search("[1-9]", text):
+            return text
+    return format(0.0, spec)

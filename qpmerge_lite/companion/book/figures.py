@@ -14,7 +14,17 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
 from . import behind
-from .axes import CALLED, MARKERS, legible, logarithmic, mark_of, marks, name_layers, point
+from .axes import (
+    CALLED,
+    MARKERS,
+    legible,
+    logarithmic,
+    mark_of,
+    marks,
+    name_layers,
+    own_look,
+    point,
+)
 
 WIDTH = 7.4  # inches: the text column
 HATCHES = ("", "////", "....", "xx", "++")
@@ -379,7 +389,7 @@ def gallery(images: dict, columns: int) -> Figure:
     figure, axes = plt.subplots(len(images), columns, figsize=(WIDTH, 0.62 * len(images)))
     for row, (title, pictures) in zip(axes, images.items()):
         for axis, picture in zip(row, pictures):
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(title, rotation=0, ha="right", va="center")
     return finish(figure, None)
@@ -486,14 +496,10 @@ def depth(names, panels: dict, xlabel: str = "", ylabel: str = "", columns: int 
     )
     for axis, (title, curves) in zip(axes.flat, panels.items()):
         for (label, values), line, marker in zip(curves.items(), LINES, MARKERS):
-            axis.plot(
-                range(len(values)),
-                values,
-                linestyle=line,
-                marker=marker if len(set(values)) > 1 else None,
-                markersize=5,
-                label=label,
-            )
+            look = {"linestyle": line, "marker": marker} | own_look(label)
+            if len(set(values)) == 1:
+                look["marker"] = None
+            axis.plot(range(len(values)), values, markersize=5, label=label, **look)
         axis.set_title(title)
         name_layers(axis, names)
     plt.setp(axes[-1], xlabel=xlabel)

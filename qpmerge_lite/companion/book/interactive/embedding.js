@@ -35,9 +35,11 @@ async function play(id, item) {
   new MutationObserver(recolour).observe(document.documentElement, { attributeFilter: ["data-theme"] });
 }
 
-// Gives every handle of a slider the slider's name, for those who hear the page.
+// Gives every handle of a slider the slider's name, for those who hear the page; of two, which end it is.
 function nameHandles(root) {
-  const title = root.querySelector(".bk-slider-title")?.textContent.split(":")[0];
-  for (const handle of root.querySelectorAll(".noUi-handle")) handle.setAttribute("aria-label", title);
+  const title = root.querySelector(".bk-slider-title")?.textContent.replace(/:[^:]*$/, "");
+  const handles = root.querySelectorAll(".noUi-handle");
+  const ends = handles.length > 1 ? [", lower end", ", upper end"] : [""];
+  handles.forEach((handle, place) => handle.setAttribute("aria-label", title + ends[place]));
   for (const part of root.querySelectorAll("*")) if (part.shadowRoot) nameHandles(part.shadowRoot);
 }
