@@ -32,12 +32,13 @@ def marks(names) -> dict[str, tuple]:
     return {name: (MARKERS[marker], colours[colour]) for name, (marker, colour) in chosen.items()}
 
 
-def own_look(name: str) -> dict:
-    """Options of a curve whose name has a marker and a colour of its own in every figure."""
-    if name not in NAMED:
-        return {}
-    marker, colour = marks([name])[name]
-    return {"marker": marker, "color": colour}
+def look_of_curve(name: str, values, line: str, marker: str) -> dict:
+    """Options of a curve: a line, and a marker unless it is the same everywhere. A name that has a
+    marker and a colour of its own in every figure has them here too."""
+    look = {"label": name, "linestyle": line, "marker": marker, "markersize": 5}
+    if name in NAMED:
+        look["marker"], look["color"] = marks([name])[name]
+    return look if len(set(values)) > 1 else look | {"marker": None}
 
 
 def mark_of(method: str) -> tuple:

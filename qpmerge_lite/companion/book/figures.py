@@ -19,10 +19,10 @@ from .axes import (
     MARKERS,
     legible,
     logarithmic,
+    look_of_curve,
     mark_of,
     marks,
     name_layers,
-    own_look,
     point,
 )
 
@@ -496,10 +496,7 @@ def depth(names, panels: dict, xlabel: str = "", ylabel: str = "", columns: int 
     )
     for axis, (title, curves) in zip(axes.flat, panels.items()):
         for (label, values), line, marker in zip(curves.items(), LINES, MARKERS):
-            look = {"linestyle": line, "marker": marker} | own_look(label)
-            if len(set(values)) == 1:
-                look["marker"] = None
-            axis.plot(range(len(values)), values, markersize=5, label=label, **look)
+            axis.plot(range(len(values)), values, **look_of_curve(label, values, line, marker))
         axis.set_title(title)
         name_layers(axis, names)
     plt.setp(axes[-1], xlabel=xlabel)
