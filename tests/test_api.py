@@ -43,8 +43,9 @@ def page(tmp_path):
         (tmp_path / "conf.py").write_text(CONF + more, encoding="utf-8")
         for name in ("api", "glossary"):
             shutil.copy(BOOK / f"{name}.md", tmp_path)
-        for name in ("notation", "claims", "engine"):
-            (tmp_path / f"{name}.md").write_text(f"---\norphan: true\n---\n# {name}\n")
+        formulas = {"notation": "$$x$$ (eq-programme)", "claims": "", "engine": "$$y$$ (eq-blend)"}
+        for name, formula in formulas.items():
+            (tmp_path / f"{name}.md").write_text(f"---\norphan: true\n---\n# {name}\n\n{formula}\n")
         toc = "\n```{toctree}\nglossary\n```\n"
         (tmp_path / "api.md").write_text((BOOK / "api.md").read_text(encoding="utf-8") + toc)
         command = [sys.executable, "-m", "sphinx", "-q", "-W", "-n", str(tmp_path), "out"]
