@@ -291,6 +291,7 @@ def test_what_chapters_ask_for_is_what_is_measured():
     assert declared["14"]["calibration"] is None
     settings = {study.measure.__name__: study.settings for study in studies.STUDIES}
     ranks = settings.pop("sketches")["ranks"]
+    assert settings.pop("plentiful")["size"] == 4 * sizes["size"]
     assert settings == asked and f"ranks = {ranks}" in (
         ROOT / "notebooks" / "12_calibration.ipynb"
     ).read_text(encoding="utf-8")

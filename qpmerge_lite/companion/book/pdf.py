@@ -25,11 +25,14 @@ LARGEST = 20_000_000  # bytes
 PLAIN = re.compile(r'<span class="(?:n|nn|p|w)">([^<]*)</span>')  # code in the colour of text
 CONTENTS = '<div id="jb-print-docs-body"'  # what the theme prints first
 PATIENCE = 600  # seconds that Chromium may take
-# Frames scroll on a screen; on paper they are as high as what is in them, lines being longer here.
+# Frames scroll on a screen; on paper they are as high as what is in them, which is smaller so that
+# its tables fit.
 WHOLE_FRAMES = """<script>
 addEventListener("load", () => {
   for (const frame of document.querySelectorAll("iframe")) {
-    frame.style.height = `${1.1 * frame.contentDocument.documentElement.scrollHeight}px`;
+    const inside = frame.contentDocument.documentElement;
+    inside.style.zoom = 0.6;
+    frame.style.height = `${inside.getBoundingClientRect().height + 40}px`;
   }
 });
 </script>"""
