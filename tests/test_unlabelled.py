@@ -38,6 +38,13 @@ def test_the_row_is_of_the_merge_that_a_user_gets(small):
     assert list(row["labels"]) == ["1", "4"]
 
 
+def test_the_row_of_plentiful_inputs_is_of_that_merge_too(small):
+    [row], [other] = automatic.plentiful("toy", 0, size=8), automatic.automatic("toy", 0, size=8)
+    assert [row[name] for name in ("chosen", "accuracy", "normalised")] == [
+        other[name] for name in ("chosen", "accuracy", "normalised")
+    ]
+
+
 def test_right_answers_are_those_of_the_suite(small, monkeypatch):
     monkeypatch.setattr(automatic, "LABELS", (10**6,))
     state = q.soup(small.base, small.experts).state_dict

@@ -43,6 +43,11 @@ def anchor(id):
     return nodes.make_id(f"claim-{id}")
 
 
+def address(env, id):
+    """The same as a link from the page that is read."""
+    return f"{env.app.builder.get_relative_uri(env.docname, 'claims')}#{anchor(id)}"
+
+
 class Verdict(SphinxRole):
     """``{verdict}`vision.multi_layer` ``: what came of a claim, in a word; of several claims every
     word once."""
@@ -65,12 +70,11 @@ class Verdict(SphinxRole):
 def word(env, rows, told, behind=""):
     """The verdict that some rows share, which leads to the first one's claim; what is told of it on
     hover, and a text behind the word."""
-    page = env.app.builder.get_relative_uri(env.docname, "claims")
     verdict = rows[0].verdict
     classes = ["verdict", claim_picture.class_of(verdict)]
     shown = nodes.abbreviation("", verdict, explanation=" ".join(told), classes=classes)
-    address = f"{page}#{anchor(rows[0].claim.id)}"
-    return nodes.reference("", "", shown, nodes.Text(behind), refuri=address, internal=True)
+    link = address(env, rows[0].claim.id)
+    return nodes.reference("", "", shown, nodes.Text(behind), refuri=link, internal=True)
 
 
 class Opening(SphinxTransform):
@@ -115,10 +119,9 @@ class Picture(SphinxDirective):
 
     def run(self):
         rows = judged(self.env, lambda claim: claim.source != "ours")
-        page = self.env.app.builder.get_relative_uri(self.env.docname, "claims")
 
         def link(id):
-            return f"{page}#{anchor(id)}"
+            return address(self.env, id)
 
         def origin(row, record):
             return explain(record, row.claim.tier or self.config.qpmerge_tier)

@@ -273,7 +273,7 @@ def _signed(value: float, spec: str) -> str:
     if digits is None or re.search("[1-9]", text) or not math.isfinite(value):
         return format(value + 0, spec)  # -0.0 becomes 0.0
     sign, shown = digits[1], int(digits[2])
-    for more in range(shown, FINEST + 1):
+    for more in range(shown + 1, FINEST + 1):
         text = format(value, f"{sign}.{more}f")
         if re.search("[1-9]", text):
             return text

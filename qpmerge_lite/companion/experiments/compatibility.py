@@ -235,7 +235,8 @@ def record_table(record, rows: list[dict]) -> None:
 
 
 def shown(rows: Iterable[dict], group: str) -> pd.DataFrame:
-    """The rows of a group for a reader: deviations, or a word where there is none to show."""
+    """The rows of a group for a reader: deviations, or a word where there is none to show, and a
+    dash where there is nothing to say."""
     columns: dict[str, dict] = {}
     for row in rows:
         if row["group"] == group:
@@ -249,7 +250,7 @@ def shown(rows: Iterable[dict], group: str) -> pd.DataFrame:
                 "averaged": _share(row["averaged"]),
                 "mostly because": row["refused"] or row["reason"],
             }
-    return pd.DataFrame(columns).T
+    return pd.DataFrame(columns).T.replace("", "—")
 
 
 def _cell(row: dict, what: str) -> str:
